@@ -1,0 +1,311 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The C engine of pyhv: everything that Python sees of it.
+ *
+ * The cffi build script reads this file too (its preprocessor lines removed), so it holds plain C declarations
+ * and integer constants, and no macros with arguments.
+ *
+ * Conventions
+ *  - A function that can fail takes a struct pyhv_error last, returns -1 or NULL and fills it; else 0 or a pointer.
+ *  - Addresses of guest memory are guest-physical (gpa, bytes) unless a name says linear.
+ *  - What *_create() returns belongs to the caller, who gives it to *_destroy() once; NULL is accepted there.
+ *  - Unless a comment says otherwise an object is used by one thread at a time.
+ */
+#ifndef PYHV_H
+#define PYHV_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* ------------------------------------------------------------------------------------------------ errors -- */
+
+/* What failed: `what` names the call or the check ("KVM_CREATE_VM", "mmap", "uart16550: load"), `errnum` is an
+ * errno value or 0 where no system call was involved, `detail` adds what was found, in words, or is empty. */
+struct pyhv_error {
+    int32_t errnum;
+    char what[48];
+    char detail[176];
+};
+
+/* ------------------------------------------------------------------------------------------------- CPUID -- */
+
+/* KVM takes no more entries than this (KVM_MAX_CPUID_ENTRIES, arch/x86/include/asm/kvm_host.h). */
+#define PYHV_CPUID_MAX_ENTRIES 256
+
+/* One CPUID answer. `indexed` is 1 where ECX selects the answer, 0 where the leaf ignores ECX (then subleaf = 0). */
+struct pyhv_cpuid_entry {
+    uint32_t leaf;
+    uint32_t subleaf;
+    uint32_t indexed;
+    uint32_t eax;
+    uint32_t ebx;
+    uint32_t ecx;
+    uint32_t edx;
+};
+
+/* What one vCPU's CPUID instruction answers. Make one with pyhv_cpuid_table_init(), which sorts and checks;
+ * read-only from then on, so any number of threads may share it. */
+struct pyhv_cpuid_table {
+    uint32_t count;
+    uint32_t max_basic;     /* leaf 0 EAX */
+    uint32_t max_extended;  /* leaf 0x80000000 EAX, 0 where that leaf is absent */
+    uint32_t repeats_basic; /* 1: an out-of-range leaf answers as the highest basic leaf (Intel); 0: zeros (AMD) */
+    struct pyhv_cpuid_entry entries[PYHV_CPUID_MAX_ENTRIES];
+};
+
+/* The state of a vCPU that CPUID's answer depends on beyond the table. */
+struct pyhv_cpuid_dynamic {
+    uint64_t cr4;       /* OSXSAVE and PKE are reflected in leaf 1 ECX and leaf 7 ECX */
+    uint64_t xcr0;      /* leaf 0xD subleaf 0 EBX: size of the enabled components */
+    uint64_t xss;       /* IA32_XSS: with xcr0, leaf 0xD subleaf 1 EBX */
+    uint64_t apic_base; /* IA32_APIC_BASE: its enable bit is reflected in leaf 1 EDX */
+};
+
+/* Copies `count` entries into `table`, sorted by leaf and subleaf. Fails on more than PYHV_CPUID_MAX_ENTRIES, on two
+ * entries for one leaf and subleaf, and without leaf 0. */
+int pyhv_cpuid_table_init(struct pyhv_cpuid_table *table, const struct pyhv_cpuid_entry *entries, size_t count,
+                          struct pyhv_error *error);
+
+/* Answers one CPUID as a processor with this table would: out = {EAX, EBX, ECX, EDX}. Pure. */
+void pyhv_cpuid_answer(const struct pyhv_cpuid_table *table, const struct pyhv_cpuid_dynamic *dynamic, uint32_t leaf,
+                       uint32_t subleaf, uint32_t out[4]);
+
+/* Executes CPUID on the processor that runs this code. */
+void pyhv_cpuid_host(uint32_t leaf, uint32_t subleaf, uint32_t out[4]);
+
+/* ------------------------------------------------------------------------------------ devices and the bus -- */
+
+/* What a device, or the run loop, asks of whoever runs the VM. */
+enum pyhv_action {
+    PYHV_ACTION_NONE = 0,
+    PYHV_ACTION_GUEST_EXIT = 1, /* the guest wrote its exit status; see pyhv_bus_exit_status() */
+    PYHV_ACTION_RESET = 2,
+    PYHV_ACTION_POWER_OFF = 3,
+};
+
+/* Where a device's interrupt goes. `raise` may be called from any thread. */
+struct pyhv_irq_sink {
+    void (*raise)(void *opaque, uint32_t gsi, int32_t level);
+    void *opaque;
+};
+
+/* A device: an opaque object with a name, a range of ports, and state that can be saved and loaded. Every device
+ * has its own lock: port accesses from several vCPUs, save and load may come from different threads. */
+struct pyhv_device;
+
+const char *pyhv_device_name(const struct pyhv_device *device);
+
+/* Writes the device's state (little-endian, starting with a version; documented in the device's file) to `buffer`.
+ * Returns the bytes written, or -1 with an error when `capacity` is too small; PYHV_DEVICE_STATE_MAX always suffices. */
+#define PYHV_DEVICE_STATE_MAX 8192
+int64_t pyhv_device_save(struct pyhv_device *device, uint8_t *buffer, size_t capacity, struct pyhv_error *error);
+
+/* Replaces the device's state. The bytes are not trusted: on failure the device is as it was. */
+int pyhv_device_load(struct pyhv_device *device, const uint8_t *buffer, size_t size, struct pyhv_error *error);
+
+/* Only for a device that is attached to no bus: a bus destroys its own. */
+void pyhv_device_destroy(struct pyhv_device *device);
+
+/* 16550A UART at `port` (8 ports), interrupt line `gsi`. Console bytes go to out_fd and come from in_fd; each may be
+ * -1 (output is dropped, no input). The descriptors stay the caller's. */
+struct pyhv_device *pyhv_uart16550_create(uint16_t port, uint32_t gsi, int in_fd, int out_fd, struct pyhv_error *error);
+
+/* Moves bytes from the UART's in_fd into its receive FIFO, raising interrupts, until in_fd ends or
+ * pyhv_uart16550_stop_input() is called from another thread. Blocks: call it on a thread of its own. Returns 0 at the
+ * end of input or when stopped, -1 on a read error. */
+int pyhv_uart16550_pump_input(struct pyhv_device *uart, struct pyhv_error *error);
+void pyhv_uart16550_stop_input(struct pyhv_device *uart);
+
+/* One port; a write ends the run with the byte written as the guest's exit status. Reads are all-ones. */
+struct pyhv_device *pyhv_debug_exit_create(uint16_t port, struct pyhv_error *error);
+
+/* Keyboard controller: no keyboard, but the reset line that kernels pulse (command 0xFE to port 0x64). */
+struct pyhv_device *pyhv_i8042_create(struct pyhv_error *error);
+
+/* RTC and CMOS memory at ports 0x70 and 0x71. The RTC shows the host's UTC time. The bytes are the bytes of RAM below
+ * and above 4 GiB, for the memory-size registers that firmware reads. */
+struct pyhv_device *pyhv_cmos_create(uint64_t ram_below_4g, uint64_t ram_above_4g, struct pyhv_error *error);
+
+/* The ports of a VM and the devices behind them. */
+struct pyhv_bus;
+struct pyhv_bus *pyhv_bus_create(struct pyhv_error *error);
+void pyhv_bus_destroy(struct pyhv_bus *bus); /* and every device attached to it */
+
+/* The bus takes the device over. Fails where a port is already taken or more than PYHV_BUS_MAX_DEVICES are attached.
+ * Attach everything before the first vCPU runs. */
+#define PYHV_BUS_MAX_DEVICES 32
+int pyhv_bus_attach(struct pyhv_bus *bus, struct pyhv_device *device, struct pyhv_error *error);
+
+/* Connects the devices' interrupts; without a sink they are dropped. Before the first vCPU runs. */
+void pyhv_bus_set_irq_sink(struct pyhv_bus *bus, struct pyhv_irq_sink sink);
+
+/* One port access of `count` items of `size` bytes (1, 2 or 4) at `data`, as IN, OUT and REP INS/OUTS make them.
+ * Ports that nobody claims read all-ones and swallow writes. Returns an enum pyhv_action. Any thread. */
+int pyhv_bus_port_io(struct pyhv_bus *bus, uint16_t port, int is_write, uint32_t size, uint32_t count, void *data);
+
+/* The byte that came with PYHV_ACTION_GUEST_EXIT. */
+uint8_t pyhv_bus_exit_status(const struct pyhv_bus *bus);
+
+/* -------------------------------------------------------------------------------------------- guest memory -- */
+
+/* A mapping of guest RAM, backed by a memfd so that others can map it too. */
+struct pyhv_memory {
+    uint8_t *host;  /* where it is mapped in this process */
+    uint64_t size;  /* bytes, a multiple of 4096 */
+    int32_t fd;
+};
+int pyhv_memory_create(struct pyhv_memory *memory, uint64_t size, struct pyhv_error *error);
+void pyhv_memory_destroy(struct pyhv_memory *memory);
+
+/* ------------------------------------------------------------------------------------------- vCPU registers -- */
+
+struct pyhv_regs {
+    uint64_t rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp;
+    uint64_t r8, r9, r10, r11, r12, r13, r14, r15;
+    uint64_t rip, rflags;
+};
+
+/* A segment register with its hidden part. `attributes`: the descriptor's access bits as VMX keeps them (SDM Vol. 3,
+ * "Guest Register State"): type 3:0, S 4, DPL 6:5, P 7, AVL 12, L 13, D/B 14, G 15; 16: unusable. */
+struct pyhv_segment {
+    uint64_t base;
+    uint32_t limit;
+    uint32_t attributes;
+    uint32_t selector;
+    uint32_t reserved;
+};
+
+struct pyhv_sregs {
+    struct pyhv_segment cs, ds, es, fs, gs, ss, tr, ldt;
+    uint64_t gdt_base, idt_base;
+    uint32_t gdt_limit, idt_limit;
+    uint64_t cr0, cr2, cr3, cr4, cr8, efer, apic_base;
+};
+
+/* ---------------------------------------------------------------------------------------------- running it -- */
+
+/* Why a vCPU's run call came back. Every accelerator reports these. */
+enum pyhv_stop {
+    PYHV_STOP_KICKED = 1,         /* asked to by pyhv_vcpu_kick() */
+    PYHV_STOP_GUEST_EXIT = 2,     /* debug-exit port; `status` */
+    PYHV_STOP_RESET = 3,          /* a device or the platform asked for a reset */
+    PYHV_STOP_POWER_OFF = 4,
+    PYHV_STOP_HALTED = 5,         /* HLT, with nobody in the kernel to wait for an interrupt */
+    PYHV_STOP_TRIPLE_FAULT = 6,
+    PYHV_STOP_DEBUG = 7,          /* a debug event that the engine did not ask for, or one step done */
+    PYHV_STOP_INTERNAL_ERROR = 8, /* the accelerator could not execute an instruction: suberror, data */
+    PYHV_STOP_FAIL_ENTRY = 9,     /* hardware refused the vCPU's state: hardware_reason */
+    PYHV_STOP_SYSTEM_EVENT = 10,  /* suberror: the event's type */
+    PYHV_STOP_UNHANDLED = 11,     /* an exit that pyhv has no answer for: exit_reason */
+    PYHV_STOP_FAILED = 12,        /* a system call failed: error */
+    PYHV_STOP_TRAP_LOG_FULL = 13, /* drain it with pyhv_vcpu_trap_log() and run on */
+    PYHV_STOP_TRAP_LOST = 14,     /* a declared CPUID address holds something else: rip */
+};
+
+struct pyhv_exit {
+    uint32_t stop;            /* enum pyhv_stop */
+    uint32_t exit_reason;     /* the accelerator's own number (KVM_EXIT_*) of the last exit */
+    uint32_t status;          /* PYHV_STOP_GUEST_EXIT */
+    uint32_t suberror;
+    uint64_t hardware_reason;
+    uint64_t rip;             /* linear address where the vCPU stands */
+    uint32_t data_count;
+    uint32_t bytes_count;     /* 0 where rip could not be read */
+    uint64_t data[16];
+    uint8_t bytes[16];        /* the guest's memory at rip */
+    struct pyhv_error error;  /* PYHV_STOP_FAILED */
+};
+
+/* One CPUID that `trap` answered. */
+struct pyhv_cpuid_record {
+    uint64_t rip;         /* linear address of the instruction */
+    uint32_t leaf;
+    uint32_t subleaf;
+    uint32_t cpl;
+    uint32_t vcpu;
+    uint32_t hardware[4]; /* what this host's processor answers to the same question: EAX, EBX, ECX, EDX */
+    uint32_t guest[4];    /* what the guest got */
+};
+
+/* How many exits of each kind a vCPU made. */
+struct pyhv_counters {
+    uint64_t port_io, mmio, interrupted, traps, cpuid_answered, step_gaps;
+};
+
+/* ---------------------------------------------------------------------------------------------------- KVM -- */
+
+/* The system descriptor: /dev/kvm, its API version checked. Returns the descriptor, or -1. */
+int pyhv_kvm_open(const char *path, struct pyhv_error *error);
+/* KVM_CHECK_EXTENSION on a system or VM descriptor: 0 where the capability is absent. */
+int pyhv_kvm_check_extension(int fd, uint32_t capability, struct pyhv_error *error);
+/* KVM_GET_SUPPORTED_CPUID: returns the number of entries written. */
+int pyhv_kvm_supported_cpuid(int kvm_fd, struct pyhv_cpuid_entry *entries, size_t capacity, struct pyhv_error *error);
+/* KVM_GET_MSR_INDEX_LIST, or with `features` KVM_GET_MSR_FEATURE_INDEX_LIST: returns the number of indices. */
+int pyhv_kvm_msr_list(int kvm_fd, int features, uint32_t *indices, size_t capacity, struct pyhv_error *error);
+/* KVM_GET_MSRS on the system descriptor: reads one feature MSR. */
+int pyhv_kvm_feature_msr(int kvm_fd, uint32_t index, uint64_t *value, struct pyhv_error *error);
+
+struct pyhv_vm_config {
+    uint32_t irqchip; /* 1: LAPICs, I/O APIC, PICs and PIT in the kernel */
+};
+struct pyhv_vm;
+struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, struct pyhv_bus *bus,
+                               struct pyhv_error *error);
+void pyhv_vm_destroy(struct pyhv_vm *vm); /* after its vCPUs; memory and bus stay the caller's */
+int pyhv_vm_fd(const struct pyhv_vm *vm);
+
+/* Gives `size` bytes of host memory to the guest at `gpa`. */
+#define PYHV_VM_MAX_SLOTS 16
+int pyhv_vm_map(struct pyhv_vm *vm, uint64_t gpa, uint64_t size, void *host, struct pyhv_error *error);
+
+struct pyhv_vcpu;
+struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct pyhv_error *error);
+void pyhv_vcpu_destroy(struct pyhv_vcpu *vcpu); /* not while it runs */
+
+/* KVM_SET_CPUID2; once, before the first run. */
+int pyhv_vcpu_set_cpuid(struct pyhv_vcpu *vcpu, const struct pyhv_cpuid_entry *entries, size_t count,
+                        struct pyhv_error *error);
+/* KVM_GET_CPUID2: returns the number of entries written. */
+int pyhv_vcpu_get_cpuid(struct pyhv_vcpu *vcpu, struct pyhv_cpuid_entry *entries, size_t capacity,
+                        struct pyhv_error *error);
+
+int pyhv_vcpu_get_regs(struct pyhv_vcpu *vcpu, struct pyhv_regs *regs, struct pyhv_error *error);
+int pyhv_vcpu_set_regs(struct pyhv_vcpu *vcpu, const struct pyhv_regs *regs, struct pyhv_error *error);
+int pyhv_vcpu_get_sregs(struct pyhv_vcpu *vcpu, struct pyhv_sregs *sregs, struct pyhv_error *error);
+int pyhv_vcpu_set_sregs(struct pyhv_vcpu *vcpu, const struct pyhv_sregs *sregs, struct pyhv_error *error);
+/* KVM_GET_MP_STATE: KVM_MP_STATE_* or -1. */
+int pyhv_vcpu_get_mp_state(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
+/* KVM_GET_TSC_KHZ: kHz, or -1. */
+int pyhv_vcpu_get_tsc_khz(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
+const struct pyhv_counters *pyhv_vcpu_counters(const struct pyhv_vcpu *vcpu);
+
+/* Runs the vCPU until something stops it, and says what in `exit`; answers port I/O and CPUID traps on the way. The
+ * calling thread is the vCPU's thread while this runs. Call without the GIL. */
+void pyhv_vcpu_run(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit);
+
+/* Makes the current or the next pyhv_vcpu_run() return PYHV_STOP_KICKED soon. Any thread. */
+void pyhv_vcpu_kick(struct pyhv_vcpu *vcpu);
+
+/* Executes one instruction and stops with PYHV_STOP_DEBUG (or what else the instruction caused). */
+void pyhv_vcpu_step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit);
+
+/* ------------------------------------------------------------------------- trap: CPUID without the kernel -- */
+
+#define PYHV_TRAP_MAX_SITES 4
+
+/* Answers the vCPU's CPUID instructions from `table` instead of the kernel, through guest debug. With `site_count` 0
+ * every instruction is stepped; otherwise only the linear addresses in `sites`, which must be all the CPUID
+ * instructions that run, through hardware breakpoints. `table` must outlive the vCPU. With `log_capacity` > 0
+ * each answer is recorded; a full log stops the run. Before the first run. */
+struct pyhv_trap_config {
+    const struct pyhv_cpuid_table *table;
+    uint32_t site_count;
+    uint32_t log_capacity;
+    uint64_t sites[PYHV_TRAP_MAX_SITES];
+};
+int pyhv_vcpu_trap(struct pyhv_vcpu *vcpu, const struct pyhv_trap_config *config, struct pyhv_error *error);
+
+/* Moves up to `capacity` records out of the log, oldest first; returns how many. Not while the vCPU runs. */
+size_t pyhv_vcpu_trap_log(struct pyhv_vcpu *vcpu, struct pyhv_cpuid_record *records, size_t capacity);
+
+#endif

@@ -1,0 +1,51 @@
+"""Every error that pyhv raises on purpose. Each carries its facts as attributes; str() is one line for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class PyhvError(Exception):
+    """The root: catch this to catch everything that pyhv raises on purpose."""
+
+
+class BadInput(PyhvError):
+    """Something that the caller gave is wrong: the command line ends with exit status 2.
+
+    subject: the thing (a path, an option, a name); problem: what is wrong with it; advice: what to do, or "".
+    """
+
+    def __init__(self, subject: str, problem: str, advice: str = "") -> None:
+        self.subject = subject
+        self.problem = problem
+        self.advice = advice
+        super().__init__(f"{subject}: {problem}" + (f"; {advice}" if advice else ""))
+
+
+class HostError(PyhvError):
+    """The host refused or lacks something: `what` failed (an ioctl, a device, a system call) with `errnum` (0: none)."""
+
+    def __init__(self, what: str, errnum: int, detail: str = "", advice: str = "") -> None:
+        import os
+
+        self.what = what
+        self.errnum = errnum
+        self.detail = detail
+        self.advice = advice
+        parts = [p for p in (os.strerror(errnum) if errnum else "", detail) if p]
+        super().__init__(f"{what}: {', '.join(parts)}" + (f"; {advice}" if advice else ""))
+
+
+class NotAvailable(BadInput):
+    """What was asked for cannot be had on this machine (no /dev/kvm, no permission): exit status 2."""
+
+
+class NotFaithful(BadInput):
+    """This host shows guests features that the profile hides.
+
+    leaks: names of the features that would stay visible, at any privilege level.
+    """
+
+    def __init__(self, subject: str, problem: str, advice: str, leaks: Sequence[str]) -> None:
+        self.leaks = tuple(leaks)
+        super().__init__(subject, problem, advice)
