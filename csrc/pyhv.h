@@ -150,8 +150,8 @@ uint8_t pyhv_bus_exit_status(const struct pyhv_bus *bus);
 
 /* A mapping of guest RAM, backed by a memfd so that others can map it too. */
 struct pyhv_memory {
-    uint8_t *host;  /* where it is mapped in this process */
-    uint64_t size;  /* bytes, a multiple of 4096 */
+    uint8_t *host; /* where it is mapped in this process */
+    uint64_t size; /* bytes, a multiple of 4096 */
     int32_t fd;
 };
 int pyhv_memory_create(struct pyhv_memory *memory, uint64_t size, struct pyhv_error *error);
@@ -186,11 +186,11 @@ struct pyhv_sregs {
 
 /* Why a vCPU's run call came back. Every accelerator reports these. */
 enum pyhv_stop {
-    PYHV_STOP_KICKED = 1,         /* asked to by pyhv_vcpu_kick() */
-    PYHV_STOP_GUEST_EXIT = 2,     /* debug-exit port; `status` */
-    PYHV_STOP_RESET = 3,          /* a device or the platform asked for a reset */
+    PYHV_STOP_KICKED = 1,     /* asked to by pyhv_vcpu_kick() */
+    PYHV_STOP_GUEST_EXIT = 2, /* debug-exit port; `status` */
+    PYHV_STOP_RESET = 3,      /* a device or the platform asked for a reset */
     PYHV_STOP_POWER_OFF = 4,
-    PYHV_STOP_HALTED = 5,         /* HLT, with nobody in the kernel to wait for an interrupt */
+    PYHV_STOP_HALTED = 5, /* HLT, with nobody in the kernel to wait for an interrupt */
     PYHV_STOP_TRIPLE_FAULT = 6,
     PYHV_STOP_DEBUG = 7,          /* a debug event that the engine did not ask for, or one step done */
     PYHV_STOP_INTERNAL_ERROR = 8, /* the accelerator could not execute an instruction: suberror, data */
@@ -203,22 +203,22 @@ enum pyhv_stop {
 };
 
 struct pyhv_exit {
-    uint32_t stop;            /* enum pyhv_stop */
-    uint32_t exit_reason;     /* the accelerator's own number (KVM_EXIT_*) of the last exit */
-    uint32_t status;          /* PYHV_STOP_GUEST_EXIT */
+    uint32_t stop;        /* enum pyhv_stop */
+    uint32_t exit_reason; /* the accelerator's own number (KVM_EXIT_*) of the last exit */
+    uint32_t status;      /* PYHV_STOP_GUEST_EXIT */
     uint32_t suberror;
     uint64_t hardware_reason;
-    uint64_t rip;             /* linear address where the vCPU stands */
+    uint64_t rip; /* linear address where the vCPU stands */
     uint32_t data_count;
-    uint32_t bytes_count;     /* 0 where rip could not be read */
+    uint32_t bytes_count; /* 0 where rip could not be read */
     uint64_t data[16];
-    uint8_t bytes[16];        /* the guest's memory at rip */
-    struct pyhv_error error;  /* PYHV_STOP_FAILED */
+    uint8_t bytes[16];       /* the guest's memory at rip */
+    struct pyhv_error error; /* PYHV_STOP_FAILED */
 };
 
 /* One CPUID that `trap` answered. */
 struct pyhv_cpuid_record {
-    uint64_t rip;         /* linear address of the instruction */
+    uint64_t rip; /* linear address of the instruction */
     uint32_t leaf;
     uint32_t subleaf;
     uint32_t cpl;
@@ -249,6 +249,7 @@ struct pyhv_vm_config {
     uint32_t irqchip; /* 1: LAPICs, I/O APIC, PICs and PIT in the kernel */
 };
 struct pyhv_vm;
+/* The devices on `bus` (NULL: none) raise their interrupts in the VM's irqchip, if it has one. */
 struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, struct pyhv_bus *bus,
                                struct pyhv_error *error);
 void pyhv_vm_destroy(struct pyhv_vm *vm); /* after its vCPUs; memory and bus stay the caller's */

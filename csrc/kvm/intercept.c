@@ -1,0 +1,200 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * CPUID without the kernel: KVM has no exit for it, but its guest debug stops a vCPU in front of an
+ * instruction. Then the engine answers from its own table and moves RIP past the instruction, which never
+ * executes.
+ *
+ * What this covers. With breakpoints on declared addresses: every CPUID at these addresses, at full speed in
+ * between. With stepping: every instruction whose step is reported. A step is asked for through RFLAGS.TF,
+ * which the processor clears when it delivers an exception or interrupt or executes INT n or SYSCALL; until
+ * the handler returns nothing is reported. Interrupts are held back where the kernel can
+ * (KVM_GUESTDBG_BLOCKIRQ); software ones are counted as gaps; exceptions cannot be seen from here. And the
+ * guest can see TF by PUSHF.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+
+#include "kvm/kvm.h"
+
+#define MSR_IA32_XSS 0xda0
+
+/* DR7 (SDM Vol. 3, "Debug Control Register"): global enable of breakpoint n is bit 2n+1; length and type zero
+ * mean "execution"; bit 10 reads as one. */
+#define DR7_FIXED         0x400u
+#define DR7_GLOBAL_BIT(n) (2u << (2 * (n)))
+
+int pyhv_vcpu_trap(struct pyhv_vcpu *vcpu, const struct pyhv_trap_config *config, struct pyhv_error *error)
+{
+    if (config->site_count > PYHV_TRAP_MAX_SITES)
+        return pyhv_fail(error, EINVAL, "pyhv_vcpu_trap", "%u addresses, the processor has %d breakpoints",
+                         config->site_count, PYHV_TRAP_MAX_SITES);
+    struct pyhv_cpuid_record *log = NULL;
+    if (config->log_capacity > 0) {
+        log = calloc(config->log_capacity, sizeof *log);
+        if (!log)
+            return pyhv_fail(error, ENOMEM, "pyhv_vcpu_trap", "a log of %u records", config->log_capacity);
+    }
+    free(vcpu->trap.log);
+    vcpu->trap = (struct pyhv_trap){
+        .table = config->table,
+        .site_count = config->site_count,
+        .log = log,
+        .log_capacity = config->log_capacity,
+    };
+    memcpy(vcpu->trap.sites, config->sites, sizeof vcpu->trap.sites);
+#ifdef KVM_GUESTDBG_BLOCKIRQ
+    /* The capability's value is the set of flags that KVM_SET_GUEST_DEBUG takes. */
+    int flags = ioctl(vcpu->vm->kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_SET_GUEST_DEBUG2);
+    vcpu->trap.block_irq = flags > 0 && (flags & KVM_GUESTDBG_BLOCKIRQ);
+#endif
+    return 0;
+}
+
+size_t pyhv_vcpu_trap_log(struct pyhv_vcpu *vcpu, struct pyhv_cpuid_record *records, size_t capacity)
+{
+    struct pyhv_trap *trap = &vcpu->trap;
+    size_t count = trap->log_count < capacity ? trap->log_count : capacity;
+    if (count == 0)
+        return 0;
+    memcpy(records, trap->log, count * sizeof *records);
+    memmove(trap->log, trap->log + count, (trap->log_count - count) * sizeof *records);
+    trap->log_count -= (uint32_t)count;
+    return count;
+}
+
+static int set_guest_debug(struct pyhv_vcpu *vcpu, const struct kvm_guest_debug *debug, struct pyhv_error *error)
+{
+    return ioctl(vcpu->fd, KVM_SET_GUEST_DEBUG, debug) < 0 ? pyhv_fail_errno(error, "KVM_SET_GUEST_DEBUG") : 0;
+}
+
+int pyhv_trap_arm(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
+{
+    const struct pyhv_trap *trap = &vcpu->trap;
+    if (!trap->table)
+        return 0;
+    struct kvm_guest_debug debug = {.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP};
+    debug.arch.debugreg[7] = DR7_FIXED;
+    for (uint32_t i = 0; i < trap->site_count; i++) {
+        debug.arch.debugreg[i] = trap->sites[i];
+        debug.arch.debugreg[7] |= DR7_GLOBAL_BIT(i);
+    }
+    return set_guest_debug(vcpu, &debug, error);
+}
+
+int pyhv_trap_arm_step(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
+{
+    struct kvm_guest_debug debug = {.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP};
+#ifdef KVM_GUESTDBG_BLOCKIRQ
+    if (vcpu->trap.block_irq)
+        debug.control |= KVM_GUESTDBG_BLOCKIRQ;
+#endif
+    /* Before every step: the call itself sets TF anew, which the instruction before may have cleared (POPF).
+     */
+    return set_guest_debug(vcpu, &debug, error);
+}
+
+/* The length of the CPUID instruction that `bytes` start with, 0 if they are something else. Prefixes are
+ * legal and without effect, except LOCK, which makes the processor raise #UD: that is left to it. */
+static unsigned cpuid_length(const uint8_t *bytes, size_t count, bool long_mode)
+{
+    /* Segment overrides, operand and address size, REPNE, REP. */
+    static const uint8_t prefixes[] = {0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf2, 0xf3};
+    size_t i = 0;
+    while (i < count && memchr(prefixes, bytes[i], sizeof prefixes))
+        i++;
+    if (long_mode && i < count && (bytes[i] & 0xf0) == 0x40) /* REX, which must come last */
+        i++;
+    return i + 1 < count && bytes[i] == 0x0f && bytes[i + 1] == 0xa2 ? (unsigned)i + 2 : 0;
+}
+
+/* Whether the instruction makes the processor clear TF and run code that no step reports. */
+static bool is_software_event(const uint8_t *bytes, size_t count)
+{
+    if (count == 0)
+        return false;
+    switch (bytes[0]) {
+    case 0xcc: /* INT3 */
+    case 0xcd: /* INT n */
+    case 0xce: /* INTO */
+    case 0xf1: /* INT1 */
+        return true;
+    case 0x0f:
+        return count > 1 &&
+               (bytes[1] == 0x05 /* SYSCALL */ || bytes[1] == 0x34 /* SYSENTER */ || bytes[1] == 0x0b /* UD2 */);
+    default:
+        return false;
+    }
+}
+
+/* XCR0 of a vCPU; 1 (x87 only) on a host without XSAVE, where the call does not exist. */
+static uint64_t read_xcr0(const struct pyhv_vcpu *vcpu)
+{
+    struct kvm_xcrs xcrs = {0};
+    if (ioctl(vcpu->fd, KVM_GET_XCRS, &xcrs) < 0)
+        return 1;
+    for (uint32_t i = 0; i < xcrs.nr_xcrs && i < KVM_MAX_XCRS; i++)
+        if (xcrs.xcrs[i].xcr == 0)
+            return xcrs.xcrs[i].value;
+    return 1;
+}
+
+/* IA32_XSS of a vCPU; 0 where the processor has none. */
+static uint64_t read_xss(const struct pyhv_vcpu *vcpu)
+{
+    struct {
+        struct kvm_msrs head;
+        struct kvm_msr_entry entry;
+    } msrs = {.head.nmsrs = 1, .entry.index = MSR_IA32_XSS};
+    return ioctl(vcpu->fd, KVM_GET_MSRS, &msrs) == 1 ? msrs.entry.data : 0;
+}
+
+enum pyhv_trap_result pyhv_trap_answer(struct pyhv_vcpu *vcpu, uint64_t linear, struct pyhv_error *error)
+{
+    struct pyhv_trap *trap = &vcpu->trap;
+    uint8_t bytes[15]; /* no instruction is longer */
+    size_t count = pyhv_vcpu_read_linear(vcpu, linear, bytes, sizeof bytes);
+    struct pyhv_sregs sregs;
+    struct pyhv_regs regs;
+    if (pyhv_vcpu_get_sregs(vcpu, &sregs, error) < 0)
+        return PYHV_TRAP_FAILED;
+    unsigned length = cpuid_length(bytes, count, sregs.cs.attributes >> 13 & 1);
+    if (length == 0) {
+        if (is_software_event(bytes, count))
+            vcpu->counters.step_gaps++;
+        return PYHV_TRAP_NOT_CPUID;
+    }
+    if (trap->log && trap->log_count == trap->log_capacity)
+        return PYHV_TRAP_LOG_FULL;
+    if (pyhv_vcpu_get_regs(vcpu, &regs, error) < 0)
+        return PYHV_TRAP_FAILED;
+
+    struct pyhv_cpuid_record record = {
+        .rip = linear,
+        .leaf = (uint32_t)regs.rax,
+        .subleaf = (uint32_t)regs.rcx,
+        .cpl = sregs.ss.attributes >> 5 & 3, /* SS's DPL is the CPL (SDM Vol. 3, "Guest Register State") */
+        .vcpu = vcpu->index,
+    };
+    struct pyhv_cpuid_dynamic dynamic = {.cr4 = sregs.cr4, .apic_base = sregs.apic_base, .xcr0 = 1};
+    if (record.leaf == 0xd || record.leaf > trap->table->max_basic) { /* the highest leaf, repeated, may be 0xD */
+        dynamic.xcr0 = read_xcr0(vcpu);
+        dynamic.xss = read_xss(vcpu);
+    }
+    pyhv_cpuid_answer(trap->table, &dynamic, record.leaf, record.subleaf, record.guest);
+    if (trap->log) {
+        pyhv_cpuid_host(record.leaf, record.subleaf, record.hardware);
+        trap->log[trap->log_count++] = record;
+    }
+
+    regs.rax = record.guest[0]; /* 32-bit results clear the upper halves */
+    regs.rbx = record.guest[1];
+    regs.rcx = record.guest[2];
+    regs.rdx = record.guest[3];
+    regs.rip += length;
+    if (pyhv_vcpu_set_regs(vcpu, &regs, error) < 0)
+        return PYHV_TRAP_FAILED;
+    vcpu->counters.cpuid_answered++;
+    return PYHV_TRAP_ANSWERED;
+}

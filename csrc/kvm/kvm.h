@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * What the files of csrc/kvm share: the VM and vCPU objects.
+ */
+#ifndef PYHV_KVM_KVM_H
+#define PYHV_KVM_KVM_H
+
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "error.h"
+#include "pyhv.h"
+
+struct pyhv_slot {
+    uint64_t gpa;
+    uint64_t size;
+    uint8_t *host;
+};
+
+struct pyhv_vm {
+    int kvm_fd;
+    int fd;
+    bool irqchip;
+    struct pyhv_bus *bus;
+    uint32_t slot_count;
+    struct pyhv_slot slots[PYHV_VM_MAX_SLOTS];
+};
+
+/* CPUID traps of one vCPU; see intercept.c. */
+struct pyhv_trap {
+    const struct pyhv_cpuid_table *table; /* NULL: the kernel answers */
+    uint32_t site_count;                  /* 0: every instruction is stepped */
+    uint64_t sites[PYHV_TRAP_MAX_SITES];
+    bool block_irq; /* KVM_GUESTDBG_BLOCKIRQ exists: no interrupt is delivered between two steps */
+    struct pyhv_cpuid_record *log;
+    uint32_t log_capacity;
+    uint32_t log_count;
+};
+
+struct pyhv_vcpu {
+    struct pyhv_vm *vm;
+    int fd;
+    uint32_t index;
+    struct kvm_run *run;
+    size_t run_size;
+    struct pyhv_trap trap;
+    struct pyhv_counters counters;
+    bool io_pending; /* the last exit's port or memory access is finished by the next KVM_RUN only */
+
+    /* The kick. `lock` covers thread and running, so that no signal goes to a thread that has ended. */
+    pthread_mutex_t lock;
+    pthread_t thread;
+    bool running;
+    atomic_int kicked;
+};
+
+/* Reads guest memory by guest-physical address; false where it is not RAM. */
+bool pyhv_vm_read(const struct pyhv_vm *vm, uint64_t gpa, void *buffer, size_t size);
+
+/* Reads guest memory as the vCPU sees it; returns how many bytes could be read from the start on. */
+size_t pyhv_vcpu_read_linear(struct pyhv_vcpu *vcpu, uint64_t linear, void *buffer, size_t size);
+
+/* Where the vCPU stands: CS base + RIP. */
+int pyhv_vcpu_linear_rip(struct pyhv_vcpu *vcpu, uint64_t *linear, struct pyhv_error *error);
+
+/* KVM_SET_GUEST_DEBUG for what the vCPU's trap needs: breakpoints at its sites, or nothing. */
+int pyhv_trap_arm(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
+
+/* KVM_SET_GUEST_DEBUG for one step of one instruction. */
+int pyhv_trap_arm_step(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
+
+enum pyhv_trap_result {
+    PYHV_TRAP_FAILED = -1,
+    PYHV_TRAP_NOT_CPUID = 0, /* nothing was done */
+    PYHV_TRAP_ANSWERED = 1,  /* the answer is in the registers, RIP stands after the instruction */
+    PYHV_TRAP_LOG_FULL = 2,  /* nothing was done: the log must be drained first */
+};
+
+/* If the instruction at `linear`, where the vCPU stands, is CPUID: answers it from the table. No I/O may be
+ * pending. */
+enum pyhv_trap_result pyhv_trap_answer(struct pyhv_vcpu *vcpu, uint64_t linear, struct pyhv_error *error);
+
+#endif

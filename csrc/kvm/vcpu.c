@@ -1,0 +1,429 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * A vCPU: its creation, its run loop, and the kick that ends a run from outside.
+ */
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "cancel.h"
+#include "kvm/kvm.h"
+
+/* The kick's signal. Its handler does nothing: what counts is that KVM_RUN, or a device's write, returns
+ * EINTR. */
+#define KICK_SIGNAL SIGRTMIN
+
+static void kick_handler(int signal)
+{
+    (void)signal;
+}
+
+static void install_kick_handler(void)
+{
+    struct sigaction action = {.sa_handler = kick_handler}; /* no SA_RESTART: blocked calls must return */
+    sigemptyset(&action.sa_mask);
+    sigaction(KICK_SIGNAL, &action, NULL); /* cannot fail for a valid signal and handler */
+}
+
+struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct pyhv_error *error)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, install_kick_handler);
+
+    int run_size = ioctl(vm->kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0);
+    if (run_size < 0) {
+        pyhv_fail_errno(error, "KVM_GET_VCPU_MMAP_SIZE");
+        return NULL;
+    }
+    struct pyhv_vcpu *vcpu = calloc(1, sizeof *vcpu);
+    if (!vcpu) {
+        pyhv_fail(error, ENOMEM, "pyhv_vcpu_create", NULL);
+        return NULL;
+    }
+    vcpu->vm = vm;
+    vcpu->index = index;
+    vcpu->run_size = (size_t)run_size;
+    pthread_mutex_init(&vcpu->lock, NULL);
+    vcpu->fd = ioctl(vm->fd, KVM_CREATE_VCPU, index);
+    if (vcpu->fd < 0) {
+        pyhv_fail(error, errno, "KVM_CREATE_VCPU", "vCPU %u", index);
+        goto fail;
+    }
+    vcpu->run = mmap(NULL, vcpu->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd, 0);
+    if (vcpu->run == MAP_FAILED) {
+        pyhv_fail(error, errno, "mmap", "struct kvm_run of vCPU %u", index);
+        close(vcpu->fd);
+        goto fail;
+    }
+    return vcpu;
+
+fail:
+    pthread_mutex_destroy(&vcpu->lock);
+    free(vcpu);
+    return NULL;
+}
+
+void pyhv_vcpu_destroy(struct pyhv_vcpu *vcpu)
+{
+    if (!vcpu)
+        return;
+    munmap(vcpu->run, vcpu->run_size);
+    close(vcpu->fd);
+    pthread_mutex_destroy(&vcpu->lock);
+    free(vcpu->trap.log);
+    free(vcpu);
+}
+
+const struct pyhv_counters *pyhv_vcpu_counters(const struct pyhv_vcpu *vcpu)
+{
+    return &vcpu->counters;
+}
+
+void pyhv_vcpu_kick(struct pyhv_vcpu *vcpu)
+{
+    pthread_mutex_lock(&vcpu->lock);
+    atomic_store(&vcpu->kicked, 1);
+    /* Covers the time before KVM_RUN, when a signal would be lost; the signal covers the time inside it. */
+    vcpu->run->immediate_exit = 1;
+    if (vcpu->running)
+        pthread_kill(vcpu->thread, KICK_SIGNAL);
+    pthread_mutex_unlock(&vcpu->lock);
+}
+
+/* Takes a kick back from the vCPU: true if there was one. */
+static bool consume_kick(struct pyhv_vcpu *vcpu)
+{
+    pthread_mutex_lock(&vcpu->lock);
+    bool kicked = atomic_exchange(&vcpu->kicked, 0) != 0;
+    vcpu->run->immediate_exit = 0;
+    pthread_mutex_unlock(&vcpu->lock);
+    return kicked;
+}
+
+size_t pyhv_vcpu_read_linear(struct pyhv_vcpu *vcpu, uint64_t linear, void *buffer, size_t size)
+{
+    size_t done = 0;
+    while (done < size) {
+        struct kvm_translation page = {.linear_address = linear + done};
+        size_t room = 4096 - ((linear + done) & 4095);
+        size_t part = size - done < room ? size - done : room;
+        if (ioctl(vcpu->fd, KVM_TRANSLATE, &page) < 0 || !page.valid ||
+            !pyhv_vm_read(vcpu->vm, page.physical_address, (char *)buffer + done, part))
+            break;
+        done += part;
+    }
+    return done;
+}
+
+int pyhv_vcpu_linear_rip(struct pyhv_vcpu *vcpu, uint64_t *linear, struct pyhv_error *error)
+{
+    struct pyhv_regs regs;
+    struct pyhv_sregs sregs;
+    if (pyhv_vcpu_get_regs(vcpu, &regs, error) < 0 || pyhv_vcpu_get_sregs(vcpu, &sregs, error) < 0)
+        return -1;
+    /* In 64-bit mode the base of CS is zero whatever its descriptor says, and KVM reports it as zero. */
+    *linear = sregs.cs.base + regs.rip;
+    return 0;
+}
+
+static void stop(struct pyhv_exit *exit, enum pyhv_stop why)
+{
+    exit->stop = why;
+}
+
+static bool stop_for_action(struct pyhv_vcpu *vcpu, int action, struct pyhv_exit *exit)
+{
+    switch (action) {
+    case PYHV_ACTION_NONE:
+        return false;
+    case PYHV_ACTION_GUEST_EXIT:
+        exit->status = pyhv_bus_exit_status(vcpu->vm->bus);
+        stop(exit, PYHV_STOP_GUEST_EXIT);
+        return true;
+    case PYHV_ACTION_RESET:
+        stop(exit, PYHV_STOP_RESET);
+        return true;
+    default:
+        stop(exit, PYHV_STOP_POWER_OFF);
+        return true;
+    }
+}
+
+static bool handle_port_io(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    struct kvm_run *run = vcpu->run;
+    void *data = (char *)run + run->io.data_offset;
+    bool is_write = run->io.direction == KVM_EXIT_IO_OUT;
+    vcpu->counters.port_io++;
+    vcpu->io_pending = true;
+    if (!vcpu->vm->bus) {
+        if (!is_write)
+            memset(data, 0xff, (size_t)run->io.size * run->io.count);
+        return false;
+    }
+    int action = pyhv_bus_port_io(vcpu->vm->bus, run->io.port, is_write, run->io.size, run->io.count, data);
+    return stop_for_action(vcpu, action, exit);
+}
+
+static bool handle_mmio(struct pyhv_vcpu *vcpu)
+{
+    struct kvm_run *run = vcpu->run;
+    vcpu->counters.mmio++;
+    vcpu->io_pending = true;
+    if (!run->mmio.is_write) /* nothing is mapped outside RAM: a bus without a listener reads all-ones */
+        memset(run->mmio.data, 0xff, sizeof run->mmio.data);
+    return false;
+}
+
+static bool handle_system_event(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    switch (vcpu->run->system_event.type) {
+    case KVM_SYSTEM_EVENT_SHUTDOWN:
+        stop(exit, PYHV_STOP_POWER_OFF);
+        break;
+    case KVM_SYSTEM_EVENT_RESET:
+        stop(exit, PYHV_STOP_RESET);
+        break;
+    default:
+        exit->suberror = vcpu->run->system_event.type;
+        stop(exit, PYHV_STOP_SYSTEM_EVENT);
+    }
+    return true;
+}
+
+static bool handle_internal_error(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    const struct kvm_run *run = vcpu->run;
+    const uint32_t most = sizeof exit->data / sizeof exit->data[0];
+    exit->suberror = run->internal.suberror;
+    exit->data_count = run->internal.ndata < most ? run->internal.ndata : most;
+    memcpy(exit->data, run->internal.data, exit->data_count * sizeof exit->data[0]);
+    stop(exit, PYHV_STOP_INTERNAL_ERROR);
+    return true;
+}
+
+/* A debug exit that is none of the run loop's own steps: with traps on declared addresses, one of them. */
+static bool handle_debug(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    if (!vcpu->trap.table || vcpu->trap.site_count == 0) {
+        stop(exit, PYHV_STOP_DEBUG);
+        return true;
+    }
+    vcpu->counters.traps++;
+    switch (pyhv_trap_answer(vcpu, vcpu->run->debug.arch.pc, &exit->error)) {
+    case PYHV_TRAP_ANSWERED:
+        return false;
+    case PYHV_TRAP_NOT_CPUID:
+        stop(exit, PYHV_STOP_TRAP_LOST);
+        return true;
+    case PYHV_TRAP_LOG_FULL:
+        stop(exit, PYHV_STOP_TRAP_LOG_FULL);
+        return true;
+    case PYHV_TRAP_FAILED:
+        break;
+    }
+    stop(exit, PYHV_STOP_FAILED);
+    return true;
+}
+
+/* Acts on the exit in vcpu->run. Returns true if it ends the run, with `exit` saying why. */
+static bool dispatch(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    const struct kvm_run *run = vcpu->run;
+    exit->exit_reason = run->exit_reason;
+    switch (run->exit_reason) {
+    case KVM_EXIT_IO:
+        return handle_port_io(vcpu, exit);
+    case KVM_EXIT_MMIO:
+        return handle_mmio(vcpu);
+    case KVM_EXIT_DEBUG:
+        return handle_debug(vcpu, exit);
+    case KVM_EXIT_HLT: /* only where no irqchip in the kernel waits for the interrupt */
+        stop(exit, PYHV_STOP_HALTED);
+        return true;
+    case KVM_EXIT_SHUTDOWN:
+        stop(exit, PYHV_STOP_TRIPLE_FAULT);
+        return true;
+    case KVM_EXIT_SYSTEM_EVENT:
+        return handle_system_event(vcpu, exit);
+    case KVM_EXIT_INTERNAL_ERROR:
+        return handle_internal_error(vcpu, exit);
+    case KVM_EXIT_FAIL_ENTRY:
+        exit->hardware_reason = run->fail_entry.hardware_entry_failure_reason;
+        stop(exit, PYHV_STOP_FAIL_ENTRY);
+        return true;
+    case KVM_EXIT_UNKNOWN:
+        exit->hardware_reason = run->hw.hardware_exit_reason;
+        stop(exit, PYHV_STOP_UNHANDLED);
+        return true;
+    case KVM_EXIT_INTR:            /* a signal: the kick is looked at before the next entry */
+    case KVM_EXIT_IRQ_WINDOW_OPEN: /* only useful to an irqchip in user space */
+    case KVM_EXIT_SET_TPR:
+        return false;
+    default:
+        stop(exit, PYHV_STOP_UNHANDLED);
+        return true;
+    }
+}
+
+/* One KVM_RUN and what follows from it. Returns true if the run ends. */
+static bool enter(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    vcpu->io_pending = false; /* this entry finishes it */
+    if (ioctl(vcpu->fd, KVM_RUN, 0) == 0)
+        return dispatch(vcpu, exit);
+    if (errno == EAGAIN) /* an application processor has left INIT and can be entered now */
+        return false;
+    if (errno != EINTR) {
+        pyhv_fail_errno(&exit->error, "KVM_RUN");
+        stop(exit, PYHV_STOP_FAILED);
+        return true;
+    }
+    vcpu->counters.interrupted++;
+    if (!consume_kick(vcpu))
+        return false;
+    stop(exit, PYHV_STOP_KICKED);
+    return true;
+}
+
+/* Finishes the last port or memory access without executing another instruction. Returns true if the run
+ * ends. */
+static bool finish_io(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    while (vcpu->io_pending) { /* a repeated string instruction may exit again */
+        vcpu->io_pending = false;
+        vcpu->run->immediate_exit = 1;
+        int result = ioctl(vcpu->fd, KVM_RUN, 0);
+        int errnum = errno;
+        pthread_mutex_lock(&vcpu->lock); /* a kick that comes now keeps its immediate_exit */
+        vcpu->run->immediate_exit = atomic_load(&vcpu->kicked) != 0;
+        pthread_mutex_unlock(&vcpu->lock);
+        if (result == 0) {
+            /* Single-stepping reports the finished instruction as a step of its own. */
+            if (vcpu->run->exit_reason != KVM_EXIT_DEBUG && dispatch(vcpu, exit))
+                return true;
+        } else if (errnum != EINTR && errnum != EAGAIN) {
+            pyhv_fail(&exit->error, errnum, "KVM_RUN", "finishing an I/O instruction");
+            stop(exit, PYHV_STOP_FAILED);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Executes one instruction; CPUID from the trap's table if there is one. Returns true if the run ends. */
+static bool step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    uint64_t before;
+    if (finish_io(vcpu, exit))
+        return true;
+    if (pyhv_vcpu_linear_rip(vcpu, &before, &exit->error) < 0)
+        goto failed;
+    if (vcpu->trap.table) {
+        switch (pyhv_trap_answer(vcpu, before, &exit->error)) {
+        case PYHV_TRAP_ANSWERED:
+            return false;
+        case PYHV_TRAP_NOT_CPUID:
+            break;
+        case PYHV_TRAP_LOG_FULL:
+            stop(exit, PYHV_STOP_TRAP_LOG_FULL);
+            return true;
+        case PYHV_TRAP_FAILED:
+            goto failed;
+        }
+    }
+    if (pyhv_trap_arm_step(vcpu, &exit->error) < 0)
+        goto failed;
+    for (;;) {
+        vcpu->io_pending = false;
+        if (ioctl(vcpu->fd, KVM_RUN, 0) == 0) {
+            if (vcpu->run->exit_reason == KVM_EXIT_DEBUG) {
+                vcpu->counters.traps++;
+                return false;
+            }
+            if (dispatch(vcpu, exit))
+                return true;
+            if (vcpu->io_pending)
+                return finish_io(vcpu, exit);
+        } else if (errno == EINTR) {
+            vcpu->counters.interrupted++;
+            if (consume_kick(vcpu)) {
+                stop(exit, PYHV_STOP_KICKED);
+                return true;
+            }
+        } else if (errno == EAGAIN) {
+            return false; /* an AP has left INIT, which cleared TF: look at where it stands now and arm again
+                           */
+        } else {
+            pyhv_fail_errno(&exit->error, "KVM_RUN");
+            goto failed;
+        }
+    }
+failed:
+    stop(exit, PYHV_STOP_FAILED);
+    return true;
+}
+
+/* Adds where the vCPU stands, for whoever reads the exit. */
+static void describe(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    if (pyhv_vcpu_linear_rip(vcpu, &exit->rip, NULL) == 0)
+        exit->bytes_count = (uint32_t)pyhv_vcpu_read_linear(vcpu, exit->rip, exit->bytes, sizeof exit->bytes);
+}
+
+/* Marks the calling thread as the vCPU's, where the kick's signal gets through whatever the caller's mask
+ * says. */
+static void enter_thread(struct pyhv_vcpu *vcpu, sigset_t *mask)
+{
+    sigset_t kick;
+    sigemptyset(&kick);
+    sigaddset(&kick, KICK_SIGNAL);
+    pthread_sigmask(SIG_UNBLOCK, &kick, mask);
+    pyhv_cancel = &vcpu->kicked;
+    pthread_mutex_lock(&vcpu->lock);
+    vcpu->thread = pthread_self();
+    vcpu->running = true;
+    pthread_mutex_unlock(&vcpu->lock);
+}
+
+static void leave_thread(struct pyhv_vcpu *vcpu, const sigset_t *mask)
+{
+    pthread_mutex_lock(&vcpu->lock);
+    vcpu->running = false;
+    pthread_mutex_unlock(&vcpu->lock);
+    pyhv_cancel = NULL;
+    pthread_sigmask(SIG_SETMASK, mask, NULL);
+}
+
+void pyhv_vcpu_run(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    sigset_t mask;
+    *exit = (struct pyhv_exit){0};
+    enter_thread(vcpu, &mask);
+    if (vcpu->trap.table && vcpu->trap.site_count == 0) {
+        while (!step(vcpu, exit))
+            ;
+    } else if (pyhv_trap_arm(vcpu, &exit->error) < 0) {
+        stop(exit, PYHV_STOP_FAILED);
+    } else {
+        while (!enter(vcpu, exit))
+            ;
+    }
+    describe(vcpu, exit);
+    leave_thread(vcpu, &mask);
+}
+
+void pyhv_vcpu_step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    sigset_t mask;
+    *exit = (struct pyhv_exit){0};
+    enter_thread(vcpu, &mask);
+    if (!step(vcpu, exit) && !finish_io(vcpu, exit))
+        stop(exit, PYHV_STOP_DEBUG);
+    describe(vcpu, exit);
+    leave_thread(vcpu, &mask);
+}

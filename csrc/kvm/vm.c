@@ -1,0 +1,212 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The KVM system descriptor, VMs and their memory.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "kvm/kvm.h"
+
+/* Three pages for the task-state segment of virtual real mode, one page below them for its identity map.
+ * Hosts without unrestricted guest (Intel before Westmere) run real-mode code with their help. Firmware has
+ * this place: right below the 256 KiB under 4 GiB; guest RAM ends at 3 GiB and goes on at 4 GiB. */
+#define TSS_ADDRESS          0xfffbd000u
+#define IDENTITY_MAP_ADDRESS 0xfffbc000u
+
+int pyhv_kvm_open(const char *path, struct pyhv_error *error)
+{
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd < 0)
+        return pyhv_fail_errno(error, path);
+    int version = ioctl(fd, KVM_GET_API_VERSION, 0);
+    if (version != KVM_API_VERSION) {
+        int errnum = version < 0 ? errno : 0;
+        close(fd);
+        return pyhv_fail(error, errnum, "KVM_GET_API_VERSION", "found %d, need %d", version, KVM_API_VERSION);
+    }
+    return fd;
+}
+
+int pyhv_kvm_check_extension(int fd, uint32_t capability, struct pyhv_error *error)
+{
+    int value = ioctl(fd, KVM_CHECK_EXTENSION, capability);
+    return value < 0 ? pyhv_fail_errno(error, "KVM_CHECK_EXTENSION") : value;
+}
+
+int pyhv_kvm_msr_list(int kvm_fd, int features, uint32_t *indices, size_t capacity, struct pyhv_error *error)
+{
+    /* More than any kernel lists (about 250 in 6.18); a longer list is reported, not cut. */
+    enum { MOST = 2048 };
+    struct {
+        struct kvm_msr_list head;
+        uint32_t indices[MOST];
+    } list = {.head.nmsrs = MOST};
+    const char *what = features ? "KVM_GET_MSR_FEATURE_INDEX_LIST" : "KVM_GET_MSR_INDEX_LIST";
+    if (ioctl(kvm_fd, features ? KVM_GET_MSR_FEATURE_INDEX_LIST : KVM_GET_MSR_INDEX_LIST, &list) < 0)
+        return pyhv_fail_errno(error, what);
+    if (list.head.nmsrs > capacity)
+        return pyhv_fail(error, E2BIG, what, "%u MSRs", list.head.nmsrs);
+    memcpy(indices, list.indices, list.head.nmsrs * sizeof *indices);
+    return (int)list.head.nmsrs;
+}
+
+int pyhv_kvm_feature_msr(int kvm_fd, uint32_t index, uint64_t *value, struct pyhv_error *error)
+{
+    struct {
+        struct kvm_msrs head;
+        struct kvm_msr_entry entry;
+    } msrs = {.head.nmsrs = 1, .entry.index = index};
+    int taken = ioctl(kvm_fd, KVM_GET_MSRS, &msrs);
+    if (taken != 1)
+        return pyhv_fail(error, taken < 0 ? errno : 0, "KVM_GET_MSRS", "feature MSR 0x%x", index);
+    *value = msrs.entry.data;
+    return 0;
+}
+
+static void raise_irq(void *opaque, uint32_t gsi, int32_t level)
+{
+    struct pyhv_vm *vm = opaque;
+    struct kvm_irq_level line = {.irq = gsi, .level = (uint32_t)level};
+    /* Fails only for a line that the irqchip does not have; devices are built with ISA lines, 0 to 15. */
+    (void)ioctl(vm->fd, KVM_IRQ_LINE, &line);
+}
+
+struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, struct pyhv_bus *bus,
+                               struct pyhv_error *error)
+{
+    struct pyhv_vm *vm = calloc(1, sizeof *vm);
+    if (!vm) {
+        pyhv_fail(error, ENOMEM, "pyhv_vm_create", NULL);
+        return NULL;
+    }
+    vm->kvm_fd = kvm_fd;
+    vm->bus = bus;
+    vm->irqchip = config->irqchip != 0;
+    do { /* a signal may interrupt it while KVM waits for other VMs */
+        vm->fd = ioctl(kvm_fd, KVM_CREATE_VM, 0);
+    } while (vm->fd < 0 && errno == EINTR);
+    if (vm->fd < 0) {
+        pyhv_fail_errno(error, "KVM_CREATE_VM");
+        free(vm);
+        return NULL;
+    }
+
+    /* Both before the first vCPU (api.rst, KVM_SET_IDENTITY_MAP_ADDR: fails once a vCPU exists). */
+    uint64_t identity_map = IDENTITY_MAP_ADDRESS;
+    if (ioctl(vm->fd, KVM_SET_IDENTITY_MAP_ADDR, &identity_map) < 0) {
+        pyhv_fail_errno(error, "KVM_SET_IDENTITY_MAP_ADDR");
+        goto fail;
+    }
+    if (ioctl(vm->fd, KVM_SET_TSS_ADDR, TSS_ADDRESS) < 0) {
+        pyhv_fail_errno(error, "KVM_SET_TSS_ADDR");
+        goto fail;
+    }
+    /* A pending exception then keeps its payload (CR2, DR6) apart until delivery, so that it can be saved. */
+    if (ioctl(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_EXCEPTION_PAYLOAD) > 0) {
+        struct kvm_enable_cap payload = {.cap = KVM_CAP_EXCEPTION_PAYLOAD, .args[0] = 1};
+        if (ioctl(vm->fd, KVM_ENABLE_CAP, &payload) < 0) {
+            pyhv_fail_errno(error, "KVM_ENABLE_CAP(KVM_CAP_EXCEPTION_PAYLOAD)");
+            goto fail;
+        }
+    }
+    if (vm->irqchip) {
+        /* Before vCPUs: each gets its LAPIC when it is created. */
+        if (ioctl(vm->fd, KVM_CREATE_IRQCHIP, 0) < 0) {
+            pyhv_fail_errno(error, "KVM_CREATE_IRQCHIP");
+            goto fail;
+        }
+        /* The kernel takes port 0x61 too: guests calibrate the TSC with the PIT's second channel there. */
+        struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
+        if (ioctl(vm->fd, KVM_CREATE_PIT2, &pit) < 0) {
+            pyhv_fail_errno(error, "KVM_CREATE_PIT2");
+            goto fail;
+        }
+        if (bus)
+            pyhv_bus_set_irq_sink(bus, (struct pyhv_irq_sink){.raise = raise_irq, .opaque = vm});
+    }
+    return vm;
+
+fail:
+    close(vm->fd);
+    free(vm);
+    return NULL;
+}
+
+void pyhv_vm_destroy(struct pyhv_vm *vm)
+{
+    if (!vm)
+        return;
+    close(vm->fd);
+    free(vm);
+}
+
+int pyhv_vm_fd(const struct pyhv_vm *vm)
+{
+    return vm->fd;
+}
+
+int pyhv_vm_map(struct pyhv_vm *vm, uint64_t gpa, uint64_t size, void *host, struct pyhv_error *error)
+{
+    if (vm->slot_count == PYHV_VM_MAX_SLOTS)
+        return pyhv_fail(error, ENOSPC, "pyhv_vm_map", "more than %d memory slots", PYHV_VM_MAX_SLOTS);
+    struct kvm_userspace_memory_region region = {
+        .slot = vm->slot_count,
+        .guest_phys_addr = gpa,
+        .memory_size = size,
+        .userspace_addr = (uint64_t)(uintptr_t)host,
+    };
+    if (ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &region) < 0)
+        return pyhv_fail(error, errno, "KVM_SET_USER_MEMORY_REGION", "0x%llx bytes at gpa 0x%llx",
+                         (unsigned long long)size, (unsigned long long)gpa);
+    vm->slots[vm->slot_count++] = (struct pyhv_slot){.gpa = gpa, .size = size, .host = host};
+    return 0;
+}
+
+bool pyhv_vm_read(const struct pyhv_vm *vm, uint64_t gpa, void *buffer, size_t size)
+{
+    for (uint32_t i = 0; i < vm->slot_count; i++) {
+        const struct pyhv_slot *slot = &vm->slots[i];
+        if (gpa >= slot->gpa && gpa - slot->gpa < slot->size && size <= slot->size - (gpa - slot->gpa)) {
+            memcpy(buffer, slot->host + (gpa - slot->gpa), size);
+            return true;
+        }
+    }
+    return false;
+}
+
+int pyhv_memory_create(struct pyhv_memory *memory, uint64_t size, struct pyhv_error *error)
+{
+    *memory = (struct pyhv_memory){.fd = -1};
+    if (size == 0 || size % 4096 != 0 || size > INT64_MAX)
+        return pyhv_fail(error, EINVAL, "pyhv_memory_create", "0x%llx bytes", (unsigned long long)size);
+    int fd = memfd_create("pyhv-ram", MFD_CLOEXEC);
+    if (fd < 0)
+        return pyhv_fail_errno(error, "memfd_create");
+    void *host = MAP_FAILED;
+    const char *what = "ftruncate";
+    if (ftruncate(fd, (off_t)size) == 0) {
+        what = "mmap";
+        host = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    }
+    if (host == MAP_FAILED) {
+        pyhv_fail(error, errno, what, "guest memory of 0x%llx bytes", (unsigned long long)size);
+        close(fd);
+        return -1;
+    }
+    *memory = (struct pyhv_memory){.host = host, .size = size, .fd = fd};
+    return 0;
+}
+
+void pyhv_memory_destroy(struct pyhv_memory *memory)
+{
+    if (memory->fd < 0)
+        return;
+    munmap(memory->host, memory->size);
+    close(memory->fd);
+    *memory = (struct pyhv_memory){.fd = -1};
+}
