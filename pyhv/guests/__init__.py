@@ -1,0 +1,41 @@
+"""The guests that come with pyhv: small ELF64 images that prove one thing each. guest_images/ has their sources."""
+
+from __future__ import annotations
+
+import os
+
+from pyhv.errors import BadInput
+
+# Name -> what it proves, in a line. The sources' own headers say more.
+_GUESTS = {
+    "cpuid": "prints every CPUID leaf and subleaf as `cpuid -r` does; with `cpl3` as CPL 3 reads them",
+    "hello": "says hello, echoes its command line, ends with status 0",
+}
+
+
+def names() -> list[str]:
+    """The names of the bundled guests, sorted."""
+    return sorted(_GUESTS)
+
+
+def describe(name: str) -> str:
+    """What the guest proves, in one line. BadInput: there is no such guest."""
+    return _GUESTS[_known(name)]
+
+
+def path(name: str) -> str:
+    """The file of a bundled guest's image. BadInput: there is no such guest, or its image has not been built."""
+    image = os.path.join(os.path.dirname(__file__), f"{_known(name)}.elf")
+    if not os.path.exists(image):
+        raise BadInput(name, "the image of this bundled guest has not been built", "run guest_images/build.py")
+    return image
+
+
+def _known(name: str) -> str:
+    if name in _GUESTS:
+        return name
+    import difflib
+
+    near = difflib.get_close_matches(name, _GUESTS, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names())}"
+    raise BadInput(name, "no bundled guest has this name", advice)
