@@ -1,0 +1,251 @@
+"""The KVM accelerator: thin classes over the C engine's objects."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from typing import Any
+
+from pyhv._native import check, ffi, lib, new_error
+from pyhv.accel.protocol import CpuidRecord, Exit, Regs, Segment, Sregs, Stop
+from pyhv.errors import HostError, NotAvailable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyhv.cpu.host import HostDescription
+    from pyhv.cpu.table import CpuidTable
+
+DEVICE = "/dev/kvm"
+
+# Capability numbers of <linux/kvm.h> (KVM_CAP_*).
+CAP_NR_MEMSLOTS = 10
+CAP_MAX_VCPUS = 66
+CAP_TSC_CONTROL = 60
+CAP_TSC_DEADLINE_TIMER = 72
+
+# KVM_MP_STATE_* (api.rst, KVM_GET_MP_STATE).
+_MP_UNINITIALIZED, _MP_INIT_RECEIVED, _MP_HALTED = 1, 2, 3
+_RFLAGS_IF = 1 << 9
+
+_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+_MAX_ENTRIES = 256  # PYHV_CPUID_MAX_ENTRIES
+_MAX_MSRS = 2048
+
+
+class KvmVcpu:
+    """One vCPU (struct pyhv_vcpu); see AccelVcpu."""
+
+    def __init__(self, vm: KvmVm, index: int) -> None:
+        self.index = index
+        error = new_error()
+        self._vcpu: Any = check(lib.pyhv_vcpu_create(vm.handle, index, error), error)
+        self._exit: Any = ffi.new("struct pyhv_exit *")
+        self._table: Any = None  # the trap's table, which must live as long as the vCPU
+
+    def set_cpuid(self, table: CpuidTable) -> None:
+        entries = table.as_entries()
+        error = new_error()
+        check(lib.pyhv_vcpu_set_cpuid(self._vcpu, entries, len(entries), error), error)
+
+    def get_cpuid(self) -> CpuidTable:
+        from pyhv.cpu.table import CpuidTable
+
+        entries = ffi.new("struct pyhv_cpuid_entry[]", _MAX_ENTRIES)
+        error = new_error()
+        count = check(lib.pyhv_vcpu_get_cpuid(self._vcpu, entries, _MAX_ENTRIES, error), error)
+        return CpuidTable.from_entries(_entry_tuples(entries, count))
+
+    def get_regs(self) -> Regs:
+        regs, error = ffi.new("struct pyhv_regs *"), new_error()
+        check(lib.pyhv_vcpu_get_regs(self._vcpu, regs, error), error)
+        return Regs(*(getattr(regs, name) for name in Regs._fields))
+
+    def set_regs(self, regs: Regs) -> None:
+        error = new_error()
+        check(lib.pyhv_vcpu_set_regs(self._vcpu, ffi.new("struct pyhv_regs *", regs._asdict()), error), error)
+
+    def get_sregs(self) -> Sregs:
+        sregs, error = ffi.new("struct pyhv_sregs *"), new_error()
+        check(lib.pyhv_vcpu_get_sregs(self._vcpu, sregs, error), error)
+        values: list[Any] = []
+        for name in Sregs._fields:
+            value = getattr(sregs, name)
+            if name in _SEGMENTS:
+                value = Segment(value.selector, value.base, value.limit, value.attributes)
+            values.append(value)
+        return Sregs(*values)
+
+    def set_sregs(self, sregs: Sregs) -> None:
+        values = {n: v._asdict() if isinstance(v, Segment) else v for n, v in sregs._asdict().items()}
+        error = new_error()
+        check(lib.pyhv_vcpu_set_sregs(self._vcpu, ffi.new("struct pyhv_sregs *", values), error), error)
+
+    def read_tsc_khz(self) -> int:
+        error = new_error()
+        return int(check(lib.pyhv_vcpu_get_tsc_khz(self._vcpu, error), error))
+
+    def trap(self, table: CpuidTable, sites: Sequence[int], log_capacity: int = 0) -> None:
+        entries = table.as_entries()
+        self._table = ffi.new("struct pyhv_cpuid_table *")
+        error = new_error()
+        check(lib.pyhv_cpuid_table_init(self._table, entries, len(entries), error), error)
+        config = ffi.new("struct pyhv_trap_config *")
+        config.table = self._table
+        config.site_count = len(sites)
+        config.log_capacity = log_capacity
+        for i, site in enumerate(sites):
+            config.sites[i] = site
+        check(lib.pyhv_vcpu_trap(self._vcpu, config, error), error)
+
+    def trap_log(self) -> list[CpuidRecord]:
+        records = ffi.new("struct pyhv_cpuid_record[]", 256)
+        log: list[CpuidRecord] = []
+        while count := lib.pyhv_vcpu_trap_log(self._vcpu, records, 256):
+            log.extend(
+                CpuidRecord(r.vcpu, r.rip, r.cpl, r.leaf, r.subleaf, tuple(r.hardware), tuple(r.guest))
+                for r in records[0:count]
+            )
+        return log
+
+    def run(self) -> Exit:
+        lib.pyhv_vcpu_run(self._vcpu, self._exit)
+        return _to_exit(self._exit)
+
+    def step(self) -> Exit:
+        lib.pyhv_vcpu_step(self._vcpu, self._exit)
+        return _to_exit(self._exit)
+
+    def kick(self) -> None:
+        lib.pyhv_vcpu_kick(self._vcpu)
+
+    def waits_for_ever(self) -> bool:
+        error = new_error()
+        state = check(lib.pyhv_vcpu_get_mp_state(self._vcpu, error), error)
+        if state in (_MP_UNINITIALIZED, _MP_INIT_RECEIVED):
+            return True
+        return state == _MP_HALTED and not self.get_regs().rflags & _RFLAGS_IF
+
+    def counters(self) -> dict[str, int]:
+        counters = lib.pyhv_vcpu_counters(self._vcpu)
+        return {name: getattr(counters, name) for name, _ in ffi.typeof("struct pyhv_counters").fields}
+
+    def close(self) -> None:
+        lib.pyhv_vcpu_destroy(self._vcpu)
+        self._vcpu = ffi.NULL
+
+
+class KvmVm:
+    """One VM (struct pyhv_vm); see AccelVm."""
+
+    def __init__(self, kvm_fd: int, bus: Any, irqchip: bool) -> None:
+        config = ffi.new("struct pyhv_vm_config *", {"irqchip": irqchip})
+        error = new_error()
+        self.handle: Any = check(lib.pyhv_vm_create(kvm_fd, config, bus or ffi.NULL, error), error)
+
+    def map(self, gpa: int, size: int, host: Any) -> None:
+        error = new_error()
+        check(lib.pyhv_vm_map(self.handle, gpa, size, host, error), error)
+
+    def create_vcpu(self, index: int) -> KvmVcpu:
+        return KvmVcpu(self, index)
+
+    def close(self) -> None:
+        lib.pyhv_vm_destroy(self.handle)
+        self.handle = ffi.NULL
+
+
+class Kvm:
+    """KVM through /dev/kvm; see Accelerator. Raises NotAvailable with what to do where it cannot be used."""
+
+    name = "kvm"
+
+    def __init__(self) -> None:
+        error = new_error()
+        self.fd: int = lib.pyhv_kvm_open(DEVICE.encode(), error)
+        if self.fd < 0:
+            raise _explain(error.errnum, ffi.string(error.detail).decode())
+        self.max_vcpus = self.check_extension(CAP_MAX_VCPUS)
+
+    def check_extension(self, capability: int) -> int:
+        """KVM_CHECK_EXTENSION: 0 where this KVM does not have the capability."""
+        error = new_error()
+        return int(check(lib.pyhv_kvm_check_extension(self.fd, capability, error), error))
+
+    def supported_cpuid(self) -> CpuidTable:
+        """KVM_GET_SUPPORTED_CPUID, and TSC_DEADLINE, which older kernels offer by a capability only."""
+        from pyhv.cpu.table import CpuidTable
+
+        entries = ffi.new("struct pyhv_cpuid_entry[]", _MAX_ENTRIES)
+        error = new_error()
+        count = check(lib.pyhv_kvm_supported_cpuid(self.fd, entries, _MAX_ENTRIES, error), error)
+        return CpuidTable.from_entries(_entry_tuples(entries, count))
+
+    def msr_list(self, features: bool = False) -> tuple[int, ...]:
+        """The MSRs that make up a vCPU's state, or with `features` those that describe the processor."""
+        indices = ffi.new("uint32_t[]", _MAX_MSRS)
+        error = new_error()
+        count = check(lib.pyhv_kvm_msr_list(self.fd, features, indices, _MAX_MSRS, error), error)
+        return tuple(indices[0:count])
+
+    def feature_msrs(self) -> dict[int, int]:
+        """The value of each feature MSR that can be read."""
+        values: dict[int, int] = {}
+        value, error = ffi.new("uint64_t *"), new_error()
+        for index in self.msr_list(features=True):
+            if lib.pyhv_kvm_feature_msr(self.fd, index, value, error) == 0:
+                values[index] = value[0]
+        return values
+
+    def describe(self) -> HostDescription:
+        from pyhv.accel.kvm_host import describe
+
+        return describe(self)
+
+    def create_vm(self, bus: Any = None, irqchip: bool = True) -> KvmVm:
+        return KvmVm(self.fd, bus, irqchip)
+
+    def close(self) -> None:
+        import os
+
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _entry_tuples(entries: Any, count: int) -> list[tuple[int, int, int, int, int, int, int]]:
+    return [(e.leaf, e.subleaf, e.indexed, e.eax, e.ebx, e.ecx, e.edx) for e in entries[0:count]]
+
+
+def _to_exit(exit: Any) -> Exit:
+    error = ""
+    if exit.stop == Stop.FAILED:
+        what = ffi.string(exit.error.what).decode("ascii", "replace")
+        error = str(HostError(what, exit.error.errnum, ffi.string(exit.error.detail).decode("utf-8", "replace")))
+    return Exit(
+        Stop(exit.stop),
+        exit.exit_reason,
+        exit.status,
+        exit.suberror,
+        exit.hardware_reason,
+        exit.rip,
+        tuple(exit.data[0 : exit.data_count]),
+        bytes(exit.bytes[0 : exit.bytes_count]),
+        error,
+    )
+
+
+def _explain(errnum: int, detail: str) -> NotAvailable:
+    """Why /dev/kvm cannot be used, and what to do."""
+    if errnum == errno.ENOENT:
+        return NotAvailable(
+            DEVICE,
+            "there is no such device",
+            "load the kernel's module (modprobe kvm_intel or kvm_amd), or enable virtualization in the firmware",
+        )
+    if errnum in (errno.EACCES, errno.EPERM):
+        return NotAvailable(
+            DEVICE,
+            "this user may not open it",
+            "add the user to the group that owns it (usermod -aG kvm USER, then log in again)",
+        )
+    return NotAvailable(DEVICE, str(HostError("open", errnum, detail)))

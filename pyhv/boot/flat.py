@@ -1,0 +1,11 @@
+"""Flat binaries: the whole file is loaded at 1 MiB and entered at its first byte, in 64-bit mode (see start64.py)."""
+
+from __future__ import annotations
+
+from pyhv.boot.image import Image, Segment
+from pyhv.boot.start64 import LOAD_BASE
+
+
+def parse(data: bytes, name: str) -> Image:
+    """The image for the file's bytes."""
+    return Image(name, "flat", LOAD_BASE, (Segment(LOAD_BASE, data, len(data)),), (), None)

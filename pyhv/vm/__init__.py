@@ -1,0 +1,1 @@
+"""A virtual machine: memory, devices and vCPUs, built, started, paused and stopped."""

@@ -1,0 +1,58 @@
+"""The devices of the virtual PC, and the bus that they sit on."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from pyhv._native import check, ffi, lib, new_error
+
+UART_PORT, UART_IRQ = 0x3F8, 4
+DEBUG_EXIT_PORT = 0xF4
+
+
+class Devices:
+    """The bus with UART, debug-exit port, i8042 and CMOS attached.
+
+    low_ram, high_ram: bytes of RAM below and above 4 GiB, which the CMOS tells. console_in, console_out: descriptors
+    for the serial port's bytes, -1 for none; they stay the caller's. Raises HostError.
+    """
+
+    def __init__(self, low_ram: int, high_ram: int, console_in: int = -1, console_out: int = -1) -> None:
+        error = new_error()
+        self.bus: Any = check(lib.pyhv_bus_create(error), error)
+        self._has_input = console_in >= 0
+        self._pump: threading.Thread | None = None
+        self._uart: Any = None
+        try:
+            self._uart = self._attach(lib.pyhv_uart16550_create(UART_PORT, UART_IRQ, console_in, console_out, error), error)
+            self._attach(lib.pyhv_debug_exit_create(DEBUG_EXIT_PORT, error), error)
+            self._attach(lib.pyhv_i8042_create(error), error)
+            self._attach(lib.pyhv_cmos_create(low_ram, high_ram, error), error)
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self, device: Any, error: Any) -> Any:
+        check(device, error)
+        if lib.pyhv_bus_attach(self.bus, device, error) < 0:
+            lib.pyhv_device_destroy(device)
+            check(-1, error)
+        return device
+
+    def start_input(self) -> None:
+        """Starts moving console input to the UART, once; a VM without input needs no thread for it."""
+        if self._has_input and self._pump is None:
+            self._pump = threading.Thread(
+                target=lambda: lib.pyhv_uart16550_pump_input(self._uart, ffi.NULL), name="console-input", daemon=True
+            )
+            self._pump.start()
+
+    def close(self) -> None:
+        """Stops the input and destroys bus and devices. No vCPU may run any more."""
+        if self._pump is not None:
+            lib.pyhv_uart16550_stop_input(self._uart)
+            self._pump.join()
+            self._pump = None
+        lib.pyhv_bus_destroy(self.bus)
+        self.bus = ffi.NULL

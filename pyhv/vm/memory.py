@@ -1,0 +1,59 @@
+"""Guest RAM and its place in the guest's physical address space."""
+
+from __future__ import annotations
+
+from pyhv._native.memory import Memory
+from pyhv.errors import BadInput
+
+PAGE_SIZE = 4096
+
+# RAM stops here and goes on at 4 GiB: in between a PC has its PCI windows, I/O APIC, LAPIC and firmware, and KVM its
+# pages for real-mode code (csrc/kvm/vm.c).
+LOW_RAM_LIMIT = 3 << 30
+HIGH_RAM_BASE = 4 << 30
+
+
+class GuestMemory:
+    """`size` bytes of guest RAM (a positive multiple of 4096): from 0 up to 3 GiB, what is more from 4 GiB on.
+
+    Raises HostError when the host refuses.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.low_size = min(size, LOW_RAM_LIMIT)
+        self._ram = Memory(size)
+        self.regions: list[tuple[int, int, int]] = [(0, self.low_size, 0)]
+        """(gpa, bytes, offset in the backing memory) of each piece."""
+        if size > self.low_size:
+            self.regions.append((HIGH_RAM_BASE, size - self.low_size, self.low_size))
+
+    @property
+    def highest_address(self) -> int:
+        """The last guest-physical address that is RAM."""
+        gpa, size, _ = self.regions[-1]
+        return gpa + size - 1
+
+    def host_address(self, offset: int) -> object:
+        """Where the byte at `offset` of the backing memory is mapped in this process (uint8_t *)."""
+        return self._ram.host + offset
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """`size` bytes at `gpa`. Raises BadInput where that is not RAM."""
+        offset = self._offset(gpa, size)
+        return bytes(self._ram.view[offset : offset + size])
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Puts `data` at `gpa`; every write to guest RAM from the host goes through here. Raises BadInput where
+        that is not RAM."""
+        offset = self._offset(gpa, len(data))
+        self._ram.view[offset : offset + len(data)] = data
+
+    def close(self) -> None:
+        self._ram.close()
+
+    def _offset(self, gpa: int, size: int) -> int:
+        for start, length, offset in self.regions:
+            if start <= gpa and gpa + size <= start + length:
+                return offset + gpa - start
+        raise BadInput("guest memory", f"no RAM at 0x{gpa:x} to 0x{gpa + size:x}")

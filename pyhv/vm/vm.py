@@ -1,0 +1,196 @@
+"""A VM and the threads that run its vCPUs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from pyhv.accel.protocol import AccelVcpu, AccelVm, Accelerator, CpuidRecord, Exit, Stop
+from pyhv.vm.devices import Devices
+from pyhv.vm.memory import GuestMemory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyhv.cpu.table import CpuidTable
+
+# How long a VM must look idle before it is asked whether it can ever wake up, in seconds; doubled after each "yes, it
+# can" so that a guest that sleeps properly is not disturbed.
+_FIRST_IDLE_CHECK, _LAST_IDLE_CHECK = 0.05, 2.0
+
+_KICK_AGAIN = 0.005
+
+
+class Trap(NamedTuple):
+    """How the vCPUs' CPUID instructions are trapped; see AccelVcpu.trap."""
+
+    sites: tuple[int, ...]
+    log_capacity: int = 0
+    on_record: Callable[[CpuidRecord], None] | None = None
+    """Gets each record of the log, on the thread of its vCPU."""
+
+
+class Stopped(NamedTuple):
+    """Why a VM came to its end: the first vCPU that stopped it, and its exit."""
+
+    vcpu: int
+    exit: Exit
+
+
+class Vm:
+    """A VM that is paused until start(). Several threads may start, pause and wait; close() is the last call.
+
+    accelerator: what runs it. memory, devices: given over; close() closes them. tables: one CPUID table a vCPU.
+    trap: answer CPUID from the tables instead of letting the accelerator do it. irqchip: see Accelerator.create_vm.
+    Raises HostError; what was given over is closed then too.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        memory: GuestMemory,
+        devices: Devices,
+        tables: Sequence[CpuidTable],
+        trap: Trap | None = None,
+        irqchip: bool = True,
+    ) -> None:
+        self.memory = memory
+        self.devices = devices
+        self.vcpus: list[AccelVcpu] = []
+        self.stopped: Stopped | None = None
+        self._trap = trap
+        self._vm: AccelVm | None = None
+        self._threads: list[threading.Thread] = []
+        self._control = threading.RLock()  # one start, pause or close at a time
+        self._result = threading.Lock()
+        self._ended = threading.Event()
+        self._pausing = False
+        self._failure: BaseException | None = None
+        try:
+            self._vm = accelerator.create_vm(devices.bus, irqchip)
+            for gpa, size, offset in memory.regions:
+                self._vm.map(gpa, size, memory.host_address(offset))
+            for index, table in enumerate(tables):
+                vcpu = self._vm.create_vcpu(index)
+                self.vcpus.append(vcpu)
+                vcpu.set_cpuid(table)
+                if trap is not None:
+                    vcpu.trap(table, trap.sites, trap.log_capacity)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def running(self) -> bool:
+        return bool(self._threads)
+
+    def start(self) -> None:
+        """Lets the vCPUs run, or run on after pause(). No effect on a running VM or one that came to its end."""
+        with self._control:
+            if self._threads or self.stopped is not None:
+                return
+            self._pausing = False
+            self.devices.start_input()
+            self._threads = [
+                threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu-{vcpu.index}", daemon=True)
+                for vcpu in self.vcpus
+            ]
+            for thread in self._threads:
+                thread.start()
+
+    def pause(self) -> None:
+        """Stops every vCPU between two instructions and returns when all stand. No effect on a paused VM."""
+        with self._control:
+            self._pausing = True
+            for vcpu in self.vcpus if self._threads else ():
+                vcpu.kick()
+            for vcpu, thread in zip(self.vcpus, self._threads, strict=False):
+                # Again while it runs: the kick's signal may have come just before a blocking write to the console.
+                while thread.join(_KICK_AGAIN) or thread.is_alive():
+                    vcpu.kick()
+            self._threads = []
+            if self._failure is not None:
+                raise self._failure
+
+    def wait(self, timeout: float | None = None) -> Stopped | None:
+        """Waits until the guest comes to its end, at most `timeout` seconds; None if it has not.
+
+        A guest whose vCPUs are all halted with interrupts off has come to its end: Stop.HALTED.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        idle_check = _FIRST_IDLE_CHECK
+        while not self._ended.is_set():
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return None
+            if self._ended.wait(idle_check if left is None else min(idle_check, left)):
+                break
+            if self._sleeps() and not self._halted_for_good():
+                idle_check = min(2 * idle_check, _LAST_IDLE_CHECK)
+        self.pause()
+        return self.stopped
+
+    def close(self) -> None:
+        """Ends the VM, whatever it is doing, and gives everything back."""
+        with self._control:
+            try:
+                self.pause()
+            finally:
+                for vcpu in self.vcpus:
+                    vcpu.close()
+                self.vcpus = []
+                if self._vm is not None:
+                    self._vm.close()
+                    self._vm = None
+                self.devices.close()
+                self.memory.close()
+
+    def _run_vcpu(self, vcpu: AccelVcpu) -> None:
+        try:
+            while True:
+                exit = vcpu.run()
+                if self._trap is not None and self._trap.on_record is not None:
+                    for record in vcpu.trap_log():
+                        self._trap.on_record(record)
+                if exit.stop == Stop.TRAP_LOG_FULL:
+                    continue
+                if exit.stop != Stop.KICKED:
+                    self._end(Stopped(vcpu.index, exit))
+                elif not self._pausing:
+                    continue  # left over from the last pause, which had kicked more often than was needed
+                return
+        except BaseException as failure:
+            self._failure = failure
+            self._ended.set()
+
+    def _end(self, stopped: Stopped) -> None:
+        with self._result:
+            if self.stopped is None:
+                self.stopped = stopped
+        self._ended.set()
+
+    def _sleeps(self) -> bool:
+        """Whether no vCPU's thread is using a processor right now."""
+        for thread in self._threads:
+            try:
+                with open(f"/proc/self/task/{thread.native_id}/stat", "rb") as stat:  # noqa: PTH123
+                    state = stat.read().rpartition(b") ")[2][:1]
+            except OSError:
+                return False
+            if state != b"S":
+                return False
+        return True
+
+    def _halted_for_good(self) -> bool:
+        """Looks, with the VM paused for a moment, whether any vCPU can ever run again; if none can, that is the end."""
+        with self._control:
+            if not self._threads:
+                return False
+            self.pause()
+            if self.stopped is None and all(vcpu.waits_for_ever() for vcpu in self.vcpus):
+                regs = self.vcpus[0].get_regs()
+                self._end(Stopped(0, Exit(Stop.HALTED, 0, 0, 0, 0, regs.rip, (), b"", "")))
+                return True
+            self.start()
+            return False
