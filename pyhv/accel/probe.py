@@ -1,0 +1,153 @@
+"""Does this accelerator show a guest what its CPUID table says, and nothing else? Asked of a guest, not of the kernel.
+
+The probe gives a vCPU a table that hides as much as can be hidden, from an invented vendor, and executes CPUID for
+every feature word at CPL 0 and at CPL 3. Whatever it sees beyond the table cannot be hidden on this host. A few
+milliseconds, once per process: nothing is kept on disk, for modules are reloaded and nested hosts move.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+
+from pyhv._native.memory import Memory
+from pyhv.accel import long_mode
+from pyhv.accel.protocol import Accelerator, AccelVcpu, Regs, Sregs, Stop
+from pyhv.cpu import features
+from pyhv.cpu.features import Word
+from pyhv.cpu.host import Verdict
+from pyhv.cpu.table import CpuidTable, Registers
+from pyhv.errors import HostError
+
+# For each of R8 pairs (leaf, subleaf) at RSI: CPUID, its four registers to RDI. Ends with #UD, whose handler halts.
+_CODE = bytes.fromhex(
+    "8b06"  # collect: mov eax, [rsi]
+    "8b4e04"  #        mov ecx, [rsi+4]
+    "0fa2"  #          cpuid
+    "8907"  #          mov [rdi], eax
+    "895f04"  #        mov [rdi+4], ebx
+    "894f08"  #        mov [rdi+8], ecx
+    "89570c"  #        mov [rdi+12], edx
+    "4883c608"  #      add rsi, 8
+    "4883c710"  #      add rdi, 16
+    "41ffc8"  #        dec r8d
+    "75e1"  #          jnz collect
+    "0f0b"  #          ud2
+    "f4"  #            hlt
+)
+_HANDLER_OFFSET = len(_CODE) - 1
+_UD_VECTOR = 6
+
+# The probe's 64 KiB: page tables, descriptor tables, code, stack, questions, answers.
+_PML4, _PDPT, _PD, _GDT, _TSS, _IDT, _ENTRY = 0x1000, 0x2000, 0x3000, 0x4000, 0x4100, 0x5000, 0x6000
+_STACK_TOP, _QUESTIONS, _ANSWERS, _SIZE = 0x9000, 0x9000, 0xA000, 0x10000
+
+_VENDOR = b"pyhv invents"
+_TIMEOUT = 2.0  # seconds; the probe takes a few milliseconds
+
+# What 64-bit mode itself rests on; hiding it could confuse the accelerator rather than test it.
+_NEEDED = ("fpu", "pse", "tsc", "msr", "pae", "cx8", "apic", "pge", "cmov", "fxsr", "sse", "sse2", "syscall", "nx", "lm")
+
+_verdicts: dict[str, Verdict] = {}
+
+
+def verdict(accelerator: Accelerator) -> Verdict:
+    """The probe's verdict on the accelerator; it runs once per process. Raises HostError if it cannot be run."""
+    found = _verdicts.get(accelerator.name)
+    if found is None:
+        found = _verdicts[accelerator.name] = _probe(accelerator)
+    return found
+
+
+def least_table(linear_bits: int = 48, physical_bits: int = 36) -> CpuidTable:
+    """The table of the probe: the invented vendor, and only the features that 64-bit mode needs."""
+    words: dict[tuple[int, int], dict[str, int]] = {}
+    for name in _NEEDED:
+        feature = features.BY_NAME[name]
+        registers = words.setdefault((feature.word.leaf, feature.word.subleaf), {})
+        registers[feature.word.register] = registers.get(feature.word.register, 0) | 1 << feature.bit
+    ebx, edx, ecx = struct.unpack("<3I", _VENDOR)
+    entries = {key: Registers(*(word.get(r, 0) for r in Registers._fields)) for key, word in words.items()}
+    entries[0, 0] = Registers(max(w.leaf for w in features.WORDS if w.leaf < 0x40000000), ebx, ecx, edx)
+    highest = max(w.leaf for w in features.WORDS)
+    entries[0x80000000, 0] = Registers(highest, ebx, ecx, edx)
+    entries[0x80000008, 0] = Registers(linear_bits << 8 | physical_bits, 0, 0, 0)
+    return CpuidTable(entries)
+
+
+def _probe(accelerator: Accelerator) -> Verdict:
+    table = least_table()
+    words = sorted(features.WORDS)
+    questions = sorted({(0, 0)} | {(word.leaf, word.subleaf) for word in words})
+    memory = Memory(_SIZE)
+    vm = accelerator.create_vm(irqchip=False)
+    try:
+        vm.map(0, _SIZE, memory.host)
+        vcpu = vm.create_vcpu(0)
+        try:
+            vcpu.set_cpuid(table)
+            _write_tables(memory.view)
+            memory.view[_QUESTIONS : _QUESTIONS + 8 * len(questions)] = b"".join(
+                struct.pack("<2I", *q) for q in questions
+            )
+            start = vcpu.get_sregs()
+            leaks: dict[int, dict[Word, int]] = {}
+            ignored: set[int] = set()
+            for cpl in (0, 3):
+                answers = _ask(vcpu, memory.view, start, cpl, questions)
+                leaks[cpl] = _leaks(answers, table, words)
+                if answers[0, 0][1:] != table.get(0)[1:]:
+                    ignored.add(cpl)
+        finally:
+            vcpu.close()
+    finally:
+        vm.close()
+        memory.close()
+    return Verdict(leaks=leaks, ignored=frozenset(ignored))
+
+
+def _ask(
+    vcpu: AccelVcpu, view: memoryview, start: Sregs, cpl: int, questions: list[tuple[int, int]]
+) -> dict[tuple[int, int], Registers]:
+    """Executes CPUID for each question at the privilege level and returns what the guest read."""
+    vcpu.set_sregs(long_mode.sregs(start, _PML4, _GDT, _TSS, _IDT, 16 * (_UD_VECTOR + 1) - 1, cpl))
+    vcpu.set_regs(Regs(rip=_ENTRY, rsp=_STACK_TOP, rsi=_QUESTIONS, rdi=_ANSWERS, r8=len(questions)))
+    # A KVM that cannot run these instructions may also hang on them: the kick is always within reach.
+    timer = threading.Timer(_TIMEOUT, vcpu.kick)
+    timer.start()
+    try:
+        exit = vcpu.run()
+    finally:
+        timer.cancel()
+        timer.join()
+    if exit.stop != Stop.HALTED:
+        raise HostError("CPUID probe", 0, f"the guest at CPL {cpl} stopped with {exit.stop.name} at 0x{exit.rip:x} {exit.error}")
+    values = struct.iter_unpack("<4I", bytes(view[_ANSWERS : _ANSWERS + 16 * len(questions)]))
+    return {question: Registers(*value) for question, value in zip(questions, values, strict=True)}
+
+
+def _leaks(answers: dict[tuple[int, int], Registers], table: CpuidTable, words: list[Word]) -> dict[Word, int]:
+    """The feature bits that are visible though the table hides them. Bits that follow the vCPU's state, and those that
+    mean that something is absent, hide nothing by being clear."""
+    leaks: dict[Word, int] = {}
+    for word in words:
+        seen = getattr(answers[word.leaf, word.subleaf], word.register)
+        shown = getattr(table.get(word.leaf, word.subleaf), word.register)
+        known = sum(1 << f.bit for f in features.WORDS[word] if f.sense == "plain" and not f.dynamic)
+        if extra := seen & ~shown & known:
+            leaks[word] = extra
+    return leaks
+
+
+def _write_tables(view: memoryview) -> None:
+    def put(address: int, data: bytes) -> None:
+        view[address : address + len(data)] = data
+
+    table = long_mode.PRESENT | long_mode.WRITABLE | long_mode.USER
+    put(_PML4, struct.pack("<Q", _PDPT | table))
+    put(_PDPT, struct.pack("<Q", _PD | table))
+    put(_PD, struct.pack("<Q", table | long_mode.LARGE_PAGE))  # 2 MiB from address 0
+    put(_GDT, long_mode.gdt(_TSS))
+    put(_TSS, long_mode.task_state(_STACK_TOP))
+    put(_IDT + 16 * _UD_VECTOR, long_mode.gate(_ENTRY + _HANDLER_OFFSET))
+    put(_ENTRY, _CODE)
