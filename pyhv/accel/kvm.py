@@ -204,6 +204,11 @@ class Kvm:
     def create_vm(self, bus: Any = None, irqchip: bool = True) -> KvmVm:
         return KvmVm(self.fd, bus, irqchip)
 
+    def explain(self, exit: Exit) -> str:
+        from pyhv.accel import kvm_exits
+
+        return kvm_exits.explain(exit)
+
     def close(self) -> None:
         import os
 

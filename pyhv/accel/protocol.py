@@ -199,4 +199,7 @@ class Accelerator(Protocol):
         """A VM whose port accesses go to `bus` (struct pyhv_bus *). Without `irqchip` HLT ends a run. Raises
         HostError."""
 
+    def explain(self, exit: Exit) -> str:
+        """One clause for a person about an exit of a kind that only this accelerator knows."""
+
     def close(self) -> None: ...

@@ -1,0 +1,160 @@
+"""The one place that decides what runs a guest and how its CPUID instructions are intercepted.
+
+kernel  KVM answers from the table that it was given. Costs nothing; sound where the probe found KVM faithful.
+trap    the engine answers, stopping the vCPU in front of each CPUID. Exact at the addresses that an image declares;
+        by stepping it is exact only for a guest that takes no exceptions and no interrupts.
+
+`auto` takes the first that is sound for this guest: kernel, trap; else it refuses and lists the choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pyhv.accel.protocol import Accelerator
+from pyhv.errors import BadInput, NotFaithful
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyhv.cpu.host import Verdict
+    from pyhv.cpu.policy import GuestCpu
+    from pyhv.cpu.table import CpuidTable
+
+INTERCEPTS = ("auto", "kernel", "trap")
+
+
+class GuestFacts(NamedTuple):
+    """What an image says about itself, as far as the choice depends on it."""
+
+    name: str
+    cpuid_sites: tuple[int, ...]
+    """Linear addresses of all its CPUID instructions; empty if it declares none."""
+    enters_user_mode: bool
+    """Whether it may execute CPUID at CPL 3."""
+
+
+class Choice(NamedTuple):
+    """What was decided."""
+
+    accelerator: Accelerator
+    intercept: str
+    """ "kernel" or "trap"."""
+    sites: tuple[int, ...]
+    """With trap: the addresses to stop at; empty means every instruction is stepped."""
+    note: str
+    """One line for the user, or "" where there is nothing to say."""
+
+
+def open_accelerator() -> Accelerator:
+    """The accelerator of this machine; one per process. Raises NotAvailable."""
+    global _accelerator
+    if _accelerator is None:
+        from pyhv.accel.kvm import Kvm
+
+        _accelerator = Kvm()
+    return _accelerator
+
+
+_accelerator: Accelerator | None = None
+
+
+def choose(accelerator: Accelerator, guest: GuestCpu, facts: GuestFacts, intercept: str = "auto") -> Choice:
+    """Decides for one guest. intercept: the user's wish, one of INTERCEPTS.
+
+    Raises BadInput for an unknown wish, NotFaithful where the wish, or with "auto" anything, cannot hide what the
+    guest's table hides; HostError if the probe cannot be run.
+    """
+    if intercept not in INTERCEPTS:
+        raise BadInput(f"--intercept {intercept}", "is unknown", f"choose one of {', '.join(INTERCEPTS)}")
+    if not guest.hides and intercept != "trap":
+        return Choice(accelerator, "kernel", (), "")
+
+    from pyhv.accel import probe
+
+    verdict = probe.verdict(accelerator)
+    leaks = {cpl: leaking_features(verdict, guest, cpl) for cpl in (0, 3)}
+    if intercept == "trap":
+        return Choice(accelerator, "trap", facts.cpuid_sites, _trap_note(accelerator, facts, leaks))
+    if not leaks[0] and not leaks[3]:
+        return Choice(accelerator, "kernel", (), "")
+    if intercept == "kernel":
+        raise NotFaithful(
+            "--intercept kernel",
+            f"{accelerator.name} on this host does not hide what the CPUID table hides: {_leak_words(leaks)}",
+            "use --intercept trap or auto, or a host with kvm_intel or kvm_amd",
+            sorted({*leaks[0], *leaks[3]}),
+        )
+    if facts.cpuid_sites and not facts.enters_user_mode:
+        return Choice(accelerator, "trap", facts.cpuid_sites, _trap_note(accelerator, facts, leaks))
+    why = (
+        "the guest executes CPUID at CPL 3, where trap does not work here"
+        if facts.cpuid_sites
+        else "the image does not declare where its CPUID instructions are, so trap is not sure to see them all"
+    )
+    raise NotFaithful(
+        facts.name,
+        f"its features cannot be hidden on this host: {accelerator.name} does not honour the CPUID table "
+        f"({_leak_words(leaks)}), and {why}",
+        "choices: --intercept trap (every CPUID at CPL 0 that a step reaches), --cpu host (hides nothing), or a host "
+        "with kvm_intel or kvm_amd",
+        sorted({*leaks[0], *leaks[3]}),
+    )
+
+
+def leaking_features(verdict: Verdict, guest: GuestCpu, cpl: int) -> list[str]:
+    """Names of the features that the guest's table hides and a guest at this privilege level sees nevertheless."""
+    from pyhv.cpu import features
+
+    names: list[str] = []
+    for word, mask in verdict.leaks.get(cpl, {}).items():
+        hidden = mask & ~getattr(guest.table.get(word.leaf, word.subleaf), word.register)
+        names.extend(f.name for f in features.WORDS[word] if hidden >> f.bit & 1)
+    return names
+
+
+def check_read_back(guest: GuestCpu, table: CpuidTable) -> None:
+    """Compares what the accelerator says that CPUID answers, after it was given the guest's table, with that table.
+
+    The probe has found this host faithful; this is the check that it is for this very table too. Raises NotFaithful.
+    """
+    from pyhv.cpu import features
+
+    leaks = [
+        f.name
+        for word, in_word in features.WORDS.items()
+        for f in in_word
+        if f.sense == "plain" and not f.dynamic
+        if getattr(table.get(word.leaf, word.subleaf), word.register) >> f.bit & 1
+        and not getattr(guest.table.get(word.leaf, word.subleaf), word.register) >> f.bit & 1
+    ]
+    if leaks:
+        raise NotFaithful(
+            "--intercept kernel",
+            f"the kernel added to the CPUID table what profile {guest.profile} hides: {_some(leaks)}",
+            "use --intercept trap",
+            leaks,
+        )
+
+
+def _leak_words(leaks: dict[int, list[str]]) -> str:
+    return ", ".join(f"{len(names)} features at CPL {cpl} ({_some(names)})" for cpl, names in leaks.items() if names)
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _trap_note(accelerator: Accelerator, facts: GuestFacts, leaks: dict[int, list[str]]) -> str:
+    """What trap covers and what not, in one line."""
+    if facts.cpuid_sites:
+        how = f"at the {len(facts.cpuid_sites)} CPUID instruction{'s' * (len(facts.cpuid_sites) > 1)} that the image declares"
+    else:
+        how = "by stepping, which misses CPUID in handlers of exceptions and interrupts"
+    if not leaks[0] and not leaks[3]:
+        return f"CPUID is answered by trap {how}"
+    missed = "not covered: CPL 3" + ("" if facts.enters_user_mode else ", which this guest does not enter")
+    return (
+        f"{accelerator.name} on this host does not honour the CPUID table, so CPUID is answered by trap {how}; "
+        f"covered: CPL 0; {missed}"
+    )

@@ -1,0 +1,248 @@
+"""Machine: a guest image, the processor it may see, and a VM to run it in. The face of pyhv."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple
+
+from pyhv import outcome
+from pyhv.accel import choose
+from pyhv.accel.protocol import CpuidRecord, Exit, Stop
+from pyhv.boot import image as boot_image
+from pyhv.boot import start64
+from pyhv.cpu import policy, profiles
+from pyhv.errors import BadInput
+from pyhv.vm.devices import Devices
+from pyhv.vm.memory import PAGE_SIZE, GuestMemory
+from pyhv.vm.vm import Stopped, Trap, Vm
+
+# APIC ids have 8 bits where the guest does not use the x2APIC, and 255 is the broadcast.
+MAX_VCPUS = 254
+
+# The start state and an image at 1 MiB must fit.
+MIN_MEMORY = 2 << 20
+
+_LOG_CAPACITY = 4096
+
+
+class RunResult(NamedTuple):
+    """How a run ended."""
+
+    cause: str
+    """A key of pyhv.outcome.CAUSES."""
+    status: int
+    """The exit status by pyhv.outcome's table: with cause "guest-exit" the byte that the guest wrote."""
+    console: bytes
+    """What the guest has printed so far, where the console is captured."""
+    message: str
+    """One line that says what happened; "" when the guest ended by itself."""
+    registers: str
+    """The registers of the vCPU that the message is about, in several lines, or ""."""
+    counters: dict[str, int]
+    """Exits of all vCPUs by kind."""
+
+
+class Machine:
+    """A VM with its guest loaded, paused in front of its first instruction.
+
+    image: path of an image file, or the name of a bundled guest. compat: the processor compatibility mode, short for
+    cpu="hyperv-r2". cpu: the name of a profile or the path of a profile file (default "host"). cpus: number of
+    vCPUs. memory: bytes, or a string such as "64M". append: the guest's command line. intercept: "auto", "kernel" or
+    "trap" (see accel/choose.py). console_in, console_out: descriptors for the serial port, which stay the caller's;
+    without console_out the output is captured. on_cpuid: gets each CPUID that the guest executes, on its vCPU's
+    thread; needs trap.
+
+    Raises BadInput (NotAvailable, NotFaithful) for what the caller can mend, HostError for what the host refuses.
+    Needs close(), or use as a context manager.
+    """
+
+    def __init__(
+        self,
+        image: str,
+        *,
+        compat: bool = False,
+        cpu: str | None = None,
+        cpus: int = 1,
+        memory: int | str = "64M",
+        append: str = "",
+        intercept: str = "auto",
+        console_in: int = -1,
+        console_out: int | None = None,
+        on_cpuid: Callable[[CpuidRecord], None] | None = None,
+    ) -> None:
+        size = parse_memory(memory)
+        if compat and cpu is not None:
+            raise BadInput(f"cpu={cpu}", "cannot be combined with compatibility mode, which is a profile of its own")
+        profile = profiles.load("hyperv-r2" if compat else cpu or "host")
+        self.image = boot_image.read(find_image(image), size)
+        accelerator = choose.open_accelerator()
+        most = min(MAX_VCPUS, accelerator.max_vcpus)
+        if not 1 <= cpus <= most:
+            raise BadInput(f"{cpus} vCPUs", "cannot be had", f"choose 1 to {most}")
+        self.host = accelerator.describe()
+        self.guest = policy.guest_table(self.host, profile, policy.Topology(cpus))
+        facts = choose.GuestFacts(image, self.image.cpuid_sites, self.image.enters_user_mode(append))
+        self.choice = choose.choose(accelerator, self.guest, facts, "trap" if on_cpuid else intercept)
+
+        self._captured = -1
+        if console_out is None:
+            console_out = self._captured = os.memfd_create("pyhv-console", os.MFD_CLOEXEC)
+        try:
+            self.vm = self._build(size, cpus, append, console_in, console_out, on_cpuid)
+        except BaseException:
+            self._close_console()
+            raise
+
+    def _build(
+        self,
+        size: int,
+        cpus: int,
+        append: str,
+        console_in: int,
+        console_out: int,
+        on_cpuid: Callable[[CpuidRecord], None] | None,
+    ) -> Vm:
+        memory = GuestMemory(size)
+        try:
+            check_address_width(memory, self.guest)
+            devices = Devices(memory.low_size, size - memory.low_size, console_in, console_out)
+        except BaseException:
+            memory.close()
+            raise
+        trap = None
+        if self.choice.intercept == "trap":
+            trap = Trap(self.choice.sites, _LOG_CAPACITY if on_cpuid else 0, on_cpuid)
+        tables = [self.guest.table_for(index) for index in range(cpus)]
+        vm = Vm(self.choice.accelerator, memory, devices, tables, trap)
+        try:
+            if self.choice.intercept == "kernel" and self.guest.hides:
+                choose.check_read_back(self.guest, vm.vcpus[0].get_cpuid())
+            boot = vm.vcpus[0]
+            regs, sregs = start64.load(self.image, memory, append, cpus, boot.get_sregs())
+            boot.set_sregs(sregs)
+            boot.set_regs(regs)
+        except BaseException:
+            vm.close()
+            raise
+        return vm
+
+    def run(self, timeout: float | None = None) -> RunResult:
+        """Runs the guest until it ends, at most `timeout` seconds; then it is paused and can be run on."""
+        self.start()
+        try:
+            stopped = self.vm.wait(timeout)
+        finally:
+            self.pause()
+        return self.result(stopped)
+
+    def start(self) -> None:
+        """Lets the guest run in the background."""
+        self.vm.start()
+
+    def pause(self) -> None:
+        """Stops the guest between two instructions."""
+        self.vm.pause()
+
+    def result(self, stopped: Stopped | None, cause: str = "timeout") -> RunResult:
+        """The result for a paused VM; `cause` says why it is paused where the guest has not ended (stopped is None)."""
+        counters: dict[str, int] = {}
+        for vcpu in self.vm.vcpus:
+            for name, count in vcpu.counters().items():
+                counters[name] = counters.get(name, 0) + count
+        if stopped is not None:
+            cause = outcome.cause_of(stopped.exit.stop)
+            status = outcome.status_of(cause, stopped.exit.status)
+        else:
+            status = outcome.status_of(cause)
+        message = registers = ""
+        if cause not in ("guest-exit", "power-off"):
+            from pyhv.vm import report
+
+            message = report.message(self.choice.accelerator, self.vm, cause, stopped)
+            if stopped is None or cause not in ("reset", "halted"):
+                registers = report.registers(self.vm.vcpus[stopped.vcpu if stopped else 0])
+        return RunResult(cause, status, self.console(), message, registers, counters)
+
+    def console(self) -> bytes:
+        """What the guest has printed so far, where the console is captured; else nothing."""
+        if self._captured < 0:
+            return b""
+        return os.pread(self._captured, os.fstat(self._captured).st_size, 0)
+
+    def close(self) -> None:
+        """Ends the VM and gives everything back; closing twice is allowed."""
+        self.vm.close()
+        self._close_console()
+
+    def _close_console(self) -> None:
+        if self._captured >= 0:
+            os.close(self._captured)
+            self._captured = -1
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def find_image(image: str) -> str:
+    """The path for what the user named: a bundled guest, else a file (./NAME names a file of the same name).
+
+    Raises BadInput with the nearest name.
+    """
+    from pyhv import guests
+
+    if "/" in image:
+        return image
+    if image in guests.names():
+        return guests.path(image)
+    if os.path.exists(image):  # noqa: PTH110 (pathlib costs start-up time)
+        return image
+    import difflib
+
+    near = difflib.get_close_matches(image, guests.names(), 1)
+    raise BadInput(
+        image,
+        "is neither a file nor a bundled guest",
+        f"did you mean {near[0]}?" if near else f"the bundled guests are {', '.join(guests.names())}",
+    )
+
+
+def parse_memory(memory: int | str) -> int:
+    """Bytes of guest memory for a number of bytes or a string such as 64M. Raises BadInput."""
+    advice = "give a size such as 64M or 1G"
+    if isinstance(memory, str):
+        number, unit = memory.strip(), 1
+        suffixes = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+        if number[-1:].lower() in suffixes:
+            unit = suffixes[number[-1].lower()]
+            number = number[:-1]
+        if not (number.isascii() and number.isdigit()):
+            raise BadInput(f"memory {memory}", "is not a size", advice)
+        size = int(number[:32]) * unit
+    else:
+        size = memory
+    if size < MIN_MEMORY:
+        raise BadInput(f"memory {memory}", f"is too small; the least is {MIN_MEMORY >> 20}M", advice)
+    if size % PAGE_SIZE:
+        raise BadInput(f"memory {memory}", f"is not a multiple of {PAGE_SIZE} bytes (a page)", advice)
+    if size > 1 << 46:
+        raise BadInput(f"memory {memory}", "is more than any host has", advice)
+    return size
+
+
+def check_address_width(memory: GuestMemory, guest: policy.GuestCpu) -> None:
+    """Raises BadInput where RAM lies beyond the physical addresses that the guest's processor has."""
+    bits = guest.physical_address_bits
+    if memory.highest_address >> bits:
+        raise BadInput(
+            f"memory {memory.size >> 20}M",
+            f"reaches beyond the {bits} physical address bits that profile {guest.profile} shows",
+            f"the most is {(1 << bits - 20) - 1024}M",
+        )
+
+
+__all__ = ["Exit", "Machine", "RunResult", "Stop"]

@@ -1,0 +1,45 @@
+"""How a run ends, and the one table of exit statuses (the README shows it).
+
+A guest that writes a byte to port 0xf4 decides the status itself, so a status alone cannot tell a guest that wrote 124
+from a timeout; the cause, which `--json` and RunResult carry, can.
+"""
+
+from __future__ import annotations
+
+from pyhv.accel.protocol import Stop
+
+# cause: (exit status, what it means)
+CAUSES: dict[str, tuple[int, str]] = {
+    "guest-exit": (0, "the guest wrote its exit status, the byte itself, to port 0xf4"),
+    "power-off": (0, "the guest switched itself off"),
+    "reset": (0, "the guest reset itself; pyhv does not start it again"),
+    "halted": (0, "all vCPUs halted with interrupts off: nothing can wake them"),
+    "usage": (2, "bad input or usage: nothing was run"),
+    "triple-fault": (121, "an exception in the guest that it had no handler for, three deep"),
+    "not-executable": (122, "the accelerator cannot execute an instruction, or refuses the vCPU's state"),
+    "system-event": (123, "the platform reported an event that pyhv does not know"),
+    "timeout": (124, "--timeout passed; the guest was still running"),
+    "internal-error": (125, "pyhv or the host failed"),
+    "interrupted": (130, "the user ended it (escape key, Ctrl-C, SIGTERM)"),
+}
+
+_STOPS = {
+    Stop.GUEST_EXIT: "guest-exit",
+    Stop.POWER_OFF: "power-off",
+    Stop.RESET: "reset",
+    Stop.HALTED: "halted",
+    Stop.TRIPLE_FAULT: "triple-fault",
+    Stop.INTERNAL_ERROR: "not-executable",
+    Stop.FAIL_ENTRY: "not-executable",
+    Stop.SYSTEM_EVENT: "system-event",
+}
+
+
+def cause_of(stop: Stop) -> str:
+    """The cause for what stopped a vCPU; what no guest can bring about by itself is internal-error."""
+    return _STOPS.get(stop, "internal-error")
+
+
+def status_of(cause: str, guest_status: int = 0) -> int:
+    """The exit status for a cause; guest_status is the byte of guest-exit."""
+    return guest_status if cause == "guest-exit" else CAUSES[cause][0]
