@@ -1,0 +1,254 @@
+"""AMD hosts: QEMU's TCG with SVM and nested paging, on a microvm, resumed from a snapshot of the booted host.
+
+The snapshot is taken once per kind on the machine that uses it. The host's RAM is a file (sparse) that every host of
+the kind maps privately: hosts start in a fraction of a second and share the pages that they do not write to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from . import cache, clock, image, packages
+from .errors import HostFailed, LabError
+from .host import Host, logs, patience
+from .kinds import Kind
+from .process import Process
+
+MEMORY_MIB = 768
+
+#: `quiet`, or a console on an emulated UART costs 12 s; nr_uarts=1, or probing three absent ones costs half a second;
+#: no_timer_check, as the PIT is not wired to the I/O APIC as the check wants it.
+_COMMAND_LINE = (
+    "console=ttyS0 quiet mitigations=off panic=-1 nokaslr no_timer_check cryptomgr.notests random.trust_cpu=on "
+    "8250.nr_uarts=1 tsc_early_khz={khz} "
+    "lab_channel=virtio lab_root=/dev/vda lab_modules={modules}"
+)
+
+#: Run before the snapshot is taken: what the first test would else wait for is in the page cache then.
+WARM_UP = "import _cffi_backend, argparse, ctypes, enum, json, pytest, re, socket, subprocess, tempfile, threading"
+
+#: A snapshot is of no use where the TSC's rate differs from its own by more than this (KVM's own tolerance is 250 ppm;
+#: the hosts' clocks would only run that much wrong).
+_TSC_TOLERANCE = 500e-6
+
+
+class Qmp:
+    """QEMU's monitor (QEMU docs/interop/qmp-spec) over a connected socket: one command at a time."""
+
+    def __init__(self, connection: socket.socket, timeout: float) -> None:
+        self._socket = connection
+        self._socket.settimeout(timeout)
+        self._stream = connection.makefile("rb")
+        self._next()  # the greeting
+        self.call("qmp_capabilities")
+
+    def _next(self) -> dict[str, object]:
+        try:
+            line = self._stream.readline()
+        except TimeoutError:
+            raise LabError("QEMU's monitor does not answer") from None
+        except OSError as error:
+            raise LabError(f"QEMU's monitor: {error}") from None
+        if not line:
+            raise LabError("QEMU has closed its monitor")
+        answer = json.loads(line)
+        assert isinstance(answer, dict)
+        return answer
+
+    def call(self, command: str, **arguments: object) -> object:
+        """The command's answer. Raises LabError with QEMU's own words where it refuses."""
+        request = {"execute": command, "arguments": arguments}
+        try:
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
+        except OSError as error:
+            raise LabError(f"QEMU's monitor: {error}") from None
+        while True:
+            answer = self._next()
+            if "error" in answer:
+                raise LabError(f"QEMU refuses {command}: {answer['error']}")
+            if "return" in answer:
+                return answer["return"]
+
+    def wait_migrated(self, timeout: float) -> None:
+        limit = time.monotonic() + timeout
+        while time.monotonic() < limit:
+            state = self.call("query-migrate")
+            assert isinstance(state, dict)
+            if state.get("status") == "completed":
+                return
+            if state.get("status") in ("failed", "cancelled"):
+                raise LabError(f"QEMU: the snapshot {state['status']}: {state.get('error-desc', 'no reason given')}")
+            time.sleep(0.005)
+        raise LabError(f"QEMU: the snapshot was not done within {timeout:.0f} s")
+
+
+@functools.cache
+def version() -> str:
+    """QEMU's version line."""
+    done = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.splitlines()[0]
+
+
+class QemuHost(Host):
+    """An AMD host. With a `snapshot` it is resumed from there, else booted with its RAM in the file `ram`."""
+
+    def __init__(
+        self, kind: Kind, name: str, folder: Path, address: int = 0, *,
+        snapshot: Path | None = None, ram: Path | None = None, group: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(kind, name, folder, address)
+        self._snapshot = snapshot
+        self._ram = ram or (snapshot / "ram" if snapshot else None)
+        self._group = group
+        self._channel, self._channel_far = socket.socketpair()
+        self._qmp_near, self._qmp_far = socket.socketpair()
+        self.qmp: Qmp | None = None
+
+    def _arguments(self) -> list[str]:
+        kernel, initramfs, root = packages.kernel(), image.initramfs("amd"), image.root()
+        share = "off" if self._snapshot else "on"
+        modules = ",".join((kernel / "amd.rest").read_text().split())
+        khz = round(clock.tsc_khz() * self.kind.tsc_factor)
+        arguments = [
+            "qemu-system-x86_64", "-name", self.name, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+            "-accel", "tcg,thread=multi", "-M", "microvm,rtc=on,memory-backend=m0", "-cpu", self.kind.model,
+            "-smp", "1", "-m", str(MEMORY_MIB),
+            "-object", f"memory-backend-file,id=m0,size={MEMORY_MIB}M,mem-path={_escape(self._ram)},share={share}",
+            "-chardev", f"file,id=console,path={_escape(self.console)}", "-serial", "chardev:console",
+            "-chardev", f"socket,id=monitor,fd={self._qmp_far.fileno()}", "-mon", "chardev=monitor,mode=control",
+            "-kernel", str(kernel / "vmlinux"), "-initrd", str(initramfs / "initramfs.cpio"),
+            "-append", _COMMAND_LINE.format(khz=khz, modules=modules),
+            "-drive", f"if=none,id=d0,file={_escape(root / 'root.squashfs')},format=raw,readonly=on,file.locking=off",
+            "-device", "virtio-blk-device,drive=d0",
+            "-device", "virtio-serial-device,max_ports=2",
+            "-chardev", f"socket,id=agent,fd={self._channel_far.fileno()}",
+            "-device", "virtserialport,chardev=agent,nr=1,name=pyhv-lab",
+        ]  # fmt: skip
+        if self._group:
+            arguments += ["-netdev", f"socket,id=n0,mcast={self._group},localaddr=127.0.0.1"]
+            arguments += ["-device", "virtio-net-device,netdev=n0,mac=52:54:00:00:00:fe"]
+        else:
+            # Without a backend; the device must be there all the same, for the snapshot has it.
+            arguments += ["-netdev", "hubport,id=n0,hubid=0", "-device", "virtio-net-device,netdev=n0,mac=52:54:00:00:00:fe"]
+        return arguments
+
+    def _launch(self) -> None:
+        arguments = self._arguments()
+        descriptors = [self._channel_far.fileno(), self._qmp_far.fileno()]
+        with contextlib.ExitStack() as stack:
+            state = None
+            if self._snapshot:
+                state = stack.enter_context((self._snapshot / "state").open("rb"))
+                descriptors.append(state.fileno())
+                arguments += ["-incoming", "defer"]
+            self._process = Process(arguments, self.folder / "emulator.log", pass_fds=descriptors)
+            self._channel_far.close()
+            self._qmp_far.close()
+            try:
+                self.qmp = Qmp(self._qmp_near, 60 * patience())
+                if state:
+                    self.qmp.call("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+                    self.qmp.call("migrate-incoming", uri=f"fd:{state.fileno()}")
+                    self.qmp.wait_migrated(60 * patience())
+                    self.qmp.call("cont")
+            except LabError as error:
+                status = self._process.wait(1)
+                raise self.fail(str(error) if status is None else f"died: QEMU exited with status {status}") from error
+
+    def _read_channel(self) -> bytes:
+        return self._channel.recv(1 << 18)
+
+    def _write_channel(self, data: bytes) -> None:
+        self._channel.sendall(data)
+
+    def _close_channel(self) -> None:
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)
+        for end in (self._channel, self._qmp_near, self._channel_far, self._qmp_far):
+            end.close()
+
+    def set_link(self, up: bool) -> None:
+        """Plugs the host's network cable in or pulls it."""
+        assert self.qmp is not None
+        self.qmp.call("set_link", name="n0", up=up)
+
+    def pause(self) -> None:
+        """Stops the host's processor, as a machine that hangs; resume() lets it go on."""
+        assert self.qmp is not None
+        self.qmp.call("stop")
+
+    def resume(self) -> None:
+        assert self.qmp is not None
+        self.qmp.call("cont")
+
+
+def _escape(path: Path | None) -> str:
+    """A path as QEMU's option syntax takes it: a comma is doubled."""
+    return str(path).replace(",", ",,")
+
+
+def snapshot(kind: Kind, say: Callable[[str], None] = lambda text: None) -> Path:
+    """The folder of the snapshot of a booted host of this kind: `ram`, `state`, `facts.json`; made if need be.
+
+    Raises HostFailed where the host does not boot."""
+    inputs: Mapping[str, object] = {
+        "kind": kind._asdict(),
+        "qemu": version(),
+        "kernel": packages.kernel(say).name,
+        "initramfs": image.initramfs("amd", say).name,
+        "root": image.root(say).name,
+        # The way of starting and the protocol with the agent.
+        "recipe": [cache.file_digest(Path(__file__).with_name(name)) for name in ("qemu.py", "wire.py", "host.py")],
+    }
+
+    def accept(folder: Path) -> bool:
+        rate = json.loads((folder / "facts.json").read_text())["tsc_khz"]
+        return abs(clock.tsc_khz() / float(rate) - 1) < _TSC_TOLERANCE
+
+    def build(folder: Path) -> None:
+        say(f"booting {kind.name} for its snapshot")
+        with logs() as log:
+            host = QemuHost(kind, kind.name, log / kind.name, ram=folder / "ram")
+            try:
+                host.start_up(120)
+                host.run(["python3", "-c", WARM_UP], timeout=120, check=True)
+                _save(host, folder)
+            except (LabError, OSError) as error:
+                raise error if isinstance(error, HostFailed) else host.fail(f"no snapshot could be taken: {error}") from error
+            finally:
+                host.stop()
+            shutil.copyfile(host.console, folder / "console.log") if host.console.exists() else None
+        facts = {"tsc_khz": clock.tsc_khz(), "boot_seconds": round(host.start_seconds, 3)}
+        (folder / "facts.json").write_text(json.dumps(facts) + "\n")
+
+    return cache.artefact(f"snapshot-{kind.name}", inputs, build, accept=accept)
+
+
+def _save(host: QemuHost, folder: Path) -> None:
+    qmp = host.qmp
+    assert qmp is not None
+    qmp.call("stop")
+    qmp.call("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+    descriptor = os.open(folder / "state", os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        # The descriptor goes to QEMU over the monitor's socket, with the command that names it.
+        request = json.dumps({"execute": "getfd", "arguments": {"fdname": "state"}}).encode() + b"\n"
+        socket.send_fds(qmp._socket, [request], [descriptor])
+        while "return" not in (answer := qmp._next()):
+            if "error" in answer:
+                raise LabError(f"QEMU refuses getfd: {answer['error']}")
+    finally:
+        os.close(descriptor)
+    qmp.call("migrate", uri="fd:state")
+    qmp.wait_migrated(120 * patience())
+    with contextlib.suppress(LabError):
+        qmp.call("quit")
