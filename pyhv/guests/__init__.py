@@ -9,7 +9,12 @@ from pyhv.errors import BadInput
 # Name -> what it proves, in a line. The sources' own headers say more.
 _GUESTS = {
     "cpuid": "prints every CPUID leaf and subleaf as `cpuid -r` does; with `cpl3` as CPL 3 reads them",
+    "dispatch": "chooses its code path by CPUID and checks that the result is that of plain code",
+    "faults": "ends or misbehaves in the way that its command line names",
     "hello": "says hello, echoes its command line, ends with status 0",
+    "refuse": "demands SSE4.2; without it it ends with status 42",
+    "spin": "loops for ever without an exit",
+    "ticker": "stamps all memory, round after round, and ends when memory, CPUID or the TSC is not what it was",
 }
 
 
@@ -25,8 +30,8 @@ def describe(name: str) -> str:
 
 def path(name: str) -> str:
     """The file of a bundled guest's image. BadInput: there is no such guest, or its image has not been built."""
-    image = os.path.join(os.path.dirname(__file__), f"{_known(name)}.elf")
-    if not os.path.exists(image):
+    image = f"{__path__[0]}/{_known(name)}.elf"
+    if not os.access(image, os.F_OK):
         raise BadInput(name, "the image of this bundled guest has not been built", "run guest_images/build.py")
     return image
 
