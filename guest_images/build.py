@@ -78,7 +78,7 @@ def out_of_date(image: Path, inputs: list[Path]) -> bool:
 
 def build(compiler: list[str], image: Path, sources: list[Path]) -> None:
     """Compiles and links one image; it appears whole or not at all, whoever else builds it at the same time."""
-    temporary = image.with_name(f".{image.name}.{os.getpid()}")
+    temporary = image.with_name(f".{os.getpid()}.{image.name}")
     try:
         command = [*compiler, *FLAGS, "-o", str(temporary), *map(str, sources)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)

@@ -5,6 +5,7 @@
  * All CPUID instructions of an image are this one, and the note below says where it is: whoever intercepts CPUID
  * by hardware breakpoints needs to know them all, and has four. On a user page, so that CPL 3 can call it.
  */
+        .file   "cpuid.S"
         .section .user.text, "ax"
         .globl  cpuid, cpuid_site
 cpuid:

@@ -4,6 +4,7 @@
  * number of vCPUs in RDI, RSI and RDX, which is where a C function has its first three arguments, and gives a stack.
  * The memory is zero, so there is no .bss to clear.
  */
+        .file   "start.S"
         .section .text.start, "ax"
         .globl  _start
 _start:

@@ -3,6 +3,7 @@
  * One entry a vector, 16 bytes apart, that makes every exception look alike: error code (0 where the processor
  * pushes none), vector, RAX, and on to exception_handler(), which does not return.
  */
+        .file   "vectors.S"
         .section .text.vectors, "ax"
         .globl  exception_entries
         .balign 16

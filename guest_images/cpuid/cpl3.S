@@ -7,6 +7,7 @@
  * leave_cpl3() and so makes enter_cpl3() return. A fault, because on an interpreting KVM SYSCALL cannot do it and
  * INT n cannot be executed.
  */
+        .file   "cpl3.S"
         .set    TSS_RSP0, 0x1104        /* README.md: the TSS is at 0x1100; RSP0 is its second field */
         .set    USER_DATA, 0x1b
         .set    USER_CODE, 0x23
