@@ -1,0 +1,70 @@
+# make demo    build everything and show compatibility mode
+# make test    all tests: checks, unit, C with sanitizers, host, and the lab where it can run
+# make bench   the benchmarks, each against a named peer in the same run
+# make clean   remove what was built
+#
+# Everything goes into .venv; a second run does only what has changed.
+
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+
+GENERATED_FROM := pyhv/cpu/features.toml pyhv/cpu/generate.py $(wildcard pyhv/cpu/profiles/*.toml)
+ENGINE  := $(wildcard csrc/*.[ch] csrc/*/*.[ch]) pyhv/_native/build.py
+GUESTS  := $(shell find guest_images -type f)
+
+.PHONY: demo test check unit c-test sanitize host bench clean install
+.DELETE_ON_ERROR:
+
+demo: install
+	$(BIN)/python scripts/demo.py
+
+test: check unit c-test sanitize host
+	@echo "All tests passed."
+
+# ------------------------------------------------------------------------------------------------------ building
+
+install: $(VENV)/installed
+
+$(VENV)/pip: scripts/prepare.sh
+	@scripts/prepare.sh
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# PYHV_CFLAGS: a warning in our own code fails our own build, not a user's with a newer compiler.
+$(VENV)/installed: $(VENV)/pip pyproject.toml setup.py $(ENGINE) $(GENERATED_FROM) $(GUESTS)
+	@echo "Building pyhv ..."
+	@PYHV_CFLAGS=-Werror $(BIN)/python -m pip install -q --disable-pip-version-check \
+	    --config-settings editable_mode=compat -e .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/installed
+	@$(BIN)/python -m pip install -q --disable-pip-version-check \
+	    --config-settings editable_mode=compat -e '.[dev]'
+	@touch $@
+
+# -------------------------------------------------------------------------------------------------------- testing
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+unit: $(VENV)/dev
+	$(BIN)/python -m pytest -q tests/unit
+
+c-test: $(VENV)/installed
+	$(MAKE) -s -C tests/c check PYTHON=../../$(BIN)/python
+
+sanitize: $(VENV)/installed
+	$(MAKE) -s -C tests/c sanitize PYTHON=../../$(BIN)/python
+
+host: $(VENV)/dev
+	$(BIN)/python -m pytest -q tests/host
+
+bench: $(VENV)/installed
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build *.egg-info tests/c/build csrc/gen pyhv/cpu/_features.py pyhv/guests/*.elf
+	find pyhv tests bench -name __pycache__ -prune -exec rm -rf {} +
+	rm -f pyhv/_native/_pyhv.*

@@ -1,0 +1,395 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The engine on a real /dev/kvm, with guests of a few bytes in real mode. Needs nothing but the engine and the device,
+ * so it also runs under sanitizers and inside the lab's hosts.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "check.h"
+#include "pyhv.h"
+
+enum { RAM_SIZE = 0x10000, ENTRY = 0x1000, TIMEOUT_SECONDS = 60 };
+
+static int kvm_fd;
+
+/* A VM with the devices, one vCPU in real mode at ENTRY, and a guest's bytes there. */
+struct machine {
+    struct pyhv_bus *bus;
+    struct pyhv_memory memory;
+    struct pyhv_vm *vm;
+    struct pyhv_vcpu *vcpu;
+    int console[2];
+};
+
+static const struct pyhv_cpuid_entry table_entries[] = {
+    {0x0, 0, 0, 0xd, 0x68747541, 0x444d4163, 0x69746e65}, /* AuthenticAMD */
+    {0x1, 0, 0, 0x00100f80, 0x00000800, 0x80002001, 0x078bfbff},
+    {0x7, 0, 1, 0, 0x11111111, 0x22222222, 0x33333333},
+};
+enum { TABLE_COUNT = sizeof table_entries / sizeof table_entries[0] };
+
+static void fatal(const char *what, const struct pyhv_error *error)
+{
+    fprintf(stderr, "test_kvm: %s: %s: %s %s\n", what, error->what, strerror(error->errnum), error->detail);
+    exit(1);
+}
+
+static void attach(struct machine *machine, struct pyhv_device *device, struct pyhv_error *error)
+{
+    if (!device || pyhv_bus_attach(machine->bus, device, error) < 0)
+        fatal("device", error);
+}
+
+static void build(struct machine *machine, const void *code, size_t size, int irqchip)
+{
+    struct pyhv_error error = {0};
+    struct pyhv_vm_config config = {.irqchip = (uint32_t)irqchip};
+    if (pipe(machine->console) < 0)
+        abort();
+    machine->bus = pyhv_bus_create(&error);
+    attach(machine, pyhv_uart16550_create(0x3f8, 4, -1, machine->console[1], &error), &error);
+    attach(machine, pyhv_debug_exit_create(0xf4, &error), &error);
+    attach(machine, pyhv_i8042_create(&error), &error);
+    attach(machine, pyhv_cmos_create(RAM_SIZE, 0, &error), &error);
+    if (pyhv_memory_create(&machine->memory, RAM_SIZE, &error) < 0)
+        fatal("memory", &error);
+    memcpy(machine->memory.host + ENTRY, code, size);
+    machine->vm = pyhv_vm_create(kvm_fd, &config, machine->bus, &error);
+    if (!machine->vm || pyhv_vm_map(machine->vm, 0, RAM_SIZE, machine->memory.host, &error) < 0)
+        fatal("VM", &error);
+    machine->vcpu = pyhv_vcpu_create(machine->vm, 0, &error);
+    if (!machine->vcpu || pyhv_vcpu_set_cpuid(machine->vcpu, table_entries, TABLE_COUNT, &error) < 0)
+        fatal("vCPU", &error);
+
+    struct pyhv_sregs sregs;
+    struct pyhv_regs regs = {.rip = ENTRY, .rsp = 0xff00, .rflags = 2};
+    if (pyhv_vcpu_get_sregs(machine->vcpu, &sregs, &error) < 0)
+        fatal("registers", &error);
+    sregs.cs.base = sregs.cs.selector = 0;
+    if (pyhv_vcpu_set_sregs(machine->vcpu, &sregs, &error) < 0 || pyhv_vcpu_set_regs(machine->vcpu, &regs, &error) < 0)
+        fatal("registers", &error);
+}
+
+static void destroy(struct machine *machine)
+{
+    pyhv_vcpu_destroy(machine->vcpu);
+    pyhv_vm_destroy(machine->vm);
+    pyhv_bus_destroy(machine->bus);
+    pyhv_memory_destroy(&machine->memory);
+    close(machine->console[0]);
+    close(machine->console[1]);
+}
+
+/* ------------------------------------------------------------------------------------- how each run ends -- */
+
+static const struct ending {
+    const char *name;
+    uint8_t code[40];
+    enum pyhv_stop stop;
+    uint8_t status;
+} endings[] = {
+    {"debug exit", {0xba, 0xf4, 0x00, 0xb0, 0x2a, 0xee, 0xf4}, PYHV_STOP_GUEST_EXIT, 42},
+    /* mov dx, 0x300; in al, dx; mov dx, 0xf4; out dx, al */
+    {"unclaimed port, 8 bits", {0xba, 0x00, 0x03, 0xec, 0xba, 0xf4, 0x00, 0xee}, PYHV_STOP_GUEST_EXIT, 0xff},
+    /* mov dx, 0x300; in ax, dx; mov al, ah; mov dx, 0xf4; out dx, al */
+    {"unclaimed port, 16 bits",
+     {0xba, 0x00, 0x03, 0xed, 0x88, 0xe0, 0xba, 0xf4, 0x00, 0xee},
+     PYHV_STOP_GUEST_EXIT,
+     0xff},
+    /* mov ax, 0x2000; mov ds, ax; mov al, [0]; mov dx, 0xf4; out dx, al */
+    {"unclaimed memory",
+     {0xb8, 0x00, 0x20, 0x8e, 0xd8, 0xa0, 0x00, 0x00, 0xba, 0xf4, 0x00, 0xee},
+     PYHV_STOP_GUEST_EXIT,
+     0xff},
+    /* mov al, 0xfe; out 0x64, al */
+    {"i8042 reset", {0xb0, 0xfe, 0xe6, 0x64, 0xf4}, PYHV_STOP_RESET, 0},
+    {"halt", {0xf4}, PYHV_STOP_HALTED, 0},
+};
+
+static void endings_as_expected(void)
+{
+    for (size_t i = 0; i < sizeof endings / sizeof endings[0]; i++) {
+        struct machine machine;
+        struct pyhv_exit exit;
+        build(&machine, endings[i].code, sizeof endings[i].code, 0);
+        pyhv_vcpu_run(machine.vcpu, &exit);
+        if (exit.stop != endings[i].stop)
+            fprintf(stderr, "%s: stop %u, exit reason %u, rip 0x%" PRIx64 ", %s\n", endings[i].name, exit.stop,
+                    exit.exit_reason, exit.rip, exit.error.what);
+        CHECK_EQUAL(exit.stop, endings[i].stop);
+        CHECK_EQUAL(exit.status, endings[i].status);
+        destroy(&machine);
+    }
+}
+
+static void triple_fault(void)
+{
+    static const uint8_t code[] = {0x0f, 0x0b}; /* ud2 */
+    struct machine machine;
+    struct pyhv_sregs sregs;
+    struct pyhv_error error = {0};
+    struct pyhv_exit exit;
+    build(&machine, code, sizeof code, 0);
+    CHECK_EQUAL(pyhv_vcpu_get_sregs(machine.vcpu, &sregs, &error), 0);
+    /* In flat 32-bit protected mode: some KVMs emulate real mode, and take their time for this there. */
+    const uint32_t data = 0xc093, code32 = 0xc09b;
+    sregs.cs = (struct pyhv_segment){.limit = 0xffffffff, .attributes = code32, .selector = 8};
+    sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss =
+        (struct pyhv_segment){.limit = 0xffffffff, .attributes = data, .selector = 16};
+    sregs.cr0 |= 1;
+    sregs.idt_limit = 0;
+    CHECK_EQUAL(pyhv_vcpu_set_sregs(machine.vcpu, &sregs, &error), 0);
+    pyhv_vcpu_run(machine.vcpu, &exit);
+    CHECK_EQUAL(exit.stop, PYHV_STOP_TRIPLE_FAULT);
+    destroy(&machine);
+}
+
+static void console_output(void)
+{
+    /* mov si, 0x1010; mov cx, 5; mov dx, 0x3f8; rep outsb; mov dx, 0xf4; out dx, al */
+    static const uint8_t code[] = {0xbe, 0x10, 0x10, 0xb9, 0x05, 0x00, 0xba, 0xf8, 0x03, 0xf3, 0x6e,
+                                   0xba, 0xf4, 0x00, 0xee, 0xf4, 'h',  'e',  'l',  'l',  'o'};
+    struct machine machine;
+    struct pyhv_exit exit;
+    char text[16] = "";
+    build(&machine, code, sizeof code, 0);
+    pyhv_vcpu_run(machine.vcpu, &exit);
+    CHECK_EQUAL(exit.stop, PYHV_STOP_GUEST_EXIT);
+    CHECK_EQUAL(read(machine.console[0], text, sizeof text), 5);
+    CHECK(strcmp(text, "hello") == 0);
+    destroy(&machine);
+}
+
+/* --------------------------------------------------------------------------------------------- the kick -- */
+
+static void *kick_soon(void *argument)
+{
+    nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+    pyhv_vcpu_kick(argument);
+    return NULL;
+}
+
+static void kicks(int irqchip, const uint8_t *code, size_t size)
+{
+    struct machine machine;
+    struct pyhv_exit exit;
+    pthread_t thread;
+    build(&machine, code, size, irqchip);
+
+    for (int round = 0; round < 3; round++) {
+        pthread_create(&thread, NULL, kick_soon, machine.vcpu);
+        pyhv_vcpu_run(machine.vcpu, &exit);
+        pthread_join(thread, NULL);
+        CHECK_EQUAL(exit.stop, PYHV_STOP_KICKED);
+    }
+    pyhv_vcpu_kick(machine.vcpu); /* in front of the run: not lost, and only one run is ended by it */
+    pyhv_vcpu_run(machine.vcpu, &exit);
+    CHECK_EQUAL(exit.stop, PYHV_STOP_KICKED);
+    pthread_create(&thread, NULL, kick_soon, machine.vcpu);
+    pyhv_vcpu_run(machine.vcpu, &exit);
+    pthread_join(thread, NULL);
+    CHECK_EQUAL(exit.stop, PYHV_STOP_KICKED);
+    destroy(&machine);
+}
+
+/* A signal that is blocked where the run is called from must still get through, and be blocked again afterwards. */
+static void kick_with_blocked_signals(void)
+{
+    static const uint8_t spin[] = {0xeb, 0xfe};
+    sigset_t all, before, now;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    kicks(0, spin, sizeof spin);
+    pthread_sigmask(SIG_SETMASK, NULL, &now);
+    for (int signal = SIGRTMIN; signal <= SIGRTMAX; signal++)
+        CHECK(sigismember(&now, signal) == 1);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+/* ------------------------------------------------------------------------------------ stepping and traps -- */
+
+static void steps(void)
+{
+    static const uint8_t code[] = {0x40, 0x40, 0xb0, 0x07, 0xe6, 0xf4}; /* inc ax; inc ax; mov al, 7; out 0xf4, al */
+    struct machine machine;
+    struct pyhv_exit exit;
+    struct pyhv_error error = {0};
+    struct pyhv_regs regs;
+    build(&machine, code, sizeof code, 0);
+    static const uint64_t rips[] = {ENTRY + 1, ENTRY + 2, ENTRY + 4};
+    for (int i = 0; i < 3; i++) {
+        pyhv_vcpu_step(machine.vcpu, &exit);
+        CHECK_EQUAL(exit.stop, PYHV_STOP_DEBUG);
+        CHECK_EQUAL(exit.rip, rips[i]);
+    }
+    CHECK_EQUAL(pyhv_vcpu_get_regs(machine.vcpu, &regs, &error), 0);
+    CHECK_EQUAL(regs.rax & 0xffff, 7);
+    pyhv_vcpu_step(machine.vcpu, &exit);
+    CHECK_EQUAL(exit.stop, PYHV_STOP_GUEST_EXIT);
+    CHECK_EQUAL(exit.status, 7);
+    destroy(&machine);
+}
+
+/* mov eax, 7; xor ecx, ecx; cpuid (with a prefix); mov al, bl; mov dx, 0x300; out dx, al; mov eax, 1; cpuid;
+ * out 0xf4, al. The first CPUID stands at offset 9, the second, right behind a port access, at offset 24. */
+static const uint8_t ask_twice[] = {0x66, 0xb8, 0x07, 0x00, 0x00, 0x00, 0x66, 0x31, 0xc9, 0x66,
+                                    0x0f, 0xa2, 0x88, 0xd8, 0xba, 0x00, 0x03, 0x66, 0xb8, 0x01,
+                                    0x00, 0x00, 0x00, 0xee, 0x0f, 0xa2, 0xe6, 0xf4, 0xf4};
+enum { FIRST_SITE = ENTRY + 9, SECOND_SITE = ENTRY + 24 };
+
+static void traps(uint32_t site_count, uint32_t log_capacity)
+{
+    struct machine machine;
+    struct pyhv_cpuid_table table;
+    struct pyhv_cpuid_record records[4];
+    struct pyhv_error error = {0};
+    struct pyhv_exit exit;
+    struct pyhv_trap_config config = {
+        .table = &table,
+        .site_count = site_count,
+        .log_capacity = log_capacity,
+        .sites = {FIRST_SITE, SECOND_SITE},
+    };
+    build(&machine, ask_twice, sizeof ask_twice, 0);
+    CHECK_EQUAL(pyhv_cpuid_table_init(&table, table_entries, TABLE_COUNT, &error), 0);
+    CHECK_EQUAL(pyhv_vcpu_trap(machine.vcpu, &config, &error), 0);
+    size_t logged = 0;
+    do {
+        pyhv_vcpu_run(machine.vcpu, &exit);
+        logged += pyhv_vcpu_trap_log(machine.vcpu, records + logged, 4 - logged);
+    } while (exit.stop == PYHV_STOP_TRAP_LOG_FULL);
+    CHECK_EQUAL(exit.stop, PYHV_STOP_GUEST_EXIT);
+    CHECK_EQUAL(exit.status, 0x80); /* AL of leaf 1 */
+    CHECK_EQUAL(pyhv_vcpu_counters(machine.vcpu)->cpuid_answered, 2);
+    CHECK_EQUAL(logged, log_capacity ? 2 : 0);
+    if (logged == 2) {
+        CHECK_EQUAL(records[0].rip, FIRST_SITE);
+        CHECK_EQUAL(records[0].leaf, 7);
+        CHECK_EQUAL(records[0].guest[1], 0x11111111);
+        CHECK_EQUAL(records[1].rip, SECOND_SITE);
+        CHECK_EQUAL(records[1].leaf, 1);
+        CHECK_EQUAL(records[1].guest[3] & ~0x200u, 0x078bf9ffu);
+    }
+    destroy(&machine);
+}
+
+static void trap_on_the_wrong_address(void)
+{
+    struct machine machine;
+    struct pyhv_cpuid_table table;
+    struct pyhv_error error = {0};
+    struct pyhv_exit exit;
+    struct pyhv_trap_config config = {.table = &table, .site_count = 1, .sites = {FIRST_SITE - 3}};
+    build(&machine, ask_twice, sizeof ask_twice, 0);
+    CHECK_EQUAL(pyhv_cpuid_table_init(&table, table_entries, TABLE_COUNT, &error), 0);
+    CHECK_EQUAL(pyhv_vcpu_trap(machine.vcpu, &config, &error), 0);
+    pyhv_vcpu_run(machine.vcpu, &exit);
+    CHECK_EQUAL(exit.stop, PYHV_STOP_TRAP_LOST);
+    CHECK_EQUAL(exit.rip, FIRST_SITE - 3);
+    CHECK_EQUAL(exit.bytes_count, 16);
+    CHECK(memcmp(exit.bytes, ask_twice + 6, 16) == 0);
+    config.site_count = PYHV_TRAP_MAX_SITES + 1;
+    CHECK_EQUAL(pyhv_vcpu_trap(machine.vcpu, &config, &error), -1);
+    destroy(&machine);
+}
+
+/* ---------------------------------------------------------------------------------- state and failures -- */
+
+static void state_written_back_is_unchanged(void)
+{
+    struct machine machine;
+    struct pyhv_error error = {0};
+    struct pyhv_sregs before, after;
+    struct pyhv_regs regs_before, regs_after;
+    build(&machine, "\xf4", 1, 1);
+    CHECK_EQUAL(pyhv_vcpu_get_sregs(machine.vcpu, &before, &error), 0);
+    CHECK_EQUAL(pyhv_vcpu_set_sregs(machine.vcpu, &before, &error), 0);
+    CHECK_EQUAL(pyhv_vcpu_get_sregs(machine.vcpu, &after, &error), 0);
+    CHECK(memcmp(&before, &after, sizeof before) == 0);
+    CHECK_EQUAL(pyhv_vcpu_get_regs(machine.vcpu, &regs_before, &error), 0);
+    regs_before.rax = UINT64_C(0x0123456789abcdef);
+    regs_before.r15 = UINT64_C(0xfedcba9876543210);
+    CHECK_EQUAL(pyhv_vcpu_set_regs(machine.vcpu, &regs_before, &error), 0);
+    CHECK_EQUAL(pyhv_vcpu_get_regs(machine.vcpu, &regs_after, &error), 0);
+    CHECK(memcmp(&regs_before, &regs_after, sizeof regs_before) == 0);
+    CHECK(pyhv_vcpu_get_mp_state(machine.vcpu, &error) >= 0);
+    CHECK(pyhv_vcpu_get_tsc_khz(machine.vcpu, &error) > 0);
+    destroy(&machine);
+}
+
+static void failures_are_named(void)
+{
+    struct machine machine;
+    struct pyhv_error error = {0};
+    struct pyhv_memory memory;
+    build(&machine, "\xf4", 1, 0);
+    CHECK(pyhv_vcpu_create(machine.vm, 0, &error) == NULL);
+    CHECK(strcmp(error.what, "KVM_CREATE_VCPU") == 0);
+    CHECK_EQUAL(error.errnum, EEXIST);
+    CHECK_EQUAL(pyhv_vm_map(machine.vm, 0x1000, 0x1000, machine.memory.host, &error), -1);
+    CHECK(strcmp(error.what, "KVM_SET_USER_MEMORY_REGION") == 0);
+    CHECK_EQUAL(pyhv_memory_create(&memory, 0, &error), -1);
+    CHECK_EQUAL(pyhv_memory_create(&memory, 4097, &error), -1);
+    CHECK_EQUAL(pyhv_memory_create(&memory, UINT64_C(1) << 62, &error), -1);
+    pyhv_memory_destroy(&memory);
+    CHECK_EQUAL(pyhv_kvm_open("/dev/null", &error), -1);
+    CHECK(strcmp(error.what, "KVM_GET_API_VERSION") == 0);
+    CHECK_EQUAL(pyhv_kvm_open("/nowhere", &error), -1);
+    CHECK_EQUAL(error.errnum, ENOENT);
+    destroy(&machine);
+}
+
+static void system_questions(void)
+{
+    struct pyhv_cpuid_entry entries[PYHV_CPUID_MAX_ENTRIES];
+    struct pyhv_error error = {0};
+    uint32_t indices[2048];
+    uint64_t value;
+    CHECK(pyhv_kvm_supported_cpuid(kvm_fd, entries, PYHV_CPUID_MAX_ENTRIES, &error) > 2);
+    CHECK_EQUAL(pyhv_kvm_supported_cpuid(kvm_fd, entries, 1, &error), -1);
+    CHECK(pyhv_kvm_msr_list(kvm_fd, 0, indices, 2048, &error) > 5);
+    CHECK(pyhv_kvm_msr_list(kvm_fd, 1, indices, 2048, &error) >= 0);
+    CHECK_EQUAL(pyhv_kvm_feature_msr(kvm_fd, 0xffffffff, &value, &error), -1);
+}
+
+int main(void)
+{
+    static const uint8_t spin[] = {0xeb, 0xfe};
+    static const uint8_t sleep_for_ever[] = {0xfa, 0xf4, 0xeb, 0xfc};
+    struct pyhv_error error = {0};
+
+    if (access("/dev/kvm", R_OK | W_OK) < 0) {
+        printf("test_kvm: skipped: /dev/kvm: %s\n", strerror(errno));
+        return 0;
+    }
+    kvm_fd = pyhv_kvm_open("/dev/kvm", &error);
+    if (kvm_fd < 0)
+        fatal("/dev/kvm", &error);
+    alarm(TIMEOUT_SECONDS); /* a lost kick must not hang the tests */
+    signal(SIGPIPE, SIG_IGN);
+
+    endings_as_expected();
+    triple_fault();
+    console_output();
+    kicks(0, spin, sizeof spin);
+    kicks(1, sleep_for_ever, sizeof sleep_for_ever);
+    kick_with_blocked_signals();
+    steps();
+    for (uint32_t capacity = 0; capacity <= 2; capacity++) {
+        traps(2, capacity);
+        traps(0, capacity);
+    }
+    trap_on_the_wrong_address();
+    state_written_back_is_unchanged();
+    failures_are_named();
+    system_questions();
+    close(kvm_fd);
+    return check_report("test_kvm");
+}
