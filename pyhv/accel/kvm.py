@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 DEVICE = "/dev/kvm"
 
 # Capability numbers of <linux/kvm.h> (KVM_CAP_*).
-CAP_NR_MEMSLOTS = 10
 CAP_MAX_VCPUS = 66
 CAP_TSC_CONTROL = 60
 CAP_TSC_DEADLINE_TIMER = 72
@@ -160,6 +159,7 @@ class Kvm:
     name = "kvm"
 
     def __init__(self) -> None:
+        self._description: HostDescription | None = None
         error = new_error()
         self.fd: int = lib.pyhv_kvm_open(DEVICE.encode(), error)
         if self.fd < 0:
@@ -173,12 +173,18 @@ class Kvm:
 
     def supported_cpuid(self) -> CpuidTable:
         """KVM_GET_SUPPORTED_CPUID, and TSC_DEADLINE, which older kernels offer by a capability only."""
+        from pyhv.cpu import features
         from pyhv.cpu.table import CpuidTable
 
         entries = ffi.new("struct pyhv_cpuid_entry[]", _MAX_ENTRIES)
         error = new_error()
         count = check(lib.pyhv_kvm_supported_cpuid(self.fd, entries, _MAX_ENTRIES, error), error)
-        return CpuidTable.from_entries(_entry_tuples(entries, count))
+        table = CpuidTable.from_entries(_entry_tuples(entries, count))
+        if self.check_extension(CAP_TSC_DEADLINE_TIMER):
+            deadline = features.find("tsc_deadline_timer")
+            ecx = table.get(1).ecx | 1 << deadline.bit
+            table = table.replace({(1, 0): table.get(1)._replace(ecx=ecx)})
+        return table
 
     def msr_list(self, features: bool = False) -> tuple[int, ...]:
         """The MSRs that make up a vCPU's state, or with `features` those that describe the processor."""
@@ -197,9 +203,33 @@ class Kvm:
         return values
 
     def describe(self) -> HostDescription:
-        from pyhv.accel.kvm_host import describe
+        if self._description is None:
+            import os
 
-        return describe(self)
+            from pyhv.cpu.host import HostDescription
+
+            self._description = HostDescription(
+                table=self.supported_cpuid(),
+                kernel=os.uname().release,
+                accelerator=self.name,
+                feature_msrs=self.feature_msrs(),
+                msrs=tuple(sorted(self.msr_list())),
+                tsc_khz=self._read_tsc_khz(),
+                tsc_scaling=self.check_extension(CAP_TSC_CONTROL) > 0,
+            )
+        return self._description
+
+    def _read_tsc_khz(self) -> int:
+        """The rate that a new vCPU's TSC has: the host's."""
+        vm = self.create_vm(irqchip=False)
+        try:
+            vcpu = vm.create_vcpu(0)
+            try:
+                return vcpu.read_tsc_khz()
+            finally:
+                vcpu.close()
+        finally:
+            vm.close()
 
     def create_vm(self, bus: Any = None, irqchip: bool = True) -> KvmVm:
         return KvmVm(self.fd, bus, irqchip)
