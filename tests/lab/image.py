@@ -32,6 +32,9 @@ SITE = "/usr/lib/pyhv-lab"
 DISTRIBUTIONS = ("pytest",)
 EXTENSIONS = ("_cffi_backend",)
 
+#: Bytes in a cylinder of 16 heads and 63 sectors.
+CYLINDER = 16 * 63 * 512
+
 #: Parts of the standard library that no test in a host needs; they are four fifths of its size.
 _LEAVE_OUT = {
     "__pycache__", "test", "tests", "idlelib", "tkinter", "turtledemo", "turtle.py", "ensurepip", "lib2to3",
@@ -41,6 +44,9 @@ _LEAVE_OUT = {
 _LEAVE_OUT_MODULES = re.compile(r"(_test|_ctypes_test|xx|_tkinter|_dbm|_gdbm|_sqlite3|_curses|readline|nis|_codecs_)")
 
 
+Say = Callable[[str], None]
+
+
 def say_nothing(text: str) -> None:
     pass
 
@@ -48,7 +54,7 @@ def say_nothing(text: str) -> None:
 # ------------------------------------------------------------------------------------------------- agent --
 
 
-def agent(say: Callable[[str], None] = say_nothing) -> Path:
+def agent(say: Say = say_nothing) -> Path:
     """The folder with the compiled agent, `init`."""
     source = HERE / "guest" / "agent.c"
 
@@ -83,7 +89,7 @@ def cpio(entries: Iterable[tuple[str, int, bytes]]) -> bytes:
     return bytes(out)
 
 
-def initramfs(vendor: str, say: Callable[[str], None] = say_nothing) -> Path:
+def initramfs(vendor: str, say: Say = say_nothing) -> Path:
     """The folder with `initramfs.cpio` for hosts of a vendor, `amd` or `intel`: the agent and its modules."""
     kernel, init = packages.kernel(say), agent(say)
 
@@ -99,6 +105,35 @@ def initramfs(vendor: str, say: Callable[[str], None] = say_nothing) -> Path:
 
     inputs = {"kernel": kernel.name, "agent": init.name, "vendor": vendor, "recipe": _recipe()}
     return cache.artefact(f"initramfs-{vendor}", inputs, build)
+
+
+def boot_disc(command_line: str, say: Say = say_nothing) -> Path:
+    """The folder with `boot.iso`, from which a Bochs host starts: isolinux, the kernel and the initramfs."""
+    kernel, archive = packages.kernel(say), initramfs("intel", say)
+
+    def build(folder: Path) -> None:
+        say("building the boot disc of the Intel hosts")
+        tree = folder / "tree"
+        tree.mkdir()
+        shutil.copyfile(packages.ISOLINUX, tree / "isolinux.bin")
+        shutil.copyfile(packages.LDLINUX, tree / "ldlinux.c32")
+        shutil.copyfile(kernel / "vmlinuz", tree / "vmlinuz")
+        shutil.copyfile(archive / "initramfs.cpio", tree / "initrd")
+        (tree / "isolinux.cfg").write_text(
+            f"default lab\nprompt 0\ntimeout 0\nlabel lab\n kernel vmlinuz\n initrd initrd\n append {command_line}\n"
+        )
+        command = ["xorriso", "-as", "mkisofs", "-quiet", "-o", str(folder / "boot.iso"), "-b", "isolinux.bin",
+                   "-c", "boot.cat", "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", str(tree)]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            raise LabError(f"xorriso: {done.stderr.strip()}")
+        shutil.rmtree(tree)
+
+    inputs = {
+        "kernel": kernel.name, "initramfs": archive.name, "command line": command_line, "recipe": _recipe(),
+        "loader": [cache.file_digest(path) for path in (packages.ISOLINUX, packages.LDLINUX)],
+    }  # fmt: skip
+    return cache.artefact("boot-intel", inputs, build)
 
 
 # ------------------------------------------------------------------------------------- root file system --
@@ -153,7 +188,7 @@ def _digest_of_python() -> dict[str, object]:
     }
 
 
-def root(say: Callable[[str], None] = say_nothing) -> Path:
+def root(say: Say = say_nothing) -> Path:
     """The folder with `root.squashfs`, the same for every host."""
     busybox = shutil.which("busybox")
     if busybox is None:
@@ -173,6 +208,9 @@ def root(say: Callable[[str], None] = say_nothing) -> Path:
         if done.returncode:
             raise LabError(f"mksquashfs: {done.stderr.strip()}")
         shutil.rmtree(tree)
+        # Bochs counts a disk in cylinders of 16 heads and 63 sectors, and shows no part of one.
+        size = (folder / "root.squashfs").stat().st_size
+        os.truncate(folder / "root.squashfs", -(-size // CYLINDER) * CYLINDER)
 
     return cache.artefact("root", inputs, build)
 
