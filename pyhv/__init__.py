@@ -1,13 +1,25 @@
 """pyhv: a small KVM-backed x86 virtual machine monitor whose VMs move between processor generations.
 
-    with pyhv.Machine(image="cpuid", compat=True) as vm:
-        result = vm.run(timeout=5)
+with pyhv.Machine(image="cpuid", compat=True) as vm:
+    result = vm.run(timeout=5)
 """
 
 from __future__ import annotations
 
 from pyhv.errors import BadInput, HostError, NotAvailable, NotFaithful, PyhvError
-from pyhv.machine import Machine, RunResult
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyhv.machine import Machine, RunResult
 
 __all__ = ["BadInput", "HostError", "Machine", "NotAvailable", "NotFaithful", "PyhvError", "RunResult"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Machine and RunResult are imported when they are first used: `pyhv features` needs no engine."""
+    if name in ("Machine", "RunResult"):
+        from pyhv import machine
+
+        return getattr(machine, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,48 @@
+"""Tests with this machine's /dev/kvm. Where there is none they are skipped, and say so."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+import pyhv
+from pyhv.accel import choose, probe
+from pyhv.accel.protocol import Accelerator
+from pyhv.cpu.host import Verdict
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="/dev/kvm is missing or may not be opened by this user"))
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> Accelerator:
+    return choose.open_accelerator()
+
+
+@pytest.fixture(scope="session")
+def verdict(accelerator: Accelerator) -> Verdict:
+    return probe.verdict(accelerator)
+
+
+@pytest.fixture
+def faithful(verdict: Verdict) -> None:
+    """For tests that need a KVM that honours its CPUID table."""
+    if not verdict.faithful:
+        pytest.skip("this machine's KVM does not honour its CPUID table; the lab runs this on kvm_amd and kvm_intel")
+
+
+@pytest.fixture
+def unfaithful(verdict: Verdict) -> None:
+    """For tests of what happens on a KVM that does not."""
+    if verdict.faithful:
+        pytest.skip("this machine's KVM honours its CPUID table")
+
+
+def run(image: str, timeout: float = 60, **options: object) -> pyhv.RunResult:
+    """Runs a guest to its end and returns the result."""
+    with pyhv.Machine(image, **options) as machine:  # type: ignore[arg-type]
+        return machine.run(timeout)

@@ -1,0 +1,188 @@
+"""A machine from its image to its end, on this machine's KVM."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+import pyhv
+from pyhv.vm.vm import Vm
+
+from .conftest import run
+
+
+def test_hello() -> None:
+    result = run("hello", append="two words")
+    assert (result.cause, result.status, result.message) == ("guest-exit", 0, "")
+    assert result.console == b"hello from a pyhv guest\ncommand line: two words\n"
+
+
+@pytest.mark.parametrize("status", [0, 2, 42, 124, 255])
+def test_the_guests_byte_is_the_status(status: int) -> None:
+    result = run("faults", append=f"status={status}")
+    assert (result.cause, result.status) == ("guest-exit", status)
+
+
+@pytest.mark.parametrize(
+    ("word", "cause", "status"),
+    [
+        ("triple-fault", "triple-fault", 121),
+        ("ud", "guest-exit", 70),
+        ("halt", "halted", 0),
+        ("reset", "reset", 0),
+        ("unmapped", "guest-exit", 0),
+        ("badport", "guest-exit", 0),
+    ],
+)
+def test_every_end_has_its_cause(word: str, cause: str, status: int) -> None:
+    result = run("faults", append=word)
+    assert (result.cause, result.status) == (cause, status), result.message
+
+
+def test_what_kvm_cannot_execute_is_named_with_its_bytes_and_registers(unfaithful: None) -> None:
+    result = run("faults", append="fpu")
+    assert (result.cause, result.status) == ("not-executable", 122)
+    assert "KVM_EXIT_INTERNAL_ERROR, suberror 1" in result.message
+    assert "bytes there: " in result.message and "rip 0x1" in result.message
+    assert "rip 0000000000" in result.registers and "cr3" in result.registers
+
+
+def test_a_timeout_pauses_the_guest_which_can_run_on() -> None:
+    with pyhv.Machine("ticker", append="every=1", memory="4M") as machine:
+        first = machine.run(timeout=0.3)
+        assert (first.cause, first.status) == ("timeout", 124)
+        assert "vCPU 0 at rip 0x1" in first.message
+        assert not machine.vm.running
+        again = machine.run(timeout=0.5)
+        assert again.cause == "timeout"
+        assert again.console.startswith(first.console)
+        assert len(again.console) > len(first.console), "the guest did not go on"
+        assert again.console.count(b"error") == 0
+
+
+def test_a_spinning_guest_with_interrupts_off_can_be_stopped() -> None:
+    result = run("spin", timeout=0.2)
+    assert result.cause == "timeout"
+    assert "interrupts off" in result.message
+
+
+def test_a_blocked_console_does_not_block_pause() -> None:
+    """The guest waits in its OUT for a reader of a full pipe; nothing that it printed is lost."""
+    reader, writer = os.pipe()
+    try:
+        with pyhv.Machine("ticker", append="every=1 pages=1", memory="4M", console_out=writer) as machine:
+            for _ in range(3):
+                assert machine.run(timeout=0.4).cause == "timeout"
+            text = b""
+            os.set_blocking(reader, False)
+            while chunk := _read(reader):
+                text += chunk
+        lines = text.decode().splitlines()
+        rounds = [int(line.split()[2]) for line in lines[:-1] if line.startswith("ticker: round ")]
+        assert rounds == list(range(rounds[0], rounds[0] + len(rounds))), "console bytes were lost"
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 1 << 16)
+    except BlockingIOError:
+        return b""
+
+
+def test_console_input_reaches_the_guest() -> None:
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, b"abcq")
+        result = run("faults", append="echo", console_in=reader)
+        assert (result.cause, result.status) == ("guest-exit", 0)
+        assert b"abc" in result.console
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_many_vcpus() -> None:
+    result = run("hello", cpus=64)
+    assert (result.cause, result.status) == ("guest-exit", 0)
+
+
+def test_start_and_pause_again_and_again() -> None:
+    with pyhv.Machine("ticker", append="every=1000000", memory="4M", cpus=2) as machine:
+        for _ in range(50):
+            machine.start()
+            machine.pause()
+            assert not machine.vm.running
+        machine.start()
+        assert machine.vm.running
+    assert machine.vm.vcpus == []
+
+
+def test_nothing_is_left_behind() -> None:
+    def count() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    run("hello")
+    before = count()
+    for _ in range(20):
+        run("hello")
+        run("spin", timeout=0.01)
+        with pytest.raises(pyhv.BadInput):
+            run("hello", append="x" * 5000)
+    assert count() == before
+
+
+def test_many_machines_at_once() -> None:
+    machines = [pyhv.Machine("hello", memory="4M", append=str(i)) for i in range(30)]
+    try:
+        for machine in machines:
+            machine.start()
+        for i, machine in enumerate(machines):
+            assert machine.run(60).console.endswith(f"command line: {i}\n".encode())
+    finally:
+        for machine in machines:
+            machine.close()
+
+
+def test_a_failure_on_a_vcpu_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(record: object) -> None:
+        raise RuntimeError("from the callback")
+
+    with pyhv.Machine("cpuid", on_cpuid=explode) as machine, pytest.raises(RuntimeError, match="from the callback"):
+        machine.run(30)
+
+
+def test_memory_above_4_gib_is_mapped() -> None:
+    with pyhv.Machine("hello", memory="5G") as machine:
+        assert machine.vm.memory.regions == [(0, 3 << 30, 0), (4 << 30, 2 << 30, 3 << 30)]
+        machine.vm.memory.write(5 << 30, b"there")
+        assert machine.vm.memory.read(5 << 30, 5) == b"there"
+        with pytest.raises(pyhv.BadInput, match="no RAM"):
+            machine.vm.memory.write((3 << 30) - 2, b"over the edge")
+        assert machine.run(30).status == 0
+
+
+def test_flat_binary(tmp_path: Path) -> None:
+    image = tmp_path / "flat"
+    image.write_bytes(bytes.fromhex("66baf400b007ee"))  # mov dx, 0xf4; mov al, 7; out dx, al
+    result = run(str(image))
+    assert (result.cause, result.status) == ("guest-exit", 7)
+
+
+def test_a_vm_that_cannot_be_built_gives_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+
+    def fail(self: Vm, *arguments: object) -> None:
+        raise RuntimeError("planted")
+
+    run("hello")
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("pyhv.boot.start64.load", fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        pyhv.Machine("hello")
+    assert len(os.listdir("/proc/self/fd")) == before

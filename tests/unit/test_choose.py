@@ -1,0 +1,103 @@
+"""The decision between ways to intercept, in every case that design allows, with an accelerator made of paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pyhv.accel import choose, probe
+from pyhv.cpu import features
+from pyhv.cpu.host import Verdict
+from pyhv.cpu.table import CpuidTable, Registers
+from pyhv.errors import BadInput, NotFaithful
+
+AVX = features.find("avx")
+TABLE = CpuidTable({(0, 0): Registers(1, 0x68747541, 0x444D4163, 0x69746E65), (1, 0): Registers(0, 0, 1, 0)})
+FAITHFUL = Verdict(leaks={0: {}, 3: {}}, ignored=frozenset())
+LEAKS_AT_3 = Verdict(leaks={0: {}, 3: {AVX.word: 1 << AVX.bit}}, ignored=frozenset({3}))
+LEAKS_EVERYWHERE = Verdict(leaks={0: {AVX.word: 1 << AVX.bit}, 3: {AVX.word: 1 << AVX.bit}}, ignored=frozenset({3}))
+
+
+class Guest:
+    """As much of GuestCpu as the choice looks at."""
+
+    def __init__(self, hides: bool = True, table: CpuidTable = TABLE) -> None:
+        self.hides = hides
+        self.table = table
+        self.profile = "test"
+
+
+class PaperAccelerator:
+    name = "paper"
+
+
+def facts(sites: tuple[int, ...] = (0x100010,), user: bool = False) -> choose.GuestFacts:
+    return choose.GuestFacts("guest", sites, user)
+
+
+def decide(monkeypatch: pytest.MonkeyPatch, verdict: Verdict, facts: choose.GuestFacts, wish: str = "auto", **guest: Any) -> choose.Choice:
+    monkeypatch.setitem(probe._verdicts, "paper", verdict)
+    return choose.choose(PaperAccelerator(), Guest(**guest), facts, wish)  # type: ignore[arg-type]
+
+
+def test_a_profile_that_hides_nothing_needs_no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "verdict", lambda _: pytest.fail("probed"))
+    for wish in ("auto", "kernel"):
+        choice = choose.choose(PaperAccelerator(), Guest(hides=False), facts(), wish)  # type: ignore[arg-type]
+        assert (choice.intercept, choice.note) == ("kernel", "")
+
+
+@pytest.mark.parametrize("wish", ["auto", "kernel"])
+def test_a_faithful_host_intercepts_in_the_kernel(monkeypatch: pytest.MonkeyPatch, wish: str) -> None:
+    for user in (False, True):
+        choice = decide(monkeypatch, FAITHFUL, facts((), user), wish)
+        assert (choice.intercept, choice.note) == ("kernel", "")
+
+
+@pytest.mark.parametrize("verdict", [LEAKS_AT_3, LEAKS_EVERYWHERE])
+def test_auto_traps_what_declares_its_cpuids_and_stays_at_cpl_0(monkeypatch: pytest.MonkeyPatch, verdict: Verdict) -> None:
+    choice = decide(monkeypatch, verdict, facts())
+    assert (choice.intercept, choice.sites) == ("trap", (0x100010,))
+    assert "covered: CPL 0; not covered: CPL 3, which this guest does not enter" in choice.note
+    assert "\n" not in choice.note
+
+
+def test_auto_refuses_what_trap_cannot_cover(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotFaithful, match=r"executes CPUID at CPL 3.*choices: ") as refusal:
+        decide(monkeypatch, LEAKS_AT_3, facts(user=True))
+    assert refusal.value.leaks == ("avx",)
+    with pytest.raises(NotFaithful, match="does not declare where"):
+        decide(monkeypatch, LEAKS_EVERYWHERE, facts(sites=(), user=True))
+
+
+def test_kernel_is_refused_with_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotFaithful, match=r"1 features at CPL 3 \(avx\)") as refusal:
+        decide(monkeypatch, LEAKS_AT_3, facts(), "kernel")
+    assert refusal.value.leaks == ("avx",)
+
+
+def test_a_leak_of_what_the_guest_may_see_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = TABLE.replace({(1, 0): Registers(0, 0, 1 << AVX.bit, 0)})
+    assert decide(monkeypatch, LEAKS_EVERYWHERE, facts(), "kernel", table=table).intercept == "kernel"
+
+
+def test_trap_is_given_when_asked_for_and_says_what_it_misses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "misses CPUID in handlers" in decide(monkeypatch, FAITHFUL, facts(()), "trap").note
+    assert decide(monkeypatch, FAITHFUL, facts(), "trap", hides=False).intercept == "trap"
+    note = decide(monkeypatch, LEAKS_AT_3, facts(user=True), "trap").note
+    assert note.endswith("not covered: CPL 3")
+
+
+def test_unknown_wishes_are_refused() -> None:
+    with pytest.raises(BadInput, match="choose one of auto, kernel, trap"):
+        choose.choose(PaperAccelerator(), Guest(), facts(), "magic")  # type: ignore[arg-type]
+
+
+def test_the_read_back_is_compared_with_the_guests_table() -> None:
+    guest: Any = Guest()
+    choose.check_read_back(guest, TABLE)
+    osxsave = features.find("osxsave")
+    choose.check_read_back(guest, TABLE.replace({(1, 0): Registers(0, 0, 1 | 1 << osxsave.bit, 0)}))
+    with pytest.raises(NotFaithful, match="avx"):
+        choose.check_read_back(guest, TABLE.replace({(1, 0): Registers(0, 0, 1 | 1 << AVX.bit, 0)}))
