@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from . import image, packages, wire
-from .host import Host
+from .host import Host, bound_sends, patience
 from .kinds import Kind
 from .process import Process
 
@@ -58,7 +58,7 @@ class BochsHost(Host):
             stream.truncate(INBOX_CYLINDERS * image.CYLINDER)
         link = f"com2: enabled=1, mode=socket-client, dev=127.0.0.1:{self._link}\n" if self._link else ""
         vga = packages.BOCHS_VGA if packages.BOCHS_VGA.exists() else packages.VGA_OTHER
-        # A host that links to another must not run away from it: `slowdown` keeps its clock from overtaking the real one.
+        # A host that talks to another must not run away from it: `slowdown` keeps its clock behind the real one.
         sync = "slowdown" if self._link else "none"
         (self.folder / "bochsrc").write_text(
             f"""\
@@ -100,6 +100,7 @@ debug: action=ignore
         while self._channel is None:
             with contextlib.suppress(TimeoutError):
                 self._channel = self._listener.accept()[0]
+                bound_sends(self._channel)
             if self._process.poll() is not None or time.monotonic() > limit:
                 raise self.fail("died: Bochs has not come as far as its serial ports")
         self._listener.close()
@@ -124,7 +125,8 @@ debug: action=ignore
         size = INBOX_CYLINDERS * image.CYLINDER
         while data:
             if self._inbox_at >= size:
-                # TODO wait until the agent has read it
+                # The agent takes one frame after the other: its answer to this one means that it has read the others'.
+                super()._greet(60 * patience())
                 self._inbox_at = 0
             part = data[: size - self._inbox_at]
             with (self.folder / "inbox.disk").open("r+b") as stream:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -18,8 +19,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 MANIFEST = "manifest.json"
-#: Artefacts of the same name that nobody has used for so long (seconds) are deleted when a new one is made.
-KEEP_UNUSED = 14 * 24 * 3600
+#: When an artefact is made, older ones of its name are deleted that nobody has used for so long (seconds): all beyond
+#: the newest three after the first time, those too after the second.
+KEEP_MANY, KEEP_ANY = 3600, 14 * 24 * 3600
 
 
 def root() -> Path:
@@ -32,6 +34,12 @@ def root() -> Path:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
+    about = path.stat()
+    return _digest(path, about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+@functools.cache
+def _digest(path: Path, inode: int, size: int, mtime: int) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -130,8 +138,13 @@ def artefact(
 
 
 def _prune(base: Path, name: str, keep: Path) -> None:
+    used: dict[Path, float] = {}
     for old in base.glob(f"{name}-{'[0-9a-f]' * 16}"):
-        if old != keep and time.time() - old.stat().st_mtime > KEEP_UNUSED:
+        with contextlib.suppress(OSError):
+            used[old] = old.stat().st_mtime
+    for place, old in enumerate(sorted(used, key=lambda path: -used[path])):
+        limit = KEEP_ANY if place < 3 else KEEP_MANY
+        if old != keep and time.time() - used[old] > limit:
             with locked(base / "locks" / old.name, wait=False) as mine:
                 if mine:
                     shutil.rmtree(old, ignore_errors=True)

@@ -9,6 +9,8 @@ import itertools
 import os
 import shutil
 import signal
+import socket
+import struct
 import tarfile
 import threading
 import time
@@ -46,8 +48,18 @@ def patience() -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 1000:
-        raise LabError(f"PYHV_LAB_PATIENCE={text}: it should be a number above 0, by which all time limits are multiplied")
+        raise LabError(f"PYHV_LAB_PATIENCE={text}: it should be a number above 0 that multiplies all time limits")
     return value
+
+
+#: For how many seconds a host may take nothing of what it is sent; times patience().
+SEND_LIMIT = 60.0
+
+
+def bound_sends(connection: socket.socket) -> None:
+    """Gives sending, and only that, the time limit: a socket's own timeout would hold for the reader's thread too."""
+    seconds = int(SEND_LIMIT * patience()) + 1
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", seconds, 0))
 
 
 class Result(NamedTuple):
@@ -109,7 +121,8 @@ class Command:
         if not self._host._wait(lambda: self.ended, limit):
             self.kill()
             if not self._host._wait(lambda: self.ended, 20 * patience()):
-                raise self._host.fail(f"hangs: a command did not end within {limit:.0f} s nor when killed: {self._what()}")
+                what = f"hangs: a command did not end within {limit:.0f} s, nor when killed"
+                raise self._host.fail(f"{what}: {' '.join(self.argv)}")
             raise CommandTimeout(f"{self._what()}: killed, it did not end within {limit:.0f} s{self._output()}")
         assert self._exit is not None
         try:
@@ -203,7 +216,8 @@ class Host:
     def _greet(self, limit: float) -> None:
         """Says hello, and waits for the answer to this very hello."""
         seen = self._ready
-        payload = wire.hello(time.time_ns(), os.urandom(32), self.number, f"host{self.number}" if self.number else "host")
+        name = f"host{self.number}" if self.number else "host"
+        payload = wire.hello(time.time_ns(), os.urandom(32), self.number, name)
         self._send(wire.encode(wire.Type.HELLO, 0, payload))
         if not self._wait(lambda: self._ready > seen, limit):
             raise self.fail(f"has not booted within {limit:.0f} s")
@@ -248,6 +262,8 @@ class Host:
         try:
             with self._sending:
                 self._write_channel(data)
+        except BlockingIOError:
+            raise self.fail(f"hangs: it has taken no input for {SEND_LIMIT:.0f} s") from None
         except OSError as error:
             self._died(error)
             self._check()
@@ -267,10 +283,10 @@ class Host:
 
     def _died(self, error: OSError | None) -> None:
         status = self._process.wait(5) if self._process else None
-        what = f"died: its emulator exited with status {status}" if status is not None else "died: it has closed its channel"
+        what = "has closed its channel" if status is None else f"exited with status {status}"
         with self._changed:
             if self._gone is None:
-                self._gone = what
+                self._gone = f"died: its emulator {what}"
             self._changed.notify_all()
 
     def _take(self, frame: wire.Frame) -> None:
@@ -360,7 +376,8 @@ class Host:
         path = PurePosixPath(source)
         result = self.run(["tar", "-c", "-f", "-", "-C", str(path.parent), path.name], timeout=timeout)
         if result.status:
-            raise LabError(f"{self.name}: {source} could not be copied out: {result.stderr.decode(errors='replace').strip()}")
+            why = result.stderr.decode(errors="replace").strip()
+            raise LabError(f"{self.name}: {source} could not be copied out: {why}")
         unpack(result.stdout, path.name, target)
 
 
@@ -379,7 +396,8 @@ def pack(files: Mapping[str, Path | bytes]) -> bytes:
         for name, source in files.items():
             if isinstance(source, bytes):
                 member = tarfile.TarInfo(name)
-                member.size, member.mode = len(source), 0o755 if source[:2] == b"#!" or source[:4] == b"\x7fELF" else 0o644
+                member.size = len(source)
+                member.mode = 0o755 if source.startswith((b"#!", b"\x7fELF")) else 0o644
                 archive.addfile(member, io.BytesIO(source))
             else:
                 archive.add(source.resolve(), name, filter=own)

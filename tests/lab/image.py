@@ -98,7 +98,8 @@ def initramfs(vendor: str, say: Say = say_nothing) -> Path:
         entries = [("dev", stat.S_IFDIR | 0o755, b""), ("root", stat.S_IFDIR | 0o755, b"")]
         entries.append(("modules", stat.S_IFDIR | 0o755, b""))
         for name in (*root, *rest):
-            entries.append((f"modules/{name}.ko", stat.S_IFREG | 0o644, (kernel / "modules" / f"{name}.ko").read_bytes()))
+            module = (kernel / "modules" / f"{name}.ko").read_bytes()
+            entries.append((f"modules/{name}.ko", stat.S_IFREG | 0o644, module))
         entries.append(("modules/order", stat.S_IFREG | 0o644, "".join(f"{name}\n" for name in root).encode()))
         entries.append(("init", stat.S_IFREG | 0o755, (init / "init").read_bytes()))
         (folder / "initramfs.cpio").write_bytes(cpio(entries))
@@ -122,8 +123,10 @@ def boot_disc(command_line: str, say: Say = say_nothing) -> Path:
         (tree / "isolinux.cfg").write_text(
             f"default lab\nprompt 0\ntimeout 0\nlabel lab\n kernel vmlinuz\n initrd initrd\n append {command_line}\n"
         )
-        command = ["xorriso", "-as", "mkisofs", "-quiet", "-o", str(folder / "boot.iso"), "-b", "isolinux.bin",
-                   "-c", "boot.cat", "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", str(tree)]  # fmt: skip
+        command = [
+            "xorriso", "-as", "mkisofs", "-quiet", "-o", str(folder / "boot.iso"), "-b", "isolinux.bin",
+            "-c", "boot.cat", "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", str(tree),
+        ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode:
             raise LabError(f"xorriso: {done.stderr.strip()}")
@@ -216,7 +219,8 @@ def root(say: Say = say_nothing) -> Path:
 
 
 def _lay_out(tree: Path, busybox: Path) -> None:
-    for name in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "dev", "proc", "sys", "tmp", "run", "etc", "root", "var"):
+    folders = ["usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "dev", "proc", "sys", "tmp", "run", "etc", "root", "var"]
+    for name in folders:
         (tree / name).mkdir(parents=True)
     for name in ("bin", "sbin", "lib", "lib64"):
         (tree / name).symlink_to(f"usr/{name}")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .errors import LabError
 
-#: Every SVM processor has these two; QEMU's models Opteron_G2 to G5 lack both and phenom the second, though TCG has them.
+#: Every SVM processor has the last two; QEMU's models Opteron_G2 to G5 lack both and phenom the second.
 _EVERY_SVM = "+svm,+npt,+mmxext,+cr8legacy"
 
 
@@ -34,7 +34,7 @@ KINDS = {
         _amd("amd-opteron-g2", "Opteron_G2", "", 2006, "K8 revision F: CMPXCHG16B, nothing newer"),
         _amd("amd-opteron-g3", "Opteron_G3", "", 2007, "K10: SSE4A, POPCNT, LZCNT"),
         _amd("amd-phenom", "phenom", "", 2007, "K10 with 3DNow! and 1 GiB pages"),
-        # Without XSAVEOPT the kernel hangs early: it takes the model for a processor with XSAVE and without XSTATE sizes.
+        # Without XSAVEOPT the kernel hangs early in its start.
         _amd("amd-opteron-g4", "Opteron_G4", "+xsaveopt", 2011, "Bulldozer: SSSE3, SSE4, AES, XSAVE, AVX"),
         _amd("amd-opteron-g5", "Opteron_G5", "+xsaveopt", 2012, "Piledriver: and F16C, FMA"),
         _amd("amd-epyc", "EPYC", "", 2017, "Zen: and AVX2, MOVBE, BMI, SMEP, SMAP, RDRAND"),
@@ -42,7 +42,8 @@ KINDS = {
         _amd("amd-epyc-milan", "EPYC-Milan", "", 2020, "Zen 3: and ERMS, PKU"),
         _amd("amd-epyc-tsc", "EPYC", "", 2017, "Zen whose TSC runs at another rate than the others'", 1.25),
         Kind("intel-penryn", "intel", "core2_penryn_t9600", 2008, "Core 2: SSE4.1, XSAVE; no EPT"),
-        Kind("intel-lynnfield", "intel", "corei5_lynnfield_750", 2009, "Nehalem: SSE4.2, POPCNT; EPT, no unrestricted guest"),
+        Kind("intel-lynnfield", "intel", "corei5_lynnfield_750", 2009,
+             "Nehalem: SSE4.2, POPCNT, EPT for paging guests only"),
         Kind("intel-sandybridge", "intel", "corei7_sandy_bridge_2600k", 2011, "Sandy Bridge: AVX, AES"),
         Kind("intel-haswell", "intel", "corei7_haswell_4770", 2013, "Haswell: AVX2, FMA, BMI, MOVBE"),
     )

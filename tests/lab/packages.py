@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -117,7 +116,7 @@ def kernel_package(*, refresh: bool = False, say: Callable[[str], None] = lambda
     if have and not refresh:
         return have[-1]
     if shutil.which("apt-get") is None:
-        raise Missing("the lab needs the package of Debian's cloud kernel", "PYHV_LAB_KERNEL=FILE.deb, or run on Debian")
+        raise Missing("the lab needs the package of Debian's cloud kernel", f"apt-get download {KERNEL_META}'s newest")
     with cache.locked(cache.root() / "locks" / "apt"):
         name = _kernel_name()
         temporary = cache.root() / "unfinished" / "kernel-package"
@@ -196,7 +195,8 @@ def kernel(say: Callable[[str], None] = lambda text: None) -> Path:
     """The unpacked kernel: vmlinux (ELF, for PVH), vmlinuz, release, modules/*.ko, and for each vendor two lists of
     modules in the order of loading, amd.root, amd.rest, intel.root, intel.rest."""
     package = kernel_package(say=say)
-    inputs = {"package": cache.file_digest(package), "recipe": cache.file_digest(Path(__file__))}
+    about = package.stat()  # hashing its content would cost more than all else that a start does
+    inputs = {"package": [package.name, about.st_size, about.st_mtime_ns], "recipe": cache.file_digest(Path(__file__))}
     return cache.artefact("kernel", inputs, lambda folder: _unpack(package, folder, say))
 
 
@@ -209,16 +209,16 @@ def _unpack(package: Path, folder: Path, say: Callable[[str], None]) -> None:
         assert unpacker.stdout is not None
         with tarfile.open(fileobj=unpacker.stdout, mode="r|") as archive:
             for member in archive:
-                name = Path(member.name)
+                path = Path(member.name)
                 stream = archive.extractfile(member) if member.isfile() else None
                 if stream is None:
                     continue
-                if name.suffix == ".ko":
-                    modules[name.stem.replace("-", "_")] = stream.read()
-                elif name.name.startswith("vmlinuz-"):
+                if path.suffix == ".ko":
+                    modules[path.stem.replace("-", "_")] = stream.read()
+                elif path.name.startswith("vmlinuz-"):
                     image = stream.read()
-                    (folder / "release").write_text(name.name.removeprefix("vmlinuz-") + "\n")
-                elif name.name == "modules.builtin":
+                    (folder / "release").write_text(path.name.removeprefix("vmlinuz-") + "\n")
+                elif path.name == "modules.builtin":
                     builtin = {Path(line).stem.replace("-", "_") for line in stream.read().decode().split()}
     if not image or not modules:
         raise LabError(f"{package}: holds no kernel with modules")
@@ -249,8 +249,3 @@ def _unpack(package: Path, folder: Path, say: Callable[[str], None]) -> None:
             target = folder / "modules" / f"{name}.ko"
             target.write_bytes(modules[name])
             subprocess.run(["strip", "-g", str(target)], check=True, timeout=60)
-
-
-def python_version() -> str:
-    """What the host image's Python is: the one that runs the lab."""
-    return f"{sys.implementation.name} {sys.version}"

@@ -25,7 +25,9 @@ class Process:
     stop() and at exit. Its output goes to the file `log`, or `stdout` to a descriptor of the caller's.
     """
 
-    def __init__(self, argv: Sequence[str], log: Path, *, pass_fds: Sequence[int] = (), stdout: int | None = None) -> None:
+    def __init__(
+        self, argv: Sequence[str], log: Path, *, pass_fds: Sequence[int] = (), stdout: int | None = None
+    ) -> None:
         global _spawner
         self.argv = list(argv)
         self.log = log

@@ -10,16 +10,15 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from . import cache, clock, image, packages
 from .errors import HostFailed, LabError
-from .host import Host, logs, patience
+from .host import Host, bound_sends, logs, patience
 from .kinds import Kind
 from .process import Process
 
@@ -39,6 +38,9 @@ WARM_UP = "import _cffi_backend, argparse, ctypes, enum, json, pytest, re, socke
 #: A snapshot is of no use where the TSC's rate differs from its own by more than this (KVM's own tolerance is 250 ppm;
 #: the hosts' clocks would only run that much wrong).
 _TSC_TOLERANCE = 500e-6
+
+#: The RAM is in its file already and stays out of the state.
+_IGNORE_SHARED = [{"capability": "x-ignore-shared", "state": True}]
 
 
 class Qmp:
@@ -110,6 +112,7 @@ class QemuHost(Host):
         self._ram = ram or (snapshot / "ram" if snapshot else None)
         self._group = group
         self._channel, self._channel_far = socket.socketpair()
+        bound_sends(self._channel)
         self._qmp_near, self._qmp_far = socket.socketpair()
         self.qmp: Qmp | None = None
 
@@ -119,9 +122,9 @@ class QemuHost(Host):
         modules = ",".join((kernel / "amd.rest").read_text().split())
         khz = round(clock.tsc_khz() * self.kind.tsc_factor)
         arguments = [
-            "qemu-system-x86_64", "-name", self.name, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            "-accel", "tcg,thread=multi", "-M", "microvm,rtc=on,memory-backend=m0", "-cpu", self.kind.model,
-            "-smp", "1", "-m", str(MEMORY_MIB),
+            "qemu-system-x86_64", "-name", self.name, "-nodefaults", "-no-user-config", "-no-reboot",
+            "-display", "none", "-accel", "tcg,thread=multi", "-M", "microvm,rtc=on,memory-backend=m0",
+            "-cpu", self.kind.model, "-smp", "1", "-m", str(MEMORY_MIB),
             "-object", f"memory-backend-file,id=m0,size={MEMORY_MIB}M,mem-path={_escape(self._ram)},share={share}",
             "-chardev", f"file,id=console,path={_escape(self.console)}", "-serial", "chardev:console",
             "-chardev", f"socket,id=monitor,fd={self._qmp_far.fileno()}", "-mon", "chardev=monitor,mode=control",
@@ -135,10 +138,10 @@ class QemuHost(Host):
         ]  # fmt: skip
         if self._group:
             arguments += ["-netdev", f"socket,id=n0,mcast={self._group},localaddr=127.0.0.1"]
-            arguments += ["-device", "virtio-net-device,netdev=n0,mac=52:54:00:00:00:fe"]
         else:
-            # Without a backend; the device must be there all the same, for the snapshot has it.
-            arguments += ["-netdev", "hubport,id=n0,hubid=0", "-device", "virtio-net-device,netdev=n0,mac=52:54:00:00:00:fe"]
+            # A cable to nowhere: the device must be there all the same, for the snapshot has it.
+            arguments += ["-netdev", "hubport,id=n0,hubid=0"]
+        arguments += ["-device", "virtio-net-device,netdev=n0,mac=52:54:00:00:00:fe"]
         return arguments
 
     def _launch(self) -> None:
@@ -156,7 +159,7 @@ class QemuHost(Host):
             try:
                 self.qmp = Qmp(self._qmp_near, 60 * patience())
                 if state:
-                    self.qmp.call("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+                    self.qmp.call("migrate-set-capabilities", capabilities=_IGNORE_SHARED)
                     self.qmp.call("migrate-incoming", uri=f"fd:{state.fileno()}")
                     self.qmp.wait_migrated(60 * patience())
                     self.qmp.call("cont")
@@ -196,7 +199,7 @@ def _escape(path: Path | None) -> str:
     return str(path).replace(",", ",,")
 
 
-def snapshot(kind: Kind, say: Callable[[str], None] = lambda text: None) -> Path:
+def snapshot(kind: Kind, say: image.Say = image.say_nothing) -> Path:
     """The folder of the snapshot of a booted host of this kind: `ram`, `state`, `facts.json`; made if need be.
 
     Raises HostFailed where the host does not boot."""
@@ -207,7 +210,7 @@ def snapshot(kind: Kind, say: Callable[[str], None] = lambda text: None) -> Path
         "initramfs": image.initramfs("amd", say).name,
         "root": image.root(say).name,
         # The way of starting and the protocol with the agent.
-        "recipe": [cache.file_digest(Path(__file__).with_name(name)) for name in ("qemu.py", "wire.py", "host.py")],
+        "recipe": [cache.file_digest(Path(__file__).with_name(name)) for name in ("qemu.py", "wire.py")],
     }
 
     def accept(folder: Path) -> bool:
@@ -223,10 +226,11 @@ def snapshot(kind: Kind, say: Callable[[str], None] = lambda text: None) -> Path
                 host.run(["python3", "-c", WARM_UP], timeout=120, check=True)
                 _save(host, folder)
             except (LabError, OSError) as error:
-                raise error if isinstance(error, HostFailed) else host.fail(f"no snapshot could be taken: {error}") from error
+                if isinstance(error, HostFailed):
+                    raise
+                raise host.fail(f"no snapshot could be taken: {error}") from error
             finally:
                 host.stop()
-            shutil.copyfile(host.console, folder / "console.log") if host.console.exists() else None
         facts = {"tsc_khz": clock.tsc_khz(), "boot_seconds": round(host.start_seconds, 3)}
         (folder / "facts.json").write_text(json.dumps(facts) + "\n")
 
@@ -237,7 +241,7 @@ def _save(host: QemuHost, folder: Path) -> None:
     qmp = host.qmp
     assert qmp is not None
     qmp.call("stop")
-    qmp.call("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+    qmp.call("migrate-set-capabilities", capabilities=_IGNORE_SHARED)
     descriptor = os.open(folder / "state", os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         # The descriptor goes to QEMU over the monitor's socket, with the command that names it.

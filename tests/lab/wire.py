@@ -17,6 +17,7 @@ with whatever the emulator itself prints: the parser looks for the next whole fr
 from __future__ import annotations
 
 import enum
+import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,10 +129,8 @@ def exit_status(payload: bytes) -> int:
     """EXIT's payload as subprocess counts it: 0 to 255, or -N for a command that signal N ended.
 
     Raises OSError where the agent could not start the command."""
-    (status,) = struct.unpack("<i", payload)
+    status = int.from_bytes(payload, "little", signed=True)
     if status < 0:
-        import os
-
         raise OSError(-status, os.strerror(-status))
     signal = status & 0x7F
     return -signal if signal else status >> 8 & 0xFF

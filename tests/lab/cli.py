@@ -1,0 +1,142 @@
+"""pyhv-lab: the lab's command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import signal
+import sys
+import termios
+import time
+import tty
+from collections.abc import Sequence
+from types import FrameType
+
+from . import kinds
+from .errors import LabError
+from .host import Host
+from .lab import Lab, prepare
+
+
+def _say(text: str) -> None:
+    print(f"pyhv-lab: {text}", file=sys.stderr, flush=True)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    # As an exception, so that everything on the way out stops its hosts.
+    raise SystemExit(128 + number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="pyhv-lab", description="Hosts with the real kvm_amd and kvm_intel, of many generations, by emulation."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("kinds", help="list the kinds of hosts")
+    setup = commands.add_parser("setup", help="get and build all that the hosts need")
+    setup.add_argument("kinds", nargs="*", metavar="KIND", help="only what these kinds need (default: all)")
+    run = commands.add_parser("run", help="run a command in hosts, side by side")
+    run.add_argument("kinds", nargs="+", metavar="KIND")
+    run.add_argument("--timeout", type=float, default=300, metavar="S", help="limit for the command (default: 300 s)")
+    run.add_argument("--connected", action="store_true", help="with a network (AMD) or a serial cable (two Intel hosts)")
+    run.add_argument("--put", action="append", default=[], metavar="FILE[:TARGET]", help="copy into each host first")
+    shell = commands.add_parser("shell", help="a shell in a host, on this terminal")
+    shell.add_argument("kind", metavar="KIND")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # What follows "--" is the command for the hosts, not ours to read.
+    command: list[str] = []
+    if "--" in given:
+        at = given.index("--")
+        given, command = given[:at], given[at + 1 :]
+    options = parser.parse_args(given)
+    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGHUP, _terminated)
+    try:
+        if options.command == "kinds":
+            return _kinds()
+        if options.command == "setup":
+            return _setup(options.kinds or list(kinds.KINDS))
+        if options.command == "run":
+            if not command:
+                parser.error("run: what to run comes after --")
+            return _run(options, command)
+        if options.command == "shell":
+            return _shell(options.kind)
+    except LabError as error:
+        print(f"pyhv-lab: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    raise AssertionError(options.command)
+
+
+def _kinds() -> int:
+    for kind in kinds.KINDS.values():
+        print(f"{kind.name:18} {kind.year}  {kind.title}")
+    return 0
+
+
+def _setup(names: list[str]) -> int:
+    begin = time.monotonic()
+    prepare([kinds.find(name) for name in names], _say)
+    _say(f"ready for {len(names)} kinds of hosts, in {time.monotonic() - begin:.1f} s")
+    return 0
+
+
+def _put(host: Host, texts: list[str]) -> None:
+    from pathlib import Path
+
+    for text in texts:
+        source, _, target = text.partition(":")
+        path = Path(source)
+        if not path.exists():
+            raise LabError(f"{source}: no such file or folder")
+        host.put({path.name: path}, target or "/tmp")
+
+
+def _run(options: argparse.Namespace, command: list[str]) -> int:
+    with Lab(_say) as lab:
+        hosts = lab.start(*options.kinds, connected=options.connected)
+        for host in hosts:
+            _put(host, options.put)
+        running = [host.start(command) for host in hosts]
+        worst = 0
+        for host, one in zip(hosts, running, strict=True):
+            try:
+                result = one.wait(options.timeout)
+            except OSError as error:
+                raise LabError(f"{host.name}: {error}") from error
+            if len(hosts) > 1:
+                print(f"== {host.name}: exit status {result.status}", flush=True)
+            sys.stdout.buffer.write(result.stdout)
+            sys.stdout.buffer.flush()
+            sys.stderr.buffer.write(result.stderr)
+            sys.stderr.buffer.flush()
+            worst = worst or (result.status if result.status >= 0 else 128 - result.status)
+        return worst
+
+
+def _shell(name: str) -> int:
+    if not sys.stdin.isatty():
+        raise LabError("shell: standard input is no terminal; use run")
+    with Lab(_say) as lab:
+        host = lab.start_one(name)
+        command = host.start(["sh"], stdin=True, terminal=True, env={"TERM": os.environ.get("TERM", "vt100")})
+        _say(f"{host.name}: {host.ready_text}; started in {host.start_seconds:.2f} s; leave with exit")
+        before = termios.tcgetattr(0)
+        shown = 0
+        try:
+            tty.setraw(0)
+            while True:
+                ended = command.ended
+                if shown < len(command.stdout):
+                    os.write(1, bytes(command.stdout[shown:]))
+                    shown = len(command.stdout)
+                if ended:
+                    break
+                if select.select([0], [], [], 0.02)[0] and (data := os.read(0, 1024)):
+                    command.send(data)
+        finally:
+            termios.tcsetattr(0, termios.TCSADRAIN, before)
+        return command.wait().status
