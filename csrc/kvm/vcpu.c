@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "cancel.h"
+#include "devices/device.h"
 #include "kvm/kvm.h"
 
 /* The kick's signal. Its handler does nothing: what counts is that KVM_RUN, or a device's write, returns
@@ -404,6 +405,8 @@ void pyhv_vcpu_run(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
     sigset_t mask;
     *exit = (struct pyhv_exit){0};
     enter_thread(vcpu, &mask);
+    if (vcpu->vm->bus) /* console bytes that the last pause kept from getting out */
+        pyhv_bus_flush(vcpu->vm->bus);
     if (vcpu->trap.table && vcpu->trap.site_count == 0) {
         while (!step(vcpu, exit))
             ;
