@@ -1,0 +1,1 @@
+"""Knowledge of processors: pure Python that runs no guest."""
