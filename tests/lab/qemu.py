@@ -28,7 +28,7 @@ MEMORY_MIB = 768
 #: no_timer_check, as the PIT is not wired to the I/O APIC as the check wants it.
 _COMMAND_LINE = (
     "console=ttyS0 quiet mitigations=off panic=-1 nokaslr no_timer_check cryptomgr.notests random.trust_cpu=on "
-    "8250.nr_uarts=1 tsc_early_khz={khz} "
+    "8250.nr_uarts=1 tsc=reliable tsc_early_khz={khz} "
     "lab_channel=virtio lab_root=/dev/vda lab_modules={modules}"
 )
 
