@@ -23,6 +23,7 @@ MAX_VCPUS = 254
 
 # The start state and an image at 1 MiB must fit.
 MIN_MEMORY = 2 << 20
+MAX_MEMORY = 16 << 40  # no host has more; a number beyond it is a slip of the hand
 
 _LOG_CAPACITY = 4096
 
@@ -227,10 +228,10 @@ def parse_memory(memory: int | str) -> int:
         size = memory
     if size < MIN_MEMORY:
         raise BadInput(f"memory {memory}", f"is too small; the least is {MIN_MEMORY >> 20}M", advice)
+    if size > MAX_MEMORY:
+        raise BadInput(f"memory {memory}", f"is too much; the most is {MAX_MEMORY >> 40}T", advice)
     if size % PAGE_SIZE:
         raise BadInput(f"memory {memory}", f"is not a multiple of {PAGE_SIZE} bytes (a page)", advice)
-    if size > 1 << 46:
-        raise BadInput(f"memory {memory}", "is more than any host has", advice)
     return size
 
 

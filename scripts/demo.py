@@ -24,7 +24,7 @@ def read_features(compat: bool) -> tuple[set[str], str, str]:
         if machine.choice.note:
             print(f"(pyhv: {machine.choice.note})\n")
         table = dumps.parse(result.console.decode(), "the guest's output")
-        return set(table.features()), table.feature_vendor, machine.choice.intercept
+        return set(table.features()), table.lineage, machine.choice.intercept
 
 
 def show(title: str, names: set[str]) -> None:

@@ -67,7 +67,9 @@ def least_table(linear_bits: int = 48, physical_bits: int = 36) -> CpuidTable:
         registers = words.setdefault((feature.word.leaf, feature.word.subleaf), {})
         registers[feature.word.register] = registers.get(feature.word.register, 0) | 1 << feature.bit
     ebx, edx, ecx = struct.unpack("<3I", _VENDOR)
-    entries = {key: Registers(*(word.get(r, 0) for r in Registers._fields)) for key, word in words.items()}
+    # Empty leaves are there too, as they are in a guest's table: some KVMs fill in a leaf only where the table has it.
+    entries = {(word.leaf, word.subleaf): Registers(0, 0, 0, 0) for word in features.WORDS}
+    entries |= {key: Registers(*(word.get(r, 0) for r in Registers._fields)) for key, word in words.items()}
     entries[0, 0] = Registers(max(w.leaf for w in features.WORDS if w.leaf < 0x40000000), ebx, ecx, edx)
     highest = max(w.leaf for w in features.WORDS)
     entries[0x80000000, 0] = Registers(highest, ebx, ecx, edx)

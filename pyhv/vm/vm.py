@@ -110,8 +110,9 @@ class Vm:
                 while thread.join(_KICK_AGAIN) or thread.is_alive():
                     vcpu.kick()
             self._threads = []
-            if self._failure is not None:
-                raise self._failure
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise failure
 
     def wait(self, timeout: float | None = None) -> Stopped | None:
         """Waits until the guest comes to its end, at most `timeout` seconds; None if it has not.
