@@ -91,6 +91,7 @@ WORDS: Mapping[Word, tuple[Feature, ...]] = _read_words()
 FEATURES: tuple[Feature, ...] = tuple([feature for features in WORDS.values() for feature in features])
 # Canonical names and aliases, all in lower case.
 BY_NAME: Mapping[str, Feature] = _read_names()
+_REQUIRES = {feature.name: feature.requires for feature in FEATURES}
 XSAVE_COMPONENTS: Mapping[int, XsaveComponent] = {row[0]: XsaveComponent(*row) for row in _features.XSAVE}
 
 # CpuidTable.vendor -> the vendor whose features and limits such a processor has. Hygon's are AMD's Zen under licence;
@@ -104,7 +105,7 @@ def lineage(vendor: str) -> str:
 
 
 def find(name: str) -> Feature:
-    """The feature of any name or alias, in any case, with - for _ or _ for -. Raises BadInput, with the nearest names."""
+    """The feature of any name or alias, in any case, with - and _ alike. Raises BadInput with the nearest names."""
     key = name.strip().lower()
     feature = BY_NAME.get(key) or BY_NAME.get(key.replace("-", "_")) or BY_NAME.get(key.replace("_", "-"))
     if feature is None:
@@ -127,7 +128,7 @@ def closure(names: Iterable[str]) -> Closure:
             return
         settled.add(name)  # the generator has checked that there are no cycles
         missing = []
-        for other in BY_NAME[name].requires:
+        for other in _REQUIRES[name]:
             if other in wanted:
                 settle(other)
             if other not in wanted or other in dropped:

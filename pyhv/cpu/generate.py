@@ -379,36 +379,45 @@ _BARRED_WHY = {"nested": "guests get no virtualization of their own", "pmu": "gu
 _PROFILE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
+# The tokens of TOML, as far as _Lines needs them: strings of all four kinds, comments, line ends, brackets, the rest.
+_TOKEN = re.compile(
+    r'''(?P<string>"""(?:[^\\]|\\.)*?"""+|\'\'\'.*?\'\'\'+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')'''
+    r"""|(?P<comment>\#[^\n]*)|(?P<end>\n)|(?P<open>[\[{])|(?P<close>[\]}])|(?P<equals>=)|(?P<other>[^\s"'\#\[\]{}=]+)""",
+    re.DOTALL,
+)
+
+
 class _Lines:
-    """Where the keys and strings of a TOML document stand. tomllib keeps no positions, so this reads the text a second
-    time, and only as far as that: it relies on tomllib having found it well-formed."""
+    """Where the keys and strings of a TOML document stand. tomllib keeps no positions, so this goes through the text a
+    second time. It relies on tomllib having found it well-formed; on any other text it is wrong, but ends."""
 
     def __init__(self, text: str) -> None:
-        self._text = text
-        self._at = 0
         self._keys: dict[str, int] = {}
         self._strings: dict[tuple[str, str], int] = {}
-        section = ""
-        while self._at < len(text):
-            character = text[self._at]
-            if character == "#":
-                self._skip_line()
-            elif character.isspace():
-                self._at += 1
-            elif character == "[":
-                line = self._line()
-                end = text.index("]", self._at)
-                section = self._dotted(text[self._at : end].strip("[]"))
-                self._keys.setdefault(section, line)
-                self._skip_line()
-            else:
-                line = self._line()
-                end = text.index("=", self._at)
-                key = self._dotted(text[self._at : end])
-                path = f"{section}.{key}" if section else key
+        line, depth = 1, 0
+        section, path = "", ""
+        parts: list[str] | None = []  # of the key or the table header that is being read; None in a value
+        header = False
+        for token in _TOKEN.finditer(text):
+            kind, word = token.lastgroup, token[0]
+            if parts is None:
+                if kind == "string":
+                    self._strings.setdefault((path, word.strip(word[0])), line)
+                depth += (kind == "open") - (kind == "close")
+            elif kind == "open":
+                header = True
+            elif kind in ("string", "other"):
+                parts += [word.strip(word[0])] if kind == "string" else filter(None, word.split("."))
+            elif kind == "equals":
+                path = ".".join(filter(None, (section, *parts)))
                 self._keys.setdefault(path, line)
-                self._at = end + 1
-                self._value(path)
+                parts = None
+            if kind == "end" and depth <= 0:
+                if header and parts:
+                    section = ".".join(parts)
+                    self._keys.setdefault(section, line)
+                parts, header, depth = [], False, 0
+            line += word.count("\n")
 
     def of(self, field: str, value: object = None) -> int:
         """The line of a string in the field's value, else of the field's key, else of the nearest table around it."""
@@ -418,44 +427,6 @@ class _Lines:
             field = field.rpartition(".")[0]
         return self._keys.get(field, 1)
 
-    def _line(self) -> int:
-        return self._text.count("\n", 0, self._at) + 1
-
-    def _skip_line(self) -> None:
-        end = self._text.find("\n", self._at)
-        self._at = len(self._text) if end < 0 else end + 1
-
-    @staticmethod
-    def _dotted(key: str) -> str:
-        return ".".join(part.strip().strip("\"'") for part in key.split("."))
-
-    def _value(self, path: str) -> None:
-        depth = 0
-        while self._at < len(self._text):
-            character = self._text[self._at]
-            if character in "\"'":
-                self._string(path)
-                continue
-            if character == "#" or (character == "\n" and depth == 0):
-                if character == "#":
-                    self._at = (self._text + "\n").index("\n", self._at)
-                    continue
-                return
-            depth += (character in "[{") - (character in "]}")
-            self._at += 1
-
-    def _string(self, path: str) -> None:
-        quote, line = self._text[self._at], self._line()
-        end = quote * 3 if self._text.startswith(quote * 3, self._at) else quote
-        self._at += len(end)
-        start = self._at
-        while not self._text.startswith(end, self._at):
-            self._at += 2 if quote == '"' and self._text[self._at] == "\\" else 1
-        self._strings.setdefault((path, self._text[start : self._at]), line)
-        self._at += len(end)
-        while len(end) == 3 and self._text.startswith(quote, self._at):  # up to two quotes more belong to the string
-            self._at += 1
-
 
 def compile_profile(text: str, features: Mapping[str, FeatureLike]) -> ProfileLiteral:
     """A profile file -> its literal. `features`: every name and alias of every feature, in lower case.
@@ -464,25 +435,29 @@ def compile_profile(text: str, features: Mapping[str, FeatureLike]) -> ProfileLi
     """
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        message = str(error)
-        match = re.search(r" \(at line (\d+), column (\d+)\)$", message)
-        line = int(match[1]) if match else text.rstrip("\n").count("\n") + 1
-        column = f" (column {match[2]})" if match else ""
-        raise ProfileFault([Problem(line, "", re.sub(r" \(at [^)]*\)$", "", message) + column)]) from None
+    except RecursionError:
+        raise ProfileFault([Problem(1, "", "arrays or tables are nested too deep")]) from None
+    except ValueError as error:  # TOMLDecodeError, or what int() says of a number of thousands of digits
+        message, at, position = str(error).partition(" (at ")
+        match = re.fullmatch(r"line (\d+), column (\d+)\)", position)
+        line = int(match[1]) if match else text.rstrip("\n").count("\n") + 1 if at else 1
+        raise ProfileFault([Problem(line, "", message + (f" (column {match[2]})" if match else ""))]) from None
     return _ProfileCompiler(raw, text, features).compile()
 
 
 class _ProfileCompiler:
     def __init__(self, raw: dict[str, Any], text: str, features: Mapping[str, FeatureLike]) -> None:
         self._raw = raw
-        self._lines = _Lines(text)
+        self._text = text
+        self._lines: _Lines | None = None  # made for the first problem
         self._features = features
         self._problems: list[Problem] = []
         # How a list spells a feature, by field and canonical name (perhaps by an alias): to find its line.
         self._spelling: dict[tuple[str, str], str] = {}
 
     def _report(self, field: str, text: str, value: object = None) -> None:
+        """Notes a problem with a field, or with one string in its value."""
+        self._lines = self._lines or _Lines(self._text)
         self._problems.append(Problem(self._lines.of(field, value), field, text))
 
     def compile(self) -> ProfileLiteral:
@@ -516,10 +491,11 @@ class _ProfileCompiler:
             self._report(field, f"it is {value!r}; it must be {'a string' if kind is str else 'true or false'}")
         return value
 
-    @staticmethod
-    def _suggest(name: str, known: Iterable[str]) -> str:
+    def _suggest(self, name: str, known: Iterable[str]) -> str:
         import difflib
 
+        if len(self._problems) > 20:  # difflib is slow, and nobody reads that far
+            return ""
         near = difflib.get_close_matches(name.lower(), list(known), 3)
         return f" (did you mean {' or '.join(near)}?)" if near else ""
 

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 # A user's file that is larger than this is something else. The built-in ones are under 8 KiB.
 _MAX_FILE_BYTES = 1 << 20
+# An error is one line: it tells of so many problems, and counts the others.
+_SHOWN_PROBLEMS = 10
 
 
 class BadProfile(BadInput):
@@ -50,12 +52,16 @@ class BadProfile(BadInput):
     def __init__(self, path: str, problems: tuple[Problem, ...]) -> None:
         self.path = path
         self.problems = problems
-        where = f"{path}:{problems[0].line}" if len(problems) == 1 else path
-        several = len(problems) > 1
-        texts = [
-            f"{f'line {p.line}: ' if several else ''}{f'{p.field}: ' if p.field else ''}{p.text}" for p in problems
-        ]
-        super().__init__(where, "; ".join(texts))
+        if len(problems) == 1:
+            super().__init__(f"{path}:{problems[0].line}", _describe(problems[0]))
+            return
+        texts = [f"line {p.line}: {_describe(p)}" for p in problems[:_SHOWN_PROBLEMS]]
+        more = [f"and {len(problems) - len(texts)} more"] if len(problems) > len(texts) else []
+        super().__init__(path, "; ".join(texts + more))
+
+
+def _describe(problem: Problem) -> str:
+    return f"{f'{problem.field}: ' if problem.field else ''}{problem.text}"
 
 
 class Limits(NamedTuple):
