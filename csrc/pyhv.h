@@ -255,7 +255,7 @@ struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, 
 void pyhv_vm_destroy(struct pyhv_vm *vm); /* after its vCPUs; memory and bus stay the caller's */
 int pyhv_vm_fd(const struct pyhv_vm *vm);
 
-/* Gives `size` bytes of host memory to the guest at `gpa`. */
+/* Gives `size` bytes of host memory to the guest at `gpa`. Before the first vCPU is created it costs least. */
 #define PYHV_VM_MAX_SLOTS 16
 int pyhv_vm_map(struct pyhv_vm *vm, uint64_t gpa, uint64_t size, void *host, struct pyhv_error *error);
 

@@ -35,6 +35,8 @@ struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct py
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, install_kick_handler);
 
+    if (pyhv_vm_complete(vm, error) < 0)
+        return NULL;
     int run_size = ioctl(vm->kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0);
     if (run_size < 0) {
         pyhv_fail_errno(error, "KVM_GET_VCPU_MMAP_SIZE");

@@ -114,27 +114,28 @@ struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, 
             goto fail;
         }
     }
-    if (vm->irqchip) {
-        /* Before vCPUs: each gets its LAPIC when it is created. */
-        if (ioctl(vm->fd, KVM_CREATE_IRQCHIP, 0) < 0) {
-            pyhv_fail_errno(error, "KVM_CREATE_IRQCHIP");
-            goto fail;
-        }
-        /* The kernel takes port 0x61 too: guests calibrate the TSC with the PIT's second channel there. */
-        struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
-        if (ioctl(vm->fd, KVM_CREATE_PIT2, &pit) < 0) {
-            pyhv_fail_errno(error, "KVM_CREATE_PIT2");
-            goto fail;
-        }
-        if (bus)
-            pyhv_bus_set_irq_sink(bus, (struct pyhv_irq_sink){.raise = raise_irq, .opaque = vm});
-    }
     return vm;
 
 fail:
     close(vm->fd);
     free(vm);
     return NULL;
+}
+
+int pyhv_vm_complete(struct pyhv_vm *vm, struct pyhv_error *error)
+{
+    if (!vm->irqchip || vm->complete)
+        return 0;
+    if (ioctl(vm->fd, KVM_CREATE_IRQCHIP, 0) < 0)
+        return pyhv_fail_errno(error, "KVM_CREATE_IRQCHIP");
+    /* The kernel takes port 0x61 too: guests calibrate the TSC with the PIT's second channel there. */
+    struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
+    if (ioctl(vm->fd, KVM_CREATE_PIT2, &pit) < 0)
+        return pyhv_fail_errno(error, "KVM_CREATE_PIT2");
+    if (vm->bus)
+        pyhv_bus_set_irq_sink(vm->bus, (struct pyhv_irq_sink){.raise = raise_irq, .opaque = vm});
+    vm->complete = true;
+    return 0;
 }
 
 void pyhv_vm_destroy(struct pyhv_vm *vm)
