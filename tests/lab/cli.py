@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run", help="run a command in hosts, side by side")
     run.add_argument("kinds", nargs="+", metavar="KIND")
     run.add_argument("--timeout", type=float, default=300, metavar="S", help="limit for the command (default: 300 s)")
-    run.add_argument("--connected", action="store_true", help="with a network (AMD) or a serial cable (two Intel hosts)")
+    run.add_argument("--connected", action="store_true", help="with a network (AMD) or a serial cable (Intel)")
     run.add_argument("--put", action="append", default=[], metavar="FILE[:TARGET]", help="copy into each host first")
     shell = commands.add_parser("shell", help="a shell in a host, on this terminal")
     shell.add_argument("kind", metavar="KIND")

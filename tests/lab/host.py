@@ -367,7 +367,7 @@ class Host:
 
     def put(self, files: Mapping[str, Path | bytes], target: str = "/tmp", timeout: float = 120) -> None:
         """Copies files and folders into the host, under the folder `target`, which is made: {"name/inside": source}.
-        A source is a file, a folder (with all in it, __pycache__ left out) or the content itself."""
+        A source is a file, a folder with all in it, or the content itself."""
         self.run(["mkdir", "-p", target], check=True)
         self.run(["tar", "-x", "-f", "-", "-C", target], stdin=pack(files), timeout=timeout, check=True)
 
@@ -385,9 +385,7 @@ def pack(files: Mapping[str, Path | bytes]) -> bytes:
     """A tar archive of files, folders and contents under the names given, all owned by root."""
     out = io.BytesIO()
 
-    def own(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        if PurePosixPath(member.name).name == "__pycache__":
-            return None
+    def own(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.uid = member.gid = 0
         member.uname = member.gname = "root"
         return member

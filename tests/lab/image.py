@@ -263,7 +263,7 @@ def _add_python(tree: Path) -> None:
     library = _place(tree, standard)
     shutil.copytree(standard, library, ignore=ignore, symlinks=False, ignore_dangling_symlinks=True)
     binaries += (library / "lib-dynload").glob("*.so")
-    _compile(library)
+    compile_all(library, str(standard))
 
     site = tree / SITE.lstrip("/")
     site.mkdir(parents=True)
@@ -280,7 +280,7 @@ def _add_python(tree: Path) -> None:
         spec = importlib.util.find_spec(name)
         assert spec is not None and spec.origin is not None
         binaries.append(Path(shutil.copy2(spec.origin, site)))
-    _compile(site)
+    compile_all(site, SITE)
 
     for path in set().union(*(_libraries(binary) for binary in binaries)):
         place = _place(tree, path)
@@ -292,9 +292,10 @@ def _add_python(tree: Path) -> None:
         link.symlink_to(executable)
 
 
-def _compile(folder: Path) -> None:
-    """Byte code for all modules under a folder, never checked against the source: the image cannot change."""
+def compile_all(folder: Path, inside: str) -> None:
+    """Byte code for all modules under a folder that will be `inside` in the host, never checked against the sources'
+    times: compiling is slow under emulation, and nothing changes there."""
     compileall.compile_dir(
-        folder, quiet=2, stripdir=str(folder), prependdir="", workers=1, optimize=-1,
+        folder, quiet=2, stripdir=str(folder), prependdir=inside,
         invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
     )  # fmt: skip
