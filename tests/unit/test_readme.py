@@ -1,0 +1,30 @@
+"""The README is always true: its tables are those of the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pyhv import guests
+from pyhv.outcome import CAUSES
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_exit_statuses_is_the_codes() -> None:
+    rows = [line.split("|")[1:4] for line in README.splitlines() if line.startswith("|") and line.count("`") == 2]
+    shown = {cause.strip(" `"): (status.strip(), meaning.strip()) for status, cause, meaning in rows}
+    for cause, (status, meaning) in CAUSES.items():
+        assert shown[cause] == ("the byte" if cause == "guest-exit" else str(status), meaning)
+
+
+def test_every_bundled_guest_is_named() -> None:
+    for name in guests.names():
+        assert f"`{name}`" in README
+
+
+def test_every_make_target_in_the_table_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for line in README.splitlines():
+        if line.startswith("| `make "):
+            assert f"\n{line.split('`')[1].removeprefix('make ')}:" in makefile
