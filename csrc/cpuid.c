@@ -125,7 +125,7 @@ int pyhv_cpuid_table_init(struct pyhv_cpuid_table *table, const struct pyhv_cpui
         if (before->leaf == entry->leaf && before->indexed != entry->indexed)
             return pyhv_fail(error, EINVAL, "CPUID table", "leaf 0x%x both ignores and obeys ECX", entry->leaf);
     }
-    if (count == 0 || table->entries[0].leaf != LEAF_VENDOR)
+    if (count == 0 || entry_key(&table->entries[0]) != key_of(LEAF_VENDOR, 0))
         return pyhv_fail(error, EINVAL, "CPUID table", "leaf 0 is missing");
 
     table->count = (uint32_t)count;

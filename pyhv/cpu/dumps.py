@@ -9,8 +9,8 @@
                  subleaves, in order.
     JSON         what `pyhv host --json` writes ("pyhv-host/1"), or a table alone ("pyhv-cpuid/1").
 
-Lines that start with # are comments; the `cpuid` guest writes such. A line that is none of the format's is an error that
-names file and line: a dump is either understood or refused.
+Lines that start with # are comments; the `cpuid` guest writes some. A line that is none of the format's is an error
+that names file and line: a dump is either understood or refused.
 """
 
 from __future__ import annotations

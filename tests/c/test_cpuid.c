@@ -205,6 +205,7 @@ static void refuse_bad_tables(void)
     struct pyhv_cpuid_entry twice_plain[] = {{.leaf = 0}, {.leaf = 1}, {.leaf = 1}};
     struct pyhv_cpuid_entry both[] = {{.leaf = 0}, {.leaf = 4, .indexed = 1, .subleaf = 1}, {.leaf = 4}};
     struct pyhv_cpuid_entry stray[] = {{.leaf = 0}, {.leaf = 0x80000001, .subleaf = 2}};
+    struct pyhv_cpuid_entry beheaded[] = {{.leaf = 0, .indexed = 1, .subleaf = 1}, {.leaf = 1}};
     struct pyhv_cpuid_entry headless[] = {{.leaf = 1}, {.leaf = 2}};
     static struct pyhv_cpuid_table table;
     struct pyhv_cpuid_dynamic dynamic = {0};
@@ -220,6 +221,7 @@ static void refuse_bad_tables(void)
     refuses("leaf 0x4 both ignores and obeys ECX", both, LENGTH(both));
     refuses("leaf 0x80000001: subleaf 0x2 of a leaf that ignores ECX", stray, LENGTH(stray));
     refuses("leaf 0 is missing", headless, LENGTH(headless));
+    refuses("leaf 0 is missing", beheaded, LENGTH(beheaded));
     refuses("leaf 0 is missing", NULL, 0);
 
     /* A full table, backwards. */
