@@ -356,7 +356,7 @@ class ProfileFault(Exception):
     """A profile file is wrong: all its faults, in the order of their lines."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(sorted(problems))
+        self.problems = tuple(sorted(problems, key=lambda problem: problem.line))
         lines = [f"line {p.line}: {f'{p.field}: ' if p.field else ''}{p.text}" for p in self.problems]
         super().__init__("; ".join(lines))
 
@@ -506,13 +506,16 @@ class _ProfileCompiler:
         values: dict[str, list[int | None]] = {"intel": [], "amd": []}
         if not isinstance(table, dict):
             self._report("limits", "it must be a table")
-            table = {}
+            table, moving = {}, False
+        if not table and moving:
+            self._report("limits", f"it is missing; a profile for moving gives {', '.join(LIMITS)}")
+            moving = False
         self._known_keys("limits", table, LIMITS)
         for limit in LIMITS:
             value = table.get(limit)
             field = f"limits.{limit}"
             if value is None and moving:
-                self._report(field, "it is missing; a profile for moving levels all of " + ", ".join(LIMITS))
+                self._report(field, f"it is missing; a profile for moving gives {', '.join(LIMITS)}")
             if isinstance(value, dict):
                 if set(value) != {"intel", "amd"}:
                     self._report(field, "a table here has the keys intel and amd, and no others")
@@ -566,9 +569,12 @@ class _ProfileCompiler:
                     if clock not in hide and self._features[clock].migratable:
                         self._report("features.hide", f"{clock} is missing: TSC rates differ between hosts")
             return True, ((), (), (), tuple(hide))
+        before = len(self._problems)
         listed = {key: self._shown(key, table, moving) for key in ("common", "intel", "amd")}
+        if len(self._problems) == before:  # else what was refused would be missing, too
+            self._check_requirements(listed)
         for vendor in ("intel", "amd"):
-            self._check_vendor(vendor, listed, limits[vendor])
+            self._check_limits(vendor, listed, limits[vendor])
         return False, (*(tuple(f.name for f in listed[key]) for key in ("common", "intel", "amd")), ())
 
     def _list(self, key: str, table: Mapping[str, object]) -> list[FeatureLike]:
@@ -623,24 +629,32 @@ class _ProfileCompiler:
                 shown.append(feature)
         return shown
 
-    def _check_vendor(
+    def _check_requirements(self, listed: Mapping[str, Sequence[FeatureLike]]) -> None:
+        names = {key: {feature.name for feature in features} for key, features in listed.items()}
+        for key, features in listed.items():
+            field = f"features.{key}"
+            for feature in features:
+                if key != "common" and feature.name in names["common"]:
+                    self._report_feature(field, feature, "is under `common` already")
+                lacking: dict[str, list[str]] = {}  # what is missing -> for which vendors
+                for vendor in ("intel", "amd") if key == "common" else (key,):
+                    for name in feature.requires:
+                        if name not in names["common"] | names[vendor]:
+                            lacking.setdefault(name, []).append(vendor)
+                for name, vendors in lacking.items():
+                    whose = f" for {vendors[0]}" if len(vendors) == 1 else ""
+                    self._report_feature(field, feature, f"requires {name}, which is not listed{whose}")
+
+    def _check_limits(
         self, vendor: str, listed: Mapping[str, Sequence[FeatureLike]], limits: tuple[int | None, ...]
     ) -> None:
-        names = {feature.name for key in ("common", vendor) for feature in listed[key]}
-        common = {feature.name for feature in listed["common"]}
-        highest = {0: limits[0], 1: limits[1]}
         for key in ("common", vendor):
-            field = f"features.{key}"
             for feature in listed[key]:
-                if key == vendor and feature.name in common:
-                    self._report_feature(field, feature, "is under `common` already")
-                missing = [name for name in feature.requires if name not in names]
-                if missing:
-                    self._report_feature(field, feature, f"requires {', '.join(missing)}, not listed for {vendor}")
                 leaf = feature.word[0]
-                limit = highest.get(leaf >> 31) if leaf >> 30 != 1 else None
+                limit = {0: limits[0], 2: limits[1]}.get(leaf >> 30)  # basic or extended; KVM's leaves have none
                 if limit is not None and leaf > limit:
-                    self._report_feature(field, feature, f"is in leaf 0x{leaf:x}, above the limit 0x{limit:x}")
+                    text = f"is in leaf 0x{leaf:x}, above the limit 0x{limit:x} for {vendor}"
+                    self._report_feature(f"features.{key}", feature, text)
 
 
 # ---------------------------------------------------------------------------------------------------------- the output
