@@ -218,14 +218,6 @@ static const struct claim *find_claim(const struct pyhv_bus *bus, uint32_t port)
     return NULL;
 }
 
-/* How many of the `size` bytes at `port` go to the device in one access: all of them or one. */
-static uint32_t piece_size(const struct claim *claim, uint32_t port, uint32_t size)
-{
-    bool whole =
-        (size & (size - 1)) == 0 && size <= claim->device->ops->max_access && port + size - 1 <= claim->ports.last;
-    return whole ? size : 1;
-}
-
 static enum pyhv_action stronger(enum pyhv_action a, enum pyhv_action b)
 {
     return a > b ? a : b;
@@ -239,43 +231,47 @@ static void note_action(struct pyhv_bus *bus, enum pyhv_action action, uint8_t v
         atomic_compare_exchange_strong(&bus->exit_status, &none, value);
 }
 
-static void read_item(struct pyhv_bus *bus, uint32_t port, uint32_t size, uint8_t *data)
-{
-    for (uint32_t done = 0, piece; done < size; done += piece) {
-        const struct claim *claim = find_claim(bus, port + done);
-        uint32_t value = 0xff;
-        piece = 1;
-        if (claim) {
-            struct pyhv_device *device = claim->device;
-            piece = piece_size(claim, port + done, size - done);
-            pthread_mutex_lock(&device->lock);
-            value = device->ops->read(device, port + done - device->ranges[0].first, piece);
-            pthread_mutex_unlock(&device->lock);
-        }
-        for (uint32_t i = 0; i < piece; i++)
-            data[done + i] = (uint8_t)(value >> (8 * i));
-    }
-}
-
-static enum pyhv_action write_item(struct pyhv_bus *bus, uint32_t port, uint32_t size, const uint8_t *data)
+/* One access to one device, or to nobody. */
+static enum pyhv_action access_piece(struct pyhv_bus *bus, const struct claim *claim, uint32_t port, bool is_write,
+                                     uint32_t size, uint8_t *bytes)
 {
     enum pyhv_action action = PYHV_ACTION_NONE;
-    for (uint32_t done = 0, piece; done < size; done += piece) {
-        const struct claim *claim = find_claim(bus, port + done);
-        piece = 1;
-        if (!claim)
-            continue;
-        struct pyhv_device *device = claim->device;
-        piece = piece_size(claim, port + done, size - done);
-        uint32_t value = 0;
-        for (uint32_t i = 0; i < piece; i++)
-            value |= (uint32_t)data[done + i] << (8 * i);
-        pthread_mutex_lock(&device->lock);
-        enum pyhv_action asked = device->ops->write(device, port + done - device->ranges[0].first, piece, value);
-        pthread_mutex_unlock(&device->lock);
-        note_action(bus, asked, (uint8_t)value);
-        action = stronger(action, asked);
+    uint32_t value = 0;
+    if (!claim) {
+        if (!is_write)
+            memset(bytes, 0xff, size);
+        return action;
     }
+
+    struct pyhv_device *device = claim->device;
+    uint32_t offset = port - device->ranges[0].first;
+    if (is_write) {
+        for (uint32_t i = 0; i < size; i++)
+            value |= (uint32_t)bytes[i] << (8 * i);
+        pthread_mutex_lock(&device->lock);
+        action = device->ops->write(device, offset, size, value);
+        pthread_mutex_unlock(&device->lock);
+        note_action(bus, action, bytes[0]);
+    } else {
+        pthread_mutex_lock(&device->lock);
+        value = device->ops->read(device, offset, size);
+        pthread_mutex_unlock(&device->lock);
+        for (uint32_t i = 0; i < size; i++)
+            bytes[i] = (uint8_t)(value >> (8 * i));
+    }
+    return action;
+}
+
+/* One item: in one piece where a device takes it so and has all of its ports, else byte by byte. */
+static enum pyhv_action access_item(struct pyhv_bus *bus, uint32_t port, bool is_write, uint32_t size, uint8_t *bytes)
+{
+    const struct claim *claim = find_claim(bus, port);
+    if (size == 1 || (claim && size <= claim->device->ops->max_access && port + size - 1 <= claim->ports.last))
+        return access_piece(bus, claim, port, is_write, size, bytes);
+
+    enum pyhv_action action = PYHV_ACTION_NONE;
+    for (uint32_t i = 0; i < size; i++)
+        action = stronger(action, access_piece(bus, find_claim(bus, port + i), port + i, is_write, 1, bytes + i));
     return action;
 }
 
@@ -294,11 +290,7 @@ int pyhv_bus_port_io(struct pyhv_bus *bus, uint16_t port, int is_write, uint32_t
             return action;
         }
     }
-    for (uint32_t i = 0; i < count; i++, bytes += size) {
-        if (is_write)
-            action = stronger(action, write_item(bus, port, size, bytes));
-        else
-            read_item(bus, port, size, bytes);
-    }
+    for (uint32_t i = 0; i < count; i++, bytes += size)
+        action = stronger(action, access_item(bus, port, is_write != 0, size, bytes));
     return action;
 }

@@ -34,7 +34,7 @@
  * SIGPIPE. A closed pipe must not kill the process. Python ignores SIGPIPE. Where it was not ignored when the UART was
  * created, it is blocked around each write and a SIGPIPE of ours is taken back. The process's setting is not touched.
  *
- * Saved state, version 1 (with the version 47 bytes and what waits for transmission):
+ * Saved state, version 1 (with the version 46 bytes and what waits for transmission):
  *   u8 IER; u8 FCR (bits 7:6, 3 and 0); u8 LCR; u8 MCR; u8 SCR; u8 DLL; u8 DLM;
  *   u8 flags: bit 0 overrun (LSR bit 1), bit 1 "THR empty" pending; u8 MSR bits 3:0 (changes);
  *   u8 count, u8[16] receive FIFO, oldest first, zeros behind; u8 count, u8[16] bytes read from in_fd for which the
@@ -265,6 +265,12 @@ static bool has_output(const struct uart *uart)
     return uart->out_fd >= 0 && uart->output_errno == 0;
 }
 
+static void drop_output(struct registers *r)
+{
+    r->transmit_count = 0;
+    r->thr_empty_event = true;
+}
+
 /* Sends what the transmitter holds. With `wait` until it is empty or the thread is asked to stop. Gives the lock back
  * while it writes. Where another thread is sending already, that one takes the new bytes along. */
 static void transmit(struct uart *uart, bool wait)
@@ -277,8 +283,7 @@ static void transmit(struct uart *uart, bool wait)
     uart->sending = true;
     while (r->transmit_count > 0) {
         if (!has_output(uart)) {
-            r->transmit_count = 0;
-            r->thr_empty_event = true;
+            drop_output(r);
             break;
         }
         uint32_t epoch = uart->epoch;
@@ -325,7 +330,7 @@ static void write_thr(struct uart *uart, const uint8_t *bytes, uint32_t count)
     r->thr_empty_event = false;
     update_irq(uart);
     if (!has_output(uart)) {
-        r->thr_empty_event = true;
+        drop_output(r);
         return;
     }
     while (count > 0) {
@@ -397,7 +402,7 @@ static void loop_back(struct registers *r, uint8_t byte)
     } else { /* the FIFO keeps what it has */
         r->overrun = true;
     }
-    r->thr_empty_event = true;
+    r->thr_empty_event = r->transmit_count == 0; /* bytes from before the loopback may still wait for out_fd */
 }
 
 int pyhv_uart16550_pump_input(struct pyhv_device *device, struct pyhv_error *error)

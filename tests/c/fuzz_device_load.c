@@ -1,0 +1,194 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Fuzzes what a stranger can send: device states from a file or a migration, and port accesses from a guest.
+ *
+ * An input is: 1 byte that chooses the device; 2 bytes, little-endian, the length of a state; the state; then port
+ * accesses of 3 bytes each: offset and kind, width and count, value. What must hold, besides that nothing crashes:
+ *  - a refused state leaves the device as it was, and says why in the device's name;
+ *  - an accepted one, saved again, is accepted again, and gives the same bytes;
+ *  - two devices that were given the same state answer the same accesses with the same bytes and actions.
+ *
+ * With libFuzzer:
+ *   clang -std=c11 -D_GNU_SOURCE -g -O1 -fsanitize=fuzzer,address,undefined -Icsrc \
+ *         tests/c/fuzz_device_load.c csrc/devices/[a-z]*.c csrc/error.c -lpthread -o fuzz && ./fuzz -max_len=8192
+ * With gcc, which has no fuzzer, add -DPYHV_FUZZ_MAIN and leave out "fuzzer,": the program then makes its own inputs,
+ * half noise and half valid states with a few bytes changed:
+ *   ./fuzz [SECONDS [SEED]]     prints the seed; the same seed gives the same inputs
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "pyhv.h"
+
+#define DEVICES 4
+
+static const struct {
+    uint16_t port, ports;
+} places[DEVICES] = {{0x3f8, 8}, {0xf4, 1}, {0x60, 5}, {0x70, 2}};
+
+#define REQUIRE(condition)                                                                 \
+    do {                                                                                   \
+        if (!(condition)) {                                                                \
+            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #condition); \
+            abort();                                                                       \
+        }                                                                                  \
+    } while (0)
+
+static struct pyhv_device *create(unsigned which)
+{
+    switch (which) {
+    case 0:
+        return pyhv_uart16550_create(0x3f8, 4, -1, -1, NULL);
+    case 1:
+        return pyhv_debug_exit_create(0xf4, NULL);
+    case 2:
+        return pyhv_i8042_create(NULL);
+    default:
+        return pyhv_cmos_create(UINT64_C(3) << 30, UINT64_C(1) << 30, NULL);
+    }
+}
+
+static struct pyhv_bus *bus_with(struct pyhv_device *device)
+{
+    struct pyhv_bus *bus = pyhv_bus_create(NULL);
+    REQUIRE(bus && device && pyhv_bus_attach(bus, device, NULL) == 0);
+    return bus;
+}
+
+/* Whether reading this may give two answers: the clock of the CMOS, and what the guest stored of it. */
+static int shows_time(unsigned which, const uint8_t *state, int64_t size)
+{
+    static const uint8_t times[] = {0, 2, 4, 6, 7, 8, 9, 10, 0x32};
+    return which == 3 && size > 1 && memchr(times, state[1], sizeof times) != NULL;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    uint8_t before[PYHV_DEVICE_STATE_MAX], after[PYHV_DEVICE_STATE_MAX];
+    struct pyhv_error error = {0};
+    if (size < 3)
+        return 0;
+    unsigned which = data[0] % DEVICES;
+    size_t length = data[1] | (size_t)data[2] << 8;
+    data += 3;
+    size -= 3;
+    if (length > size)
+        length = size;
+
+    struct pyhv_device *one = create(which), *two = create(which);
+    struct pyhv_bus *bus_one = bus_with(one), *bus_two = bus_with(two);
+    int64_t before_size = pyhv_device_save(one, before, sizeof before, NULL);
+    REQUIRE(before_size > 0);
+    if (pyhv_device_load(one, data, length, &error) < 0) {
+        REQUIRE(pyhv_device_save(one, after, sizeof after, NULL) == before_size);
+        REQUIRE(memcmp(before, after, (size_t)before_size) == 0);
+        REQUIRE(strncmp(error.what, pyhv_device_name(one), strlen(pyhv_device_name(one))) == 0 && error.detail[0]);
+    } else {
+        before_size = pyhv_device_save(one, before, sizeof before, NULL);
+        REQUIRE(before_size > 0);
+        REQUIRE(pyhv_device_load(two, before, (size_t)before_size, NULL) == 0);
+        REQUIRE(pyhv_device_save(two, after, sizeof after, NULL) == before_size);
+        REQUIRE(memcmp(before, after, (size_t)before_size) == 0);
+    }
+
+    for (data += length, size -= length; size >= 3; data += 3, size -= 3) {
+        uint16_t port = (uint16_t)(places[which].port - 1 + (data[0] & 0x7f) % (places[which].ports + 2));
+        int is_write = data[0] >> 7;
+        uint32_t width = 1u << data[1] % 3, count = 1 + data[1] / 3 % 8;
+        uint8_t bytes_one[32], bytes_two[32];
+        before_size = pyhv_device_save(one, before, sizeof before, NULL);
+        memset(bytes_one, data[2], sizeof bytes_one);
+        memset(bytes_two, data[2], sizeof bytes_two);
+        int action_one = pyhv_bus_port_io(bus_one, port, is_write, width, count, bytes_one);
+        int action_two = pyhv_bus_port_io(bus_two, port, is_write, width, count, bytes_two);
+        REQUIRE(action_one == action_two && action_one >= PYHV_ACTION_NONE && action_one <= PYHV_ACTION_POWER_OFF);
+        if (!shows_time(which, before, before_size))
+            REQUIRE(memcmp(bytes_one, bytes_two, sizeof bytes_one) == 0);
+    }
+    /* However the guest treated it, it can be saved and loaded. */
+    before_size = pyhv_device_save(one, before, sizeof before, NULL);
+    REQUIRE(before_size > 0 && pyhv_device_load(two, before, (size_t)before_size, NULL) == 0);
+    pyhv_bus_destroy(bus_one);
+    pyhv_bus_destroy(bus_two);
+    return 0;
+}
+
+#ifdef PYHV_FUZZ_MAIN
+#include <inttypes.h>
+#include <time.h>
+
+static uint64_t random_state;
+
+static uint32_t random32(void)
+{
+    random_state ^= random_state << 13; /* xorshift64 */
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return (uint32_t)(random_state >> 16);
+}
+
+/* A state that a guest could bring about. */
+static size_t valid_state(unsigned which, uint8_t *state)
+{
+    struct pyhv_device *device = create(which);
+    struct pyhv_bus *bus = bus_with(device);
+    for (uint32_t i = random32() % 64; i > 0; i--) {
+        uint8_t value = (uint8_t)random32();
+        pyhv_bus_port_io(bus, (uint16_t)(places[which].port + random32() % places[which].ports), random32() & 1, 1, 1,
+                         &value);
+    }
+    int64_t size = pyhv_device_save(device, state, PYHV_DEVICE_STATE_MAX, NULL);
+    REQUIRE(size > 0);
+    pyhv_bus_destroy(bus);
+    return (size_t)size;
+}
+
+int main(int argc, char **argv)
+{
+    static uint8_t input[3 + PYHV_DEVICE_STATE_MAX + 3 * 256];
+    double seconds = argc > 1 ? atof(argv[1]) : 5;
+    random_state = argc > 2 ? strtoull(argv[2], NULL, 0) : (uint64_t)time(NULL) << 20 | (uint64_t)getpid();
+    if (random_state == 0) /* where xorshift stays for good */
+        random_state = 1;
+    printf("fuzz_device_load: seed 0x%" PRIx64 ", %g s\n", random_state, seconds);
+    fflush(stdout);
+
+    struct timespec start, now;
+    uint64_t inputs = 0;
+    clock_gettime(CLOCK_MONOTONIC, &start);
+    do {
+        unsigned which = random32() % DEVICES;
+        size_t length = random32() % 200;
+        if (random32() % 2) {
+            length = valid_state(which, input + 3);
+            if (random32() % 8 == 0 && which == 0 && length >= 46) { /* bytes that wait for transmission */
+                uint32_t waiting = random32() % 4097;
+                input[3 + 8] &= 0x01;
+                input[3 + 44] = (uint8_t)waiting;
+                input[3 + 45] = (uint8_t)(waiting >> 8);
+                length = 46 + waiting;
+            }
+            for (uint32_t changes = random32() % 4; changes > 0; changes--)
+                input[3 + random32() % length] = (uint8_t)random32();
+            if (random32() % 16 == 0)
+                length = random32() % (length + 4);
+        } else {
+            for (size_t i = 0; i < length; i++)
+                input[3 + i] = (uint8_t)(i == 0 && random32() % 8 ? 1 : random32());
+        }
+        input[0] = (uint8_t)which;
+        input[1] = (uint8_t)length;
+        input[2] = (uint8_t)(length >> 8);
+        size_t accesses = random32() % 256 * 3;
+        for (size_t i = 0; i < accesses; i++)
+            input[3 + length + i] = (uint8_t)random32();
+        LLVMFuzzerTestOneInput(input, 3 + length + accesses);
+        inputs++;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+    } while ((double)(now.tv_sec - start.tv_sec) + (double)(now.tv_nsec - start.tv_nsec) / 1e9 < seconds);
+    printf("fuzz_device_load: %" PRIu64 " inputs, nothing found\n", inputs);
+    return 0;
+}
+#endif
