@@ -11,10 +11,11 @@ import termios
 import time
 import tty
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from . import kinds
-from .errors import LabError
+from .errors import LabError, Missing
 from .host import Host
 from .lab import Lab, prepare
 
@@ -43,6 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--put", action="append", default=[], metavar="FILE[:TARGET]", help="copy into each host first")
     shell = commands.add_parser("shell", help="a shell in a host, on this terminal")
     shell.add_argument("kind", metavar="KIND")
+    test = commands.add_parser("test", help="run the lab's tests in hosts, and print a table of hosts by tests")
+    test.add_argument("--kinds", default="quick", metavar="A,B,..",
+                      help="kinds of hosts; or quick (the default), two of each vendor; or full")  # fmt: skip
+    test.add_argument("-k", dest="expression", default="", metavar="EXPR", help="only tests that match, as for pytest")
+    test.add_argument("--junit", metavar="FILE", help="write a JUnit file")
+    test.add_argument("--json", metavar="FILE", help="write the outcomes as JSON")
+    test.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N",
+                      help="hosts at a time (default: as many as CPUs)")  # fmt: skip
+    test.add_argument("--inside", action="store_true", help="leave out the tests that need several hosts")
+    test.add_argument("--optional", action="store_true",
+                      help="where the lab cannot run for want of packages: exit status 0, said in capitals; "
+                      "but not with CI=true")  # fmt: skip
     given = list(sys.argv[1:] if arguments is None else arguments)
     # What follows "--" is the command for the hosts, not ours to read.
     command: list[str] = []
@@ -63,6 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(options, command)
         if options.command == "shell":
             return _shell(options.kind)
+        if options.command == "test":
+            return _test(options)
+    except Missing as error:
+        print(f"pyhv-lab: {error}", file=sys.stderr)
+        if options.command == "test" and options.optional and os.environ.get("CI") != "true":
+            print("REAL KVM WAS NOT TESTED: THE LAB COULD NOT RUN HERE", flush=True)
+            return 0
+        return 1
     except LabError as error:
         print(f"pyhv-lab: {error}", file=sys.stderr)
         return 1
@@ -85,8 +106,6 @@ def _setup(names: list[str]) -> int:
 
 
 def _put(host: Host, texts: list[str]) -> None:
-    from pathlib import Path
-
     for text in texts:
         source, _, target = text.partition(":")
         path = Path(source)
@@ -115,6 +134,28 @@ def _run(options: argparse.Namespace, command: list[str]) -> int:
             sys.stderr.buffer.flush()
             worst = worst or (result.status if result.status >= 0 else 128 - result.status)
         return worst
+
+
+def _test(options: argparse.Namespace) -> int:
+    from . import testing
+
+    if options.jobs < 1:
+        raise LabError(f"--jobs {options.jobs}: at least one host at a time")
+    sets = {"quick": testing.QUICK, "full": testing.FULL}
+    names = sets.get(options.kinds) or tuple(name for name in options.kinds.split(",") if name)
+    begin = time.monotonic()
+    outcomes = testing.run(names, options.expression, outside=not options.inside, jobs=options.jobs, say=_say)
+    if options.junit:
+        Path(options.junit).write_bytes(testing.as_junit(outcomes))
+    if options.json:
+        Path(options.json).write_text(testing.as_json(outcomes) + "\n")
+    if text := testing.failures(outcomes):
+        print(text, end="\n\n")
+    print(testing.table(outcomes))
+    print(f"in {time.monotonic() - begin:.0f} s")
+    print(testing.summary(outcomes), flush=True)
+    ran = any(outcome.cases for outcome in outcomes)
+    return 0 if ran and all(outcome.good for outcome in outcomes) else 1
 
 
 def _shell(name: str) -> int:

@@ -35,7 +35,7 @@ ENVIRONMENT = {
 }
 
 #: How many lines of a host's console an error shows.
-TAIL = 25
+TAIL = 40
 #: Runs whose logs were kept are deleted after so many seconds.
 KEEP_LOGS = 7 * 24 * 3600
 
