@@ -1,9 +1,9 @@
 """Watching the CPUID instructions that the kernel answers: the tracepoint kvm:kvm_cpuid, through tracefs.
 
 KVM has no CPUID exit to user space, but it tells its tracepoint of each one. What that has is the question and the
-answer; RIP and vCPU come from kvm:kvm_exit, which kvm_intel and kvm_amd hit just before. Neither has the CPL. The
-kernel looks guests' CPUID up for its own purposes too (its instruction emulator asks for the vendor): such an event has
-no kvm_exit in front of it.
+answer. RIP and vCPU come from kvm:kvm_exit, which kvm_intel and kvm_amd hit just before; where KVM interprets the
+guest's instructions, RIP comes from kvm:kvm_emulate_insn. None of them has the CPL. The kernel looks up guests' CPUID
+for its own purposes too (its emulator asks for the vendor): such an event has neither in front of it.
 
 Everything happens in an instance of our own (Documentation/trace/ftrace.rst, "Instances"): its own buffer, its own
 events, its own list of threads. Nobody else's tracing is touched.
@@ -16,14 +16,14 @@ import errno
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
 from pyhv.errors import NotAvailable
 
 _INSTANCE_PREFIX = "pyhv-"
-_CPUID_EVENT, _EXIT_EVENT = "events/kvm/kvm_cpuid", "events/kvm/kvm_exit"
+_CPUID_EVENT, _EXIT_EVENT, _EMULATE_EVENT = "events/kvm/kvm_cpuid", "events/kvm/kvm_exit", "events/kvm/kvm_emulate_insn"
 
 # The exits because of CPUID: exit reason 10 of VMX (SDM Vol. 3, appendix C), 0x72 of SVM (APM Vol. 2, appendix C).
 # `isa` is KVM's own: 1 VMX, 2 SVM (arch/x86/kvm/trace.h).
@@ -40,10 +40,12 @@ _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_CMD_CREATE = 6
 
 # "  python3-1234  [001] d..1.  12.345678: kvm_cpuid: func 1 idx 0 rax ... rbx ... rcx ... rdx ..., cpuid entry found"
-_LINE = re.compile(r"-(\d+) +\[\d+\].*? (kvm_cpuid|kvm_exit): (.*)")
+_LINE = re.compile(r"-(\d+) +\[\d+\].*? (kvm_cpuid|kvm_exit|kvm_emulate_insn): (.*)")
 _CPUID = re.compile(r"func ([0-9a-f]+) idx ([0-9a-f]+) rax ([0-9a-f]+) rbx ([0-9a-f]+) rcx ([0-9a-f]+) rdx ([0-9a-f]+)")
 _RIP = re.compile(r"\brip 0x([0-9a-f]+)")
 _VCPU = re.compile(r"\bvcpu (\d+)")
+# CS base, RIP, and the bytes of CPUID after any prefixes
+_EMULATED = re.compile(r"([0-9a-f]+):([0-9a-f]+):(?:[0-9a-f]{2} )*?0f a2\b")
 _LOST = re.compile(r"CPU:\d+ \[LOST (\d+ )?EVENTS\]")
 
 # KVM has no index for leaves that ignore ECX until Linux 5.8: there the event's field is missing.
@@ -60,7 +62,8 @@ class Traced(NamedTuple):
     vcpu: int | None
     """None where the kernel did not tell."""
     rip: int | None
-    """RIP of the instruction; None where the kernel did not tell, or asked for itself."""
+    """Linear address of the instruction (of kvm_exit the RIP, which is the same in 64-bit mode); None where the kernel
+    did not tell, or asked for itself."""
     leaf: int
     subleaf: int
     guest: tuple[int, int, int, int]
@@ -87,6 +90,10 @@ class Parser:
             rip, vcpu = _RIP.search(fields), _VCPU.search(fields)
             self._exits[thread] = (int(vcpu[1]) if vcpu else None, int(rip[1], 16) if rip else None)
             return None
+        if event == "kvm_emulate_insn":
+            if place := _EMULATED.match(fields):
+                self._exits[thread] = (None, int(place[1], 16) + int(place[2], 16))
+            return None
         if numbers := _CPUID.match(fields):
             leaf, subleaf, *registers = (int(number, 16) & _U32 for number in numbers.groups())
         elif numbers := _CPUID_WITHOUT_INDEX.match(fields):
@@ -104,12 +111,16 @@ class Tracepoint:
     starts from then on, and their threads.
 
     on_cpuid: called for each, in time order, on one thread of its own, some 20 ms later; not after the context has been
-    left. Needs root, or whoever may use tracefs, and a kernel with the tracepoint: raises NotAvailable. Makes one
-    instance in tracefs, and removes it on every way out, with what a killed predecessor left behind.
+    left. sites: addresses of the guest's CPUID instructions, as far as they are known: an interpreting KVM has an event
+    for each instruction, too many to look at, so only those there are asked for.
+
+    Needs root, or whoever may use tracefs, and a kernel with the tracepoint: raises NotAvailable. Makes one instance in
+    tracefs, and removes it on every way out, with what a killed predecessor left behind.
     """
 
-    def __init__(self, on_cpuid: Callable[[Traced], None]) -> None:
+    def __init__(self, on_cpuid: Callable[[Traced], None], sites: Sequence[int] = ()) -> None:
         self._on_cpuid = on_cpuid
+        self._sites = sites
         self._parser = Parser()
         self._root: _Root | None = None
         self._instance = ""
@@ -129,14 +140,14 @@ class Tracepoint:
             with _explained():
                 self._start(self._root.path)
         except BaseException:
-            self._close()
+            self.close()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
+        self.close()
         if self._failure is not None and kind is None:
             raise self._failure
 
@@ -152,10 +163,15 @@ class Tracepoint:
         # The threads that we start from now on are followed, and those that they start.
         _write(f"{instance}/options/event-fork", "1")
         _write(f"{instance}/set_event_pid", str(threading.get_native_id()))
-        with contextlib.suppress(OSError):  # a kernel with other fields: then all exits come, which only costs time
+        # Without these two we have no RIP: no reason to fail.
+        with contextlib.suppress(OSError):
             _write(f"{instance}/{_EXIT_EVENT}/filter", _EXIT_FILTER)
-        with contextlib.suppress(OSError):  # without it we have no RIP
             _write(f"{instance}/{_EXIT_EVENT}/enable", "1")
+        if self._sites:
+            with contextlib.suppress(OSError):
+                places = " || ".join(f"rip == {site:#x}" for site in self._sites)
+                _write(f"{instance}/{_EMULATE_EVENT}/filter", places)
+                _write(f"{instance}/{_EMULATE_EVENT}/enable", "1")
         _write(f"{instance}/{_CPUID_EVENT}/enable", "1")
         self._pipe = os.open(f"{instance}/trace_pipe", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._read, name="tracepoint", daemon=True)
@@ -188,7 +204,8 @@ class Tracepoint:
                 return
             yield chunk
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Stops the tracing; what happened until now has been reported when this returns. Twice is allowed."""
         if self._instance:
             with contextlib.suppress(OSError):
                 _write(f"{self._instance}/tracing_on", "0")

@@ -1,0 +1,130 @@
+"""The command line: `pyhv COMMAND ...`.
+
+Each command is a module of its own, imported when it is asked for and not before: start-up time is a feature. A
+command's main(arguments) returns the exit status by the table in pyhv/outcome.py and raises what went wrong; here that
+becomes one line on stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+from pyhv.errors import BadInput, PyhvError
+
+# Name of the command, and of its module -> what it does.
+COMMANDS = {
+    "run": "boot a guest; its console is this terminal",
+    "trace": "boot a guest and show each CPUID that it executes",
+    "host": "what this host is and can do, and whether features can be hidden on it",
+    "profiles": "the processors that a guest can be shown",
+    "features": "the processor features that pyhv knows",
+    "diff": "compare two processors, profiles or hosts, feature by feature",
+}
+
+_USAGE = "usage: pyhv COMMAND ...    (pyhv COMMAND --help says more; pyhv --version)"
+
+_HELP = """
+Runs small virtual machines on KVM, and shows them a processor that every host of its vendor has.
+
+commands:
+{commands}
+
+example:
+  pyhv run cpuid --compat    boot the bundled guest `cpuid` in compatibility mode: it prints what it sees
+
+exit status: the guest's own where there is one, 2 for bad input or usage, 125 where pyhv or the host failed; the
+whole table is in pyhv run --help.
+"""
+
+_INTERNAL_ERROR = 125  # as in pyhv/outcome.py, which this module does not import before it must
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command. arguments: without the program's name; sys.argv's by default. Returns the exit status."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    _occupy_standard_descriptors()
+    try:
+        status = _command(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        return die_of_broken_pipe()
+    except KeyboardInterrupt:
+        return 130
+    except BadInput as error:
+        complain(str(error))
+        return 2
+    except PyhvError as error:
+        complain(str(error))
+        return _INTERNAL_ERROR
+    except Exception as error:
+        if os.environ.get("PYHV_DEBUG"):
+            raise
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        complain(f"internal error: {what}; please report this, with what PYHV_DEBUG=1 in the environment adds to it")
+        return _INTERNAL_ERROR
+
+
+def _command(arguments: list[str]) -> int:
+    if not arguments:
+        raise BadInput("command", "none was given", f"there are {', '.join(COMMANDS)}; see pyhv --help")
+    name, rest = arguments[0], arguments[1:]
+    if name in ("-h", "--help"):
+        lines = "\n".join(f"  {command:<10} {what}" for command, what in COMMANDS.items())
+        print(_USAGE, _HELP.format(commands=lines).strip("\n"), sep="\n\n")
+        return 0
+    if name == "--version":
+        import pyhv
+
+        print("pyhv", pyhv.__version__)
+        return 0
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}; see pyhv --help"
+        raise BadInput(name, "is no option of pyhv" if name.startswith("-") else "is no command", advice)
+    import importlib
+
+    try:
+        status: int = importlib.import_module(f"pyhv.cli.{name}").main(rest)
+    except SystemExit:  # after --help
+        status = 0
+    return status
+
+
+def complain(text: str) -> None:
+    """Prints one line on stderr, whatever the text contains; quietly not, where stderr is closed."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"pyhv: {one_line(text)}\n".encode())
+
+
+def one_line(text: str) -> str:
+    """The text with what would break a line, or drive a terminal, made visible: file names may contain anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def die_of_broken_pipe() -> int:
+    """Ends the process as SIGPIPE would have, had Python not turned it off: whoever was to read our output is gone.
+
+    Returns a status only where the signal is blocked.
+    """
+    import signal
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGPIPE)
+    return 128 + signal.SIGPIPE
+
+
+def _occupy_standard_descriptors() -> None:
+    """Opens /dev/null where descriptor 0, 1 or 2 is closed: else the next file to be opened, /dev/kvm say, would
+    get the number, and the guest's console would be written there."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one

@@ -1,0 +1,183 @@
+"""`pyhv run IMAGE`: boots a guest, connects its console to stdin and stdout, and ends with its exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from types import SimpleNamespace
+
+from pyhv import outcome
+from pyhv.accel.choose import INTERCEPTS
+from pyhv.cli import complain, options, output
+from pyhv.cli.options import Command, Option
+from pyhv.cli.terminal import HELP, Console, Ended, Ending
+from pyhv.errors import BadInput, PyhvError
+from pyhv.machine import Machine, RunResult
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_DETAILS = f"""
+IMAGE is the name of a bundled guest ({{guests}}), or a file:
+an ELF64 image or a flat binary, see guest_images/README.md for the state it starts in. ./NAME is always a file.
+
+The guest's console (a serial port) is stdin and stdout. Is stdin a terminal, then each key goes to the guest, and
+  {HELP}
+
+examples:
+  pyhv run hello --append "some words"      boot a guest with a command line
+  pyhv run cpuid --compat                   what a guest sees in compatibility mode
+  pyhv run cpuid --compat --json | jq -r '.features[]'
+
+exit status:
+{{statuses}}
+"""
+
+
+def _details() -> str:
+    """What --help says below the options."""
+    from pyhv import guests
+
+    statuses = "\n".join(
+        f"  {'0 to 255' if cause == 'guest-exit' else status!s:<9} {cause:<15} {meaning}"
+        for cause, (status, meaning) in outcome.CAUSES.items()
+    )
+    return _DETAILS.format(guests=", ".join(guests.names()), statuses=statuses)
+
+
+# What describes a machine and its run; machine_arguments() is the other half.
+MACHINE_OPTIONS = (
+    Option("IMAGE", "a bundled guest or a file"),
+    Option(
+        "--compat",
+        "processor compatibility mode (--cpu hyperv-r2): show only what every host of this vendor has. Hidden is not "
+        "blocked: SSSE3, SSE4 and POPCNT still execute. Mitigation bits are hidden too: the guest cannot mitigate",
+    ),
+    Option("--cpu", "a profile, by name or file (default: host; see pyhv profiles)", "PROFILE"),
+    Option("--cpus", "number of vCPUs (default: 1)", "N", 1, options.number),
+    Option("--mem", "memory, such as 512M or 2G (default: 64M)", "SIZE", "64M"),
+    Option(
+        "--intercept",
+        "who answers CPUID: the kernel, which cannot hide features on every host; trap, which is pyhv; or what suits "
+        "(default: auto; see pyhv host)",
+        default="auto",
+        choices=INTERCEPTS,
+    ),
+    Option("--append", "the guest's command line", "ARGS", ""),
+    Option("--timeout", "end the VM after S seconds, with status 124", "S", convert=options.seconds),
+)
+MACHINE_EITHER = ("--compat", "--cpu")
+
+_COMMAND = Command(
+    "run",
+    "Boot a guest and end with its exit status.",
+    (
+        *MACHINE_OPTIONS,
+        Option(
+            "--json",
+            "capture the console and print one JSON object: cause, status, message, registers, profile, intercept, "
+            "note, vcpus, console, counters; of a guest that prints CPUID as `cpuid -r` does (the guest cpuid) also "
+            "cpuid, the table that it printed, and features, their names in it",
+        ),
+    ),
+    _details,
+    MACHINE_EITHER,
+)
+
+
+def main(arguments: list[str]) -> int:
+    """The command. Returns the exit status."""
+    given = _COMMAND.parse(arguments)
+    if not given.json:
+        return _run(given)
+    try:
+        return _run(given)
+    except PyhvError as error:
+        # Nothing else can tell a guest that ended with status 2 from a VM that was never made.
+        cause = "usage" if isinstance(error, BadInput) else "internal-error"
+        output.print_json({"cause": cause, "status": outcome.status_of(cause), "message": str(error)})
+        raise
+
+
+def machine_arguments(given: SimpleNamespace) -> dict[str, Any]:
+    """Machine's arguments for the values of MACHINE_OPTIONS."""
+    return {
+        "image": given.image,
+        "compat": given.compat,
+        "cpu": given.cpu,
+        "cpus": given.cpus,
+        "memory": given.mem,
+        "append": given.append,
+        "intercept": given.intercept,
+    }
+
+
+def _run(given: SimpleNamespace) -> int:
+    with (
+        Ending() as ending,
+        contextlib.closing(Console(ending, None if given.json else 1)) as console,
+        Machine(**machine_arguments(given), console_in=console.input, console_out=console.output) as machine,
+    ):
+        if machine.choice.note:
+            complain(machine.choice.note)
+        result = run(machine, console, given.timeout)
+        description = describe(machine, result) if given.json else {}
+    tell(result)
+    if given.json:
+        output.print_json(description)
+    return result.status
+
+
+def run(machine: Machine, console: Console, timeout: float | None) -> RunResult:
+    """Runs the machine with the console's terminal switched over, until it or the user ends.
+
+    Raises BrokenPipeError when nobody reads the console's output any more.
+    """
+    try:
+        with console:
+            return machine.run(timeout)
+    except Ended as ended:
+        if ended.reason == "broken-pipe":
+            raise BrokenPipeError from None
+        return machine.result(machine.vm.stopped, "interrupted")
+
+
+def tell(result: RunResult) -> None:
+    """Says on stderr what became of a guest that did not end by itself."""
+    if result.message:
+        complain(result.message)
+    if result.registers and result.cause != "interrupted":
+        os.write(2, result.registers.encode() + b"\n")
+
+
+def describe(machine: Machine, result: RunResult) -> dict[str, Any]:
+    """What --json prints."""
+    text = result.console.decode("utf-8", "backslashreplace")
+    description = {
+        "cause": result.cause,
+        "status": result.status,
+        "message": result.message,
+        "registers": result.registers,
+        "profile": machine.guest.profile,
+        "intercept": machine.choice.intercept,
+        "note": machine.choice.note,
+        "vcpus": len(machine.vm.vcpus),
+        "console": text,
+        "counters": result.counters,
+    }
+    return description | _parse_cpuid(text)
+
+
+def _parse_cpuid(text: str) -> dict[str, Any]:
+    """The CPUID table that a guest printed as `cpuid -r` does, and the names of the features in it; or nothing."""
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    if not lines or not lines[0].startswith("CPU"):
+        return {}
+    from pyhv.cpu import dumps
+
+    try:
+        table = dumps.parse("\n".join(lines), "console")
+    except BadInput:
+        return {}
+    return {"cpuid": table.to_json(), "features": sorted(table.features())}
