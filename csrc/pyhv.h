@@ -180,6 +180,9 @@ struct pyhv_sregs {
     uint64_t gdt_base, idt_base;
     uint32_t gdt_limit, idt_limit;
     uint64_t cr0, cr2, cr3, cr4, cr8, efer, apic_base;
+    uint64_t pdptrs[4]; /* PAE paging outside long mode: the four entries that the processor holds */
+    uint32_t pdptrs_valid;
+    uint32_t reserved;
 };
 
 /* ---------------------------------------------------------------------------------------------- running it -- */
@@ -289,6 +292,94 @@ void pyhv_vcpu_kick(struct pyhv_vcpu *vcpu);
 
 /* Executes one instruction and stops with PYHV_STOP_DEBUG (or what else the instruction caused). */
 void pyhv_vcpu_step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit);
+
+/* ------------------------------------------------------------------------- the rest of a vCPU's state -- */
+
+/* Exceptions, interrupts and modes on their way (api.rst, KVM_GET_VCPU_EVENTS). */
+struct pyhv_events {
+    uint32_t exception_injected, exception_pending, exception_vector, exception_has_error, exception_error;
+    uint32_t exception_has_payload;
+    uint64_t exception_payload;
+    uint32_t interrupt_injected, interrupt_vector, interrupt_soft, interrupt_shadow;
+    uint32_t nmi_injected, nmi_pending, nmi_masked;
+    uint32_t sipi_vector;
+    uint32_t smm, smi_pending, smm_inside_nmi, latched_init;
+    uint32_t triple_fault_pending, reserved;
+};
+int pyhv_vcpu_get_events(struct pyhv_vcpu *vcpu, struct pyhv_events *events, struct pyhv_error *error);
+int pyhv_vcpu_set_events(struct pyhv_vcpu *vcpu, const struct pyhv_events *events, struct pyhv_error *error);
+
+struct pyhv_debugregs {
+    uint64_t db[4];
+    uint64_t dr6, dr7;
+};
+int pyhv_vcpu_get_debugregs(struct pyhv_vcpu *vcpu, struct pyhv_debugregs *regs, struct pyhv_error *error);
+int pyhv_vcpu_set_debugregs(struct pyhv_vcpu *vcpu, const struct pyhv_debugregs *regs, struct pyhv_error *error);
+
+int pyhv_vcpu_set_mp_state(struct pyhv_vcpu *vcpu, uint32_t state, struct pyhv_error *error);
+
+/* XCR0. On a host without XSAVE it reads as 1 (x87), and only 1 can be written. */
+int pyhv_vcpu_get_xcr0(struct pyhv_vcpu *vcpu, uint64_t *value, struct pyhv_error *error);
+int pyhv_vcpu_set_xcr0(struct pyhv_vcpu *vcpu, uint64_t value, struct pyhv_error *error);
+
+/* The XSAVE area in its standard format: legacy region, header, components. Returns the bytes written; their number is
+ * the VM's (KVM_CAP_XSAVE2) and at most PYHV_XSAVE_MAX. To write, the area may be shorter: what is missing is zero. */
+#define PYHV_XSAVE_MAX 16384
+int64_t pyhv_vcpu_get_xsave(struct pyhv_vcpu *vcpu, uint8_t *area, size_t capacity, struct pyhv_error *error);
+int pyhv_vcpu_set_xsave(struct pyhv_vcpu *vcpu, const uint8_t *area, size_t size, struct pyhv_error *error);
+
+/* The LAPIC's registers as its MMIO page shows them. */
+#define PYHV_LAPIC_SIZE 1024
+int pyhv_vcpu_get_lapic(struct pyhv_vcpu *vcpu, uint8_t *page, struct pyhv_error *error);
+int pyhv_vcpu_set_lapic(struct pyhv_vcpu *vcpu, const uint8_t *page, struct pyhv_error *error);
+
+/* KVM_GET_MSRS, KVM_SET_MSRS: return how many MSRs, from the first on, KVM took: less than `count` where one of them
+ * does not exist here or refuses its value. */
+int pyhv_vcpu_get_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, uint64_t *values, size_t count,
+                       struct pyhv_error *error);
+int pyhv_vcpu_set_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, const uint64_t *values, size_t count,
+                       struct pyhv_error *error);
+
+/* KVM_SET_TSC_KHZ: another rate than the host's needs hardware that scales. */
+int pyhv_vcpu_set_tsc_khz(struct pyhv_vcpu *vcpu, uint32_t khz, struct pyhv_error *error);
+
+/* KVM_KVMCLOCK_CTRL: tells a guest with kvmclock that it was stopped, so that its watchdogs forgive. */
+int pyhv_vcpu_clock_paused(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
+
+/* ------------------------------------------------------------------ the state of the irqchip and the clock -- */
+
+struct pyhv_pic { /* one 8259A (api.rst, KVM_GET_IRQCHIP; the fields are those of struct kvm_pic_state) */
+    uint8_t last_irr, irr, imr, isr, priority_add, irq_base, read_reg_select, poll;
+    uint8_t special_mask, init_state, auto_eoi, rotate_on_auto_eoi, special_fully_nested_mode, init4, elcr, elcr_mask;
+};
+struct pyhv_ioapic {
+    uint64_t base_address;
+    uint32_t ioregsel, id, irr, reserved;
+    uint64_t redirection[24];
+};
+struct pyhv_pit_channel {
+    uint32_t count, latched_count;
+    uint8_t count_latched, status_latched, status, read_state, write_state, write_latch, rw_mode, mode, bcd, gate;
+    uint8_t reserved[6];
+    int64_t count_load_time; /* host CLOCK_MONOTONIC in ns: meaningful on its own host only */
+};
+struct pyhv_irqchip {
+    struct pyhv_pic pic[2]; /* master, slave */
+    struct pyhv_ioapic ioapic;
+    struct pyhv_pit_channel pit[3];
+    uint32_t pit_flags, reserved;
+};
+int pyhv_vm_get_irqchip(struct pyhv_vm *vm, struct pyhv_irqchip *irqchip, struct pyhv_error *error);
+int pyhv_vm_set_irqchip(struct pyhv_vm *vm, const struct pyhv_irqchip *irqchip, struct pyhv_error *error);
+
+struct pyhv_clock {
+    uint64_t ns;       /* kvmclock: what the guest reads */
+    uint64_t realtime; /* CLOCK_REALTIME in ns at that moment, 0 where KVM does not tell */
+    uint64_t host_tsc; /* likewise */
+};
+int pyhv_vm_get_clock(struct pyhv_vm *vm, struct pyhv_clock *clock, struct pyhv_error *error);
+/* Sets kvmclock to clock->ns; the rest is not looked at. */
+int pyhv_vm_set_clock(struct pyhv_vm *vm, const struct pyhv_clock *clock, struct pyhv_error *error);
 
 /* ------------------------------------------------------------------------- trap: CPUID without the kernel -- */
 

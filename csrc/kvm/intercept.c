@@ -128,28 +128,6 @@ static bool is_software_event(const uint8_t *bytes, size_t count)
     }
 }
 
-/* XCR0 of a vCPU; 1 (x87 only) on a host without XSAVE, where the call does not exist. */
-static uint64_t read_xcr0(const struct pyhv_vcpu *vcpu)
-{
-    struct kvm_xcrs xcrs = {0};
-    if (ioctl(vcpu->fd, KVM_GET_XCRS, &xcrs) < 0)
-        return 1;
-    for (uint32_t i = 0; i < xcrs.nr_xcrs && i < KVM_MAX_XCRS; i++)
-        if (xcrs.xcrs[i].xcr == 0)
-            return xcrs.xcrs[i].value;
-    return 1;
-}
-
-/* IA32_XSS of a vCPU; 0 where the processor has none. */
-static uint64_t read_xss(const struct pyhv_vcpu *vcpu)
-{
-    struct {
-        struct kvm_msrs head;
-        struct kvm_msr_entry entry;
-    } msrs = {.head.nmsrs = 1, .entry.index = MSR_IA32_XSS};
-    return ioctl(vcpu->fd, KVM_GET_MSRS, &msrs) == 1 ? msrs.entry.data : 0;
-}
-
 enum pyhv_trap_result pyhv_trap_answer(struct pyhv_vcpu *vcpu, uint64_t linear, struct pyhv_error *error)
 {
     struct pyhv_trap *trap = &vcpu->trap;
@@ -179,8 +157,10 @@ enum pyhv_trap_result pyhv_trap_answer(struct pyhv_vcpu *vcpu, uint64_t linear, 
     };
     struct pyhv_cpuid_dynamic dynamic = {.cr4 = sregs.cr4, .apic_base = sregs.apic_base, .xcr0 = 1};
     if (record.leaf == 0xd || record.leaf > trap->table->max_basic) { /* the highest leaf, repeated, may be 0xD */
-        dynamic.xcr0 = read_xcr0(vcpu);
-        dynamic.xss = read_xss(vcpu);
+        const uint32_t xss = MSR_IA32_XSS;
+        if (pyhv_vcpu_get_xcr0(vcpu, &dynamic.xcr0, error) < 0)
+            return PYHV_TRAP_FAILED;
+        (void)pyhv_vcpu_get_msrs(vcpu, &xss, &dynamic.xss, 1, NULL); /* stays 0 where the processor has none */
     }
     pyhv_cpuid_answer(trap->table, &dynamic, record.leaf, record.subleaf, record.guest);
     if (trap->log) {

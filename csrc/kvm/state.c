@@ -165,9 +165,9 @@ static struct kvm_segment segment_to_kvm(const struct pyhv_segment *from)
 
 int pyhv_vcpu_get_sregs(struct pyhv_vcpu *vcpu, struct pyhv_sregs *sregs, struct pyhv_error *error)
 {
-    struct kvm_sregs from;
-    if (ioctl(vcpu->fd, KVM_GET_SREGS, &from) < 0)
-        return pyhv_fail_errno(error, "KVM_GET_SREGS");
+    struct kvm_sregs2 from;
+    if (ioctl(vcpu->fd, KVM_GET_SREGS2, &from) < 0)
+        return pyhv_fail_errno(error, "KVM_GET_SREGS2");
     *sregs = (struct pyhv_sregs){
         .cs = segment_from_kvm(&from.cs),
         .ds = segment_from_kvm(&from.ds),
@@ -188,36 +188,37 @@ int pyhv_vcpu_get_sregs(struct pyhv_vcpu *vcpu, struct pyhv_sregs *sregs, struct
         .cr8 = from.cr8,
         .efer = from.efer,
         .apic_base = from.apic_base,
+        .pdptrs_valid = (from.flags & KVM_SREGS2_FLAGS_PDPTRS_VALID) != 0,
     };
+    if (sregs->pdptrs_valid)
+        memcpy(sregs->pdptrs, from.pdptrs, sizeof sregs->pdptrs);
     return 0;
 }
 
 int pyhv_vcpu_set_sregs(struct pyhv_vcpu *vcpu, const struct pyhv_sregs *from, struct pyhv_error *error)
 {
-    /* Read first: the structure also carries the interrupt that waits to be delivered, which must survive. */
-    struct kvm_sregs sregs;
-    if (ioctl(vcpu->fd, KVM_GET_SREGS, &sregs) < 0)
-        return pyhv_fail_errno(error, "KVM_GET_SREGS");
-    sregs.cs = segment_to_kvm(&from->cs);
-    sregs.ds = segment_to_kvm(&from->ds);
-    sregs.es = segment_to_kvm(&from->es);
-    sregs.fs = segment_to_kvm(&from->fs);
-    sregs.gs = segment_to_kvm(&from->gs);
-    sregs.ss = segment_to_kvm(&from->ss);
-    sregs.tr = segment_to_kvm(&from->tr);
-    sregs.ldt = segment_to_kvm(&from->ldt);
-    sregs.gdt.base = from->gdt_base;
-    sregs.gdt.limit = (uint16_t)from->gdt_limit;
-    sregs.idt.base = from->idt_base;
-    sregs.idt.limit = (uint16_t)from->idt_limit;
-    sregs.cr0 = from->cr0;
-    sregs.cr2 = from->cr2;
-    sregs.cr3 = from->cr3;
-    sregs.cr4 = from->cr4;
-    sregs.cr8 = from->cr8;
-    sregs.efer = from->efer;
-    sregs.apic_base = from->apic_base;
-    return ioctl(vcpu->fd, KVM_SET_SREGS, &sregs) < 0 ? pyhv_fail_errno(error, "KVM_SET_SREGS") : 0;
+    struct kvm_sregs2 sregs = {
+        .cs = segment_to_kvm(&from->cs),
+        .ds = segment_to_kvm(&from->ds),
+        .es = segment_to_kvm(&from->es),
+        .fs = segment_to_kvm(&from->fs),
+        .gs = segment_to_kvm(&from->gs),
+        .ss = segment_to_kvm(&from->ss),
+        .tr = segment_to_kvm(&from->tr),
+        .ldt = segment_to_kvm(&from->ldt),
+        .gdt = {.base = from->gdt_base, .limit = (uint16_t)from->gdt_limit},
+        .idt = {.base = from->idt_base, .limit = (uint16_t)from->idt_limit},
+        .cr0 = from->cr0,
+        .cr2 = from->cr2,
+        .cr3 = from->cr3,
+        .cr4 = from->cr4,
+        .cr8 = from->cr8,
+        .efer = from->efer,
+        .apic_base = from->apic_base,
+        .flags = from->pdptrs_valid ? KVM_SREGS2_FLAGS_PDPTRS_VALID : 0,
+    };
+    memcpy(sregs.pdptrs, from->pdptrs, sizeof sregs.pdptrs);
+    return ioctl(vcpu->fd, KVM_SET_SREGS2, &sregs) < 0 ? pyhv_fail_errno(error, "KVM_SET_SREGS2") : 0;
 }
 
 int pyhv_vcpu_get_mp_state(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
@@ -232,4 +233,391 @@ int pyhv_vcpu_get_tsc_khz(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
 {
     int khz = ioctl(vcpu->fd, KVM_GET_TSC_KHZ, 0);
     return khz < 0 ? pyhv_fail_errno(error, "KVM_GET_TSC_KHZ") : khz;
+}
+
+int pyhv_vcpu_set_tsc_khz(struct pyhv_vcpu *vcpu, uint32_t khz, struct pyhv_error *error)
+{
+    if (ioctl(vcpu->fd, KVM_SET_TSC_KHZ, (unsigned long)khz) < 0)
+        return pyhv_fail(error, errno, "KVM_SET_TSC_KHZ", "%u kHz", khz);
+    return 0;
+}
+
+int pyhv_vcpu_set_mp_state(struct pyhv_vcpu *vcpu, uint32_t state, struct pyhv_error *error)
+{
+    struct kvm_mp_state mp_state = {.mp_state = state};
+    if (ioctl(vcpu->fd, KVM_SET_MP_STATE, &mp_state) < 0)
+        return pyhv_fail(error, errno, "KVM_SET_MP_STATE", "state %u", state);
+    return 0;
+}
+
+int pyhv_vcpu_get_events(struct pyhv_vcpu *vcpu, struct pyhv_events *events, struct pyhv_error *error)
+{
+    struct kvm_vcpu_events from;
+    if (ioctl(vcpu->fd, KVM_GET_VCPU_EVENTS, &from) < 0)
+        return pyhv_fail_errno(error, "KVM_GET_VCPU_EVENTS");
+    *events = (struct pyhv_events){
+        .exception_injected = from.exception.injected,
+        .exception_pending = (from.flags & KVM_VCPUEVENT_VALID_PAYLOAD) && from.exception.pending,
+        .exception_vector = from.exception.nr,
+        .exception_has_error = from.exception.has_error_code,
+        .exception_error = from.exception.error_code,
+        .interrupt_injected = from.interrupt.injected,
+        .interrupt_vector = from.interrupt.nr,
+        .interrupt_soft = from.interrupt.soft,
+        .interrupt_shadow = from.interrupt.shadow,
+        .nmi_injected = from.nmi.injected,
+        .nmi_pending = from.nmi.pending,
+        .nmi_masked = from.nmi.masked,
+        .sipi_vector = from.sipi_vector,
+        .smm = from.smi.smm,
+        .smi_pending = from.smi.pending,
+        .smm_inside_nmi = from.smi.smm_inside_nmi,
+        .latched_init = from.smi.latched_init,
+    };
+    if (from.flags & KVM_VCPUEVENT_VALID_PAYLOAD) {
+        events->exception_has_payload = from.exception_has_payload;
+        events->exception_payload = from.exception_payload;
+    }
+#ifdef KVM_VCPUEVENT_VALID_TRIPLE_FAULT
+    if (from.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT)
+        events->triple_fault_pending = from.triple_fault.pending;
+#endif
+    return 0;
+}
+
+int pyhv_vcpu_set_events(struct pyhv_vcpu *vcpu, const struct pyhv_events *from, struct pyhv_error *error)
+{
+    struct kvm_vcpu_events events = {
+        .exception = {.injected = (uint8_t)from->exception_injected,
+                      .nr = (uint8_t)from->exception_vector,
+                      .has_error_code = (uint8_t)from->exception_has_error,
+                      .pending = (uint8_t)from->exception_pending,
+                      .error_code = from->exception_error},
+        .interrupt = {.injected = (uint8_t)from->interrupt_injected,
+                      .nr = (uint8_t)from->interrupt_vector,
+                      .soft = (uint8_t)from->interrupt_soft,
+                      .shadow = (uint8_t)from->interrupt_shadow},
+        .nmi = {.injected = (uint8_t)from->nmi_injected,
+                .pending = (uint8_t)from->nmi_pending,
+                .masked = (uint8_t)from->nmi_masked},
+        .sipi_vector = from->sipi_vector,
+        .smi = {.smm = (uint8_t)from->smm,
+                .pending = (uint8_t)from->smi_pending,
+                .smm_inside_nmi = (uint8_t)from->smm_inside_nmi,
+                .latched_init = (uint8_t)from->latched_init},
+        .exception_has_payload = (uint8_t)from->exception_has_payload,
+        .exception_payload = from->exception_payload,
+        .flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW |
+                 KVM_VCPUEVENT_VALID_SMM,
+    };
+    /* The flag is refused where the capability was not enabled, which every VM of ours does where it exists. */
+    if (ioctl(vcpu->vm->kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_EXCEPTION_PAYLOAD) > 0)
+        events.flags |= KVM_VCPUEVENT_VALID_PAYLOAD;
+    return ioctl(vcpu->fd, KVM_SET_VCPU_EVENTS, &events) < 0 ? pyhv_fail_errno(error, "KVM_SET_VCPU_EVENTS") : 0;
+}
+
+int pyhv_vcpu_get_debugregs(struct pyhv_vcpu *vcpu, struct pyhv_debugregs *regs, struct pyhv_error *error)
+{
+    struct kvm_debugregs from;
+    if (ioctl(vcpu->fd, KVM_GET_DEBUGREGS, &from) < 0)
+        return pyhv_fail_errno(error, "KVM_GET_DEBUGREGS");
+    memcpy(regs->db, from.db, sizeof regs->db);
+    regs->dr6 = from.dr6;
+    regs->dr7 = from.dr7;
+    return 0;
+}
+
+int pyhv_vcpu_set_debugregs(struct pyhv_vcpu *vcpu, const struct pyhv_debugregs *from, struct pyhv_error *error)
+{
+    struct kvm_debugregs regs = {.dr6 = from->dr6, .dr7 = from->dr7};
+    memcpy(regs.db, from->db, sizeof regs.db);
+    return ioctl(vcpu->fd, KVM_SET_DEBUGREGS, &regs) < 0 ? pyhv_fail_errno(error, "KVM_SET_DEBUGREGS") : 0;
+}
+
+int pyhv_vcpu_get_xcr0(struct pyhv_vcpu *vcpu, uint64_t *value, struct pyhv_error *error)
+{
+    struct kvm_xcrs xcrs = {0};
+    *value = 1;
+    if (ioctl(vcpu->vm->kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_XCRS) <= 0)
+        return 0;
+    if (ioctl(vcpu->fd, KVM_GET_XCRS, &xcrs) < 0) {
+        /* A host processor without XSAVE: the capability is there, the call is not. */
+        return errno == EINVAL ? 0 : pyhv_fail_errno(error, "KVM_GET_XCRS");
+    }
+    for (uint32_t i = 0; i < xcrs.nr_xcrs && i < KVM_MAX_XCRS; i++)
+        if (xcrs.xcrs[i].xcr == 0)
+            *value = xcrs.xcrs[i].value;
+    return 0;
+}
+
+int pyhv_vcpu_set_xcr0(struct pyhv_vcpu *vcpu, uint64_t value, struct pyhv_error *error)
+{
+    struct kvm_xcrs xcrs = {.nr_xcrs = 1, .xcrs[0] = {.xcr = 0, .value = value}};
+    if (ioctl(vcpu->fd, KVM_SET_XCRS, &xcrs) < 0) {
+        int errnum = errno;
+        uint64_t now;
+        if (pyhv_vcpu_get_xcr0(vcpu, &now, NULL) == 0 && now == value)
+            return 0; /* a host without XSAVE, and the value that it has anyway */
+        return pyhv_fail(error, errnum, "KVM_SET_XCRS", "XCR0 0x%llx", (unsigned long long)value);
+    }
+    return 0;
+}
+
+/* Bytes of the VM's XSAVE area: 4096, more where guests may use more (KVM_CAP_XSAVE2's value). */
+static size_t xsave_size(const struct pyhv_vcpu *vcpu)
+{
+    int size = ioctl(vcpu->vm->fd, KVM_CHECK_EXTENSION, KVM_CAP_XSAVE2);
+    return size > (int)sizeof(struct kvm_xsave) ? (size_t)size : sizeof(struct kvm_xsave);
+}
+
+int64_t pyhv_vcpu_get_xsave(struct pyhv_vcpu *vcpu, uint8_t *area, size_t capacity, struct pyhv_error *error)
+{
+    size_t size = xsave_size(vcpu);
+    if (size > capacity)
+        return pyhv_fail(error, E2BIG, "KVM_GET_XSAVE2", "%zu bytes", size);
+    if (size > sizeof(struct kvm_xsave)) {
+        if (ioctl(vcpu->fd, KVM_GET_XSAVE2, area) < 0)
+            return pyhv_fail_errno(error, "KVM_GET_XSAVE2");
+    } else if (ioctl(vcpu->fd, KVM_GET_XSAVE, area) < 0) {
+        return pyhv_fail_errno(error, "KVM_GET_XSAVE");
+    }
+    return (int64_t)size;
+}
+
+int pyhv_vcpu_set_xsave(struct pyhv_vcpu *vcpu, const uint8_t *area, size_t size, struct pyhv_error *error)
+{
+    uint8_t whole[PYHV_XSAVE_MAX] = {0};
+    size_t wanted = xsave_size(vcpu);
+    if (wanted > sizeof whole || size > sizeof whole)
+        return pyhv_fail(error, E2BIG, "KVM_SET_XSAVE", "%zu bytes, the VM has %zu", size, wanted);
+    memcpy(whole, area, size);
+    for (size_t i = wanted; i < size; i++)
+        if (whole[i])
+            return pyhv_fail(error, E2BIG, "KVM_SET_XSAVE", "state beyond the %zu bytes that this VM has", wanted);
+    return ioctl(vcpu->fd, KVM_SET_XSAVE, whole) < 0 ? pyhv_fail_errno(error, "KVM_SET_XSAVE") : 0;
+}
+
+int pyhv_vcpu_get_lapic(struct pyhv_vcpu *vcpu, uint8_t *page, struct pyhv_error *error)
+{
+    struct kvm_lapic_state lapic;
+    if (ioctl(vcpu->fd, KVM_GET_LAPIC, &lapic) < 0)
+        return pyhv_fail_errno(error, "KVM_GET_LAPIC");
+    memcpy(page, lapic.regs, PYHV_LAPIC_SIZE);
+    return 0;
+}
+
+int pyhv_vcpu_set_lapic(struct pyhv_vcpu *vcpu, const uint8_t *page, struct pyhv_error *error)
+{
+    struct kvm_lapic_state lapic;
+    memcpy(lapic.regs, page, PYHV_LAPIC_SIZE);
+    return ioctl(vcpu->fd, KVM_SET_LAPIC, &lapic) < 0 ? pyhv_fail_errno(error, "KVM_SET_LAPIC") : 0;
+}
+
+/* KVM takes at most this many MSRs in a call (MAX_IO_MSRS, arch/x86/kvm/x86.c). */
+enum { MSRS_IN_A_CALL = 256 };
+struct msr_buffer {
+    struct kvm_msrs head;
+    struct kvm_msr_entry entries[MSRS_IN_A_CALL];
+};
+
+int pyhv_vcpu_get_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, uint64_t *values, size_t count,
+                       struct pyhv_error *error)
+{
+    size_t done = 0;
+    while (done < count) {
+        struct msr_buffer msrs = {0};
+        size_t part = count - done < MSRS_IN_A_CALL ? count - done : MSRS_IN_A_CALL;
+        msrs.head.nmsrs = (uint32_t)part;
+        for (size_t i = 0; i < part; i++)
+            msrs.entries[i].index = indices[done + i];
+        int taken = ioctl(vcpu->fd, KVM_GET_MSRS, &msrs);
+        if (taken < 0)
+            return pyhv_fail_errno(error, "KVM_GET_MSRS");
+        for (int i = 0; i < taken; i++)
+            values[done + (size_t)i] = msrs.entries[i].data;
+        done += (size_t)taken;
+        if ((size_t)taken < part)
+            break;
+    }
+    return (int)done;
+}
+
+int pyhv_vcpu_set_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, const uint64_t *values, size_t count,
+                       struct pyhv_error *error)
+{
+    size_t done = 0;
+    while (done < count) {
+        struct msr_buffer msrs = {0};
+        size_t part = count - done < MSRS_IN_A_CALL ? count - done : MSRS_IN_A_CALL;
+        msrs.head.nmsrs = (uint32_t)part;
+        for (size_t i = 0; i < part; i++)
+            msrs.entries[i] = (struct kvm_msr_entry){.index = indices[done + i], .data = values[done + i]};
+        int taken = ioctl(vcpu->fd, KVM_SET_MSRS, &msrs);
+        if (taken < 0)
+            return pyhv_fail_errno(error, "KVM_SET_MSRS");
+        done += (size_t)taken;
+        if ((size_t)taken < part)
+            break;
+    }
+    return (int)done;
+}
+
+int pyhv_vcpu_clock_paused(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
+{
+    /* EINVAL: this guest uses no kvmclock, so there is nothing to tell. */
+    if (ioctl(vcpu->fd, KVM_KVMCLOCK_CTRL, 0) < 0 && errno != EINVAL)
+        return pyhv_fail_errno(error, "KVM_KVMCLOCK_CTRL");
+    return 0;
+}
+
+static struct pyhv_pic pic_from_kvm(const struct kvm_pic_state *from)
+{
+    return (struct pyhv_pic){
+        .last_irr = from->last_irr,
+        .irr = from->irr,
+        .imr = from->imr,
+        .isr = from->isr,
+        .priority_add = from->priority_add,
+        .irq_base = from->irq_base,
+        .read_reg_select = from->read_reg_select,
+        .poll = from->poll,
+        .special_mask = from->special_mask,
+        .init_state = from->init_state,
+        .auto_eoi = from->auto_eoi,
+        .rotate_on_auto_eoi = from->rotate_on_auto_eoi,
+        .special_fully_nested_mode = from->special_fully_nested_mode,
+        .init4 = from->init4,
+        .elcr = from->elcr,
+        .elcr_mask = from->elcr_mask,
+    };
+}
+
+static struct kvm_pic_state pic_to_kvm(const struct pyhv_pic *from)
+{
+    return (struct kvm_pic_state){
+        .last_irr = from->last_irr,
+        .irr = from->irr,
+        .imr = from->imr,
+        .isr = from->isr,
+        .priority_add = from->priority_add,
+        .irq_base = from->irq_base,
+        .read_reg_select = from->read_reg_select,
+        .poll = from->poll,
+        .special_mask = from->special_mask,
+        .init_state = from->init_state,
+        .auto_eoi = from->auto_eoi,
+        .rotate_on_auto_eoi = from->rotate_on_auto_eoi,
+        .special_fully_nested_mode = from->special_fully_nested_mode,
+        .init4 = from->init4,
+        .elcr = from->elcr,
+        .elcr_mask = from->elcr_mask,
+    };
+}
+
+static struct pyhv_pit_channel pit_from_kvm(const struct kvm_pit_channel_state *from)
+{
+    return (struct pyhv_pit_channel){
+        .count = from->count,
+        .latched_count = from->latched_count,
+        .count_latched = from->count_latched,
+        .status_latched = from->status_latched,
+        .status = from->status,
+        .read_state = from->read_state,
+        .write_state = from->write_state,
+        .write_latch = from->write_latch,
+        .rw_mode = from->rw_mode,
+        .mode = from->mode,
+        .bcd = from->bcd,
+        .gate = from->gate,
+        .count_load_time = from->count_load_time,
+    };
+}
+
+static struct kvm_pit_channel_state pit_to_kvm(const struct pyhv_pit_channel *from)
+{
+    return (struct kvm_pit_channel_state){
+        .count = from->count,
+        .latched_count = (uint16_t)from->latched_count,
+        .count_latched = from->count_latched,
+        .status_latched = from->status_latched,
+        .status = from->status,
+        .read_state = from->read_state,
+        .write_state = from->write_state,
+        .write_latch = from->write_latch,
+        .rw_mode = from->rw_mode,
+        .mode = from->mode,
+        .bcd = from->bcd,
+        .gate = from->gate,
+        .count_load_time = from->count_load_time,
+    };
+}
+
+int pyhv_vm_get_irqchip(struct pyhv_vm *vm, struct pyhv_irqchip *irqchip, struct pyhv_error *error)
+{
+    *irqchip = (struct pyhv_irqchip){0};
+    for (uint32_t id = KVM_IRQCHIP_PIC_MASTER; id < KVM_NR_IRQCHIPS; id++) {
+        struct kvm_irqchip chip = {.chip_id = id};
+        if (ioctl(vm->fd, KVM_GET_IRQCHIP, &chip) < 0)
+            return pyhv_fail(error, errno, "KVM_GET_IRQCHIP", "chip %u", id);
+        if (id != KVM_IRQCHIP_IOAPIC) {
+            irqchip->pic[id] = pic_from_kvm(&chip.chip.pic);
+            continue;
+        }
+        const struct kvm_ioapic_state *from = &chip.chip.ioapic;
+        irqchip->ioapic.base_address = from->base_address;
+        irqchip->ioapic.ioregsel = from->ioregsel;
+        irqchip->ioapic.id = from->id;
+        irqchip->ioapic.irr = from->irr;
+        for (int pin = 0; pin < KVM_IOAPIC_NUM_PINS; pin++)
+            irqchip->ioapic.redirection[pin] = from->redirtbl[pin].bits;
+    }
+    struct kvm_pit_state2 pit;
+    if (ioctl(vm->fd, KVM_GET_PIT2, &pit) < 0)
+        return pyhv_fail_errno(error, "KVM_GET_PIT2");
+    for (int i = 0; i < 3; i++)
+        irqchip->pit[i] = pit_from_kvm(&pit.channels[i]);
+    irqchip->pit_flags = pit.flags;
+    return 0;
+}
+
+int pyhv_vm_set_irqchip(struct pyhv_vm *vm, const struct pyhv_irqchip *from, struct pyhv_error *error)
+{
+    for (uint32_t id = KVM_IRQCHIP_PIC_MASTER; id < KVM_NR_IRQCHIPS; id++) {
+        struct kvm_irqchip chip = {.chip_id = id};
+        if (id != KVM_IRQCHIP_IOAPIC) {
+            chip.chip.pic = pic_to_kvm(&from->pic[id]);
+        } else {
+            chip.chip.ioapic.base_address = from->ioapic.base_address;
+            chip.chip.ioapic.ioregsel = from->ioapic.ioregsel;
+            chip.chip.ioapic.id = from->ioapic.id;
+            chip.chip.ioapic.irr = from->ioapic.irr;
+            for (int pin = 0; pin < KVM_IOAPIC_NUM_PINS; pin++)
+                chip.chip.ioapic.redirtbl[pin].bits = from->ioapic.redirection[pin];
+        }
+        if (ioctl(vm->fd, KVM_SET_IRQCHIP, &chip) < 0)
+            return pyhv_fail(error, errno, "KVM_SET_IRQCHIP", "chip %u", id);
+    }
+    struct kvm_pit_state2 pit = {.flags = from->pit_flags};
+    for (int i = 0; i < 3; i++)
+        pit.channels[i] = pit_to_kvm(&from->pit[i]);
+    return ioctl(vm->fd, KVM_SET_PIT2, &pit) < 0 ? pyhv_fail_errno(error, "KVM_SET_PIT2") : 0;
+}
+
+int pyhv_vm_get_clock(struct pyhv_vm *vm, struct pyhv_clock *clock, struct pyhv_error *error)
+{
+    struct kvm_clock_data from = {0};
+    if (ioctl(vm->fd, KVM_GET_CLOCK, &from) < 0)
+        return pyhv_fail_errno(error, "KVM_GET_CLOCK");
+    *clock = (struct pyhv_clock){.ns = from.clock};
+    if (from.flags & KVM_CLOCK_REALTIME)
+        clock->realtime = from.realtime;
+    if (from.flags & KVM_CLOCK_HOST_TSC)
+        clock->host_tsc = from.host_tsc;
+    return 0;
+}
+
+int pyhv_vm_set_clock(struct pyhv_vm *vm, const struct pyhv_clock *clock, struct pyhv_error *error)
+{
+    struct kvm_clock_data data = {.clock = clock->ns};
+    return ioctl(vm->fd, KVM_SET_CLOCK, &data) < 0 ? pyhv_fail_errno(error, "KVM_SET_CLOCK") : 0;
 }

@@ -71,6 +71,8 @@ class KvmVcpu:
             value = getattr(sregs, name)
             if name in _SEGMENTS:
                 value = Segment(value.selector, value.base, value.limit, value.attributes)
+            elif name == "pdptrs":
+                value = tuple(value)
             values.append(value)
         return Sregs(*values)
 

@@ -109,6 +109,9 @@ class Sregs(NamedTuple):
     cr8: int
     efer: int
     apic_base: int
+    pdptrs: tuple[int, ...]
+    """The four page-directory-pointer entries that the processor holds in PAE paging outside long mode."""
+    pdptrs_valid: int
 
 
 class CpuidRecord(NamedTuple):
