@@ -110,7 +110,7 @@ def machine_line() -> str:
     """What the figures were taken on."""
     model = "unknown processor"
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:  # noqa: PTH123
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
             model = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), model)
     except OSError:
         pass

@@ -23,7 +23,11 @@ class BadInput(PyhvError):
 
 
 class HostError(PyhvError):
-    """The host refused or lacks something: `what` failed (an ioctl, a device, a system call) with `errnum` (0: none)."""
+    """The host refused or lacks something.
+
+    what: what failed (an ioctl, a device, a system call). errnum: its errno, 0 where there is none. detail: what was
+    found, in words.
+    """
 
     def __init__(self, what: str, errnum: int, detail: str = "", advice: str = "") -> None:
         import os

@@ -185,7 +185,9 @@ class Machine:
     def __enter__(self) -> Machine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -200,7 +202,7 @@ def find_image(image: str) -> str:
         return image
     if image in guests.names():
         return guests.path(image)
-    if os.path.exists(image):  # noqa: PTH110 (pathlib costs start-up time)
+    if os.path.exists(image):
         return image
     import difflib
 

@@ -45,7 +45,9 @@ def main() -> None:
     print(f"The published list for {vendor}:")
     leaks = 0
     for name in PUBLISHED[vendor]:
-        state = "VISIBLE" if name in compat else "hidden" if name in plain else "hidden (this host does not show it anyway)"
+        state = (
+            "VISIBLE" if name in compat else "hidden" if name in plain else "hidden (this host does not show it anyway)"
+        )
         leaks += name in compat
         print(f"    {features.find(name).title:40} {name:12} {state}")
     if leaks:

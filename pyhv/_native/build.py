@@ -28,9 +28,15 @@ ffibuilder.set_source(
     sources=sources,
     depends=sorted(str(path.relative_to(ROOT)) for path in CSRC.glob("**/*.h")),
     include_dirs=["csrc"],
-    # PYHV_CFLAGS: the project's own checks add -Werror and sanitizers; a user's newer compiler must not fail on a warning.
+    # PYHV_CFLAGS: our own builds add -Werror and sanitizers; a warning of a newer compiler must not fail a user's.
     extra_compile_args=[
-        "-std=c11", "-D_GNU_SOURCE", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden",
+        "-std=c11",
+        "-D_GNU_SOURCE",
+        "-O2",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-fvisibility=hidden",
         *os.environ.get("PYHV_CFLAGS", "").split(),
     ],
     extra_link_args=os.environ.get("PYHV_LDFLAGS", "").split(),

@@ -148,7 +148,8 @@ def _some(names: Sequence[str], most: int = 6) -> str:
 def _trap_note(accelerator: Accelerator, facts: GuestFacts, leaks: dict[int, list[str]]) -> str:
     """What trap covers and what not, in one line."""
     if facts.cpuid_sites:
-        how = f"at the {len(facts.cpuid_sites)} CPUID instruction{'s' * (len(facts.cpuid_sites) > 1)} that the image declares"
+        count = len(facts.cpuid_sites)
+        how = f"at the {count} CPUID instruction{'s' * (count > 1)} that the image declares"
     else:
         how = "by stepping, which misses CPUID in handlers of exceptions and interrupts"
     if not leaks[0] and not leaks[3]:

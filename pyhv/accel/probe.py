@@ -46,7 +46,7 @@ _VENDOR = b"pyhv invents"
 _TIMEOUT = 2.0  # seconds; the probe takes a few milliseconds
 
 # What 64-bit mode itself rests on; hiding it could confuse the accelerator rather than test it.
-_NEEDED = ("fpu", "pse", "tsc", "msr", "pae", "cx8", "apic", "pge", "cmov", "fxsr", "sse", "sse2", "syscall", "nx", "lm")
+_NEEDED = "fpu pse tsc msr pae cx8 apic pge cmov fxsr sse sse2 syscall nx lm".split()
 
 _verdicts: dict[str, Verdict] = {}
 
@@ -123,7 +123,8 @@ def _ask(
         timer.cancel()
         timer.join()
     if exit.stop != Stop.HALTED:
-        raise HostError("CPUID probe", 0, f"the guest at CPL {cpl} stopped with {exit.stop.name} at 0x{exit.rip:x} {exit.error}")
+        where = f"the guest at CPL {cpl} stopped with {exit.stop.name} at 0x{exit.rip:x}"
+        raise HostError("CPUID probe", 0, where + (f": {exit.error}" if exit.error else ""))
     values = struct.iter_unpack("<4I", bytes(view[_ANSWERS : _ANSWERS + 16 * len(questions)]))
     return {question: Registers(*value) for question, value in zip(questions, values, strict=True)}
 

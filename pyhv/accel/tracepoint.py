@@ -152,13 +152,13 @@ class Tracepoint:
             raise self._failure
 
     def _start(self, root: str) -> None:
-        if not os.path.exists(f"{root}/{_CPUID_EVENT}"):  # noqa: PTH110
+        if not os.path.exists(f"{root}/{_CPUID_EVENT}"):
             raise NotAvailable(
                 "kvm:kvm_cpuid", "this kernel has no such tracepoint", "load KVM's module, or use --via trap"
             )
         _remove_orphans(f"{root}/instances")
         instance = f"{root}/instances/{_INSTANCE_PREFIX}{os.getpid()}"
-        os.mkdir(instance)  # noqa: PTH102
+        os.mkdir(instance)
         self._instance = instance
         # The threads that we start from now on are followed, and those that they start.
         _write(f"{instance}/options/event-fork", "1")
@@ -243,7 +243,7 @@ class _Root:
 
 
 def _find_mounted() -> str | None:
-    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:  # noqa: PTH123
+    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
         for line in mounts:
             _, path, kind, *_ = line.split(" ")
             if kind == "tracefs":
@@ -291,9 +291,9 @@ def _explained() -> Iterator[None]:
 def _remove_orphans(instances: str) -> None:
     """Removes the instances of processes that are no more. One that is still read cannot be removed: that of a process
     which we do not see, in another container."""
-    for name in os.listdir(instances):  # noqa: PTH208
+    for name in os.listdir(instances):
         pid = name.removeprefix(_INSTANCE_PREFIX)
-        if name != pid and pid.isdigit() and (pid == str(os.getpid()) or not os.path.exists(f"/proc/{pid}")):  # noqa: PTH110
+        if name != pid and pid.isdigit() and (pid == str(os.getpid()) or not os.path.exists(f"/proc/{pid}")):
             _remove(f"{instances}/{name}")
 
 
@@ -301,7 +301,7 @@ def _remove(instance: str) -> None:
     # Of the instance's files none is open any more; disabled events may take the kernel a moment to let go.
     for _ in range(50):
         try:
-            os.rmdir(instance)  # noqa: PTH106
+            os.rmdir(instance)
             return
         except OSError as error:
             if error.errno != errno.EBUSY:

@@ -17,7 +17,16 @@ _NHDR = struct.Struct("<III")
 
 _ET_EXEC, _ET_DYN = 2, 3
 _EM_X86_64 = 62
-_MACHINES = {3: "i386", 40: "ARM", 183: "AArch64", 243: "RISC-V", 8: "MIPS", 20: "PowerPC", 21: "PowerPC64", 22: "S/390"}
+_MACHINES = {
+    3: "i386",
+    8: "MIPS",
+    20: "PowerPC",
+    21: "PowerPC64",
+    22: "S/390",
+    40: "ARM",
+    183: "AArch64",
+    243: "RISC-V",
+}
 _PT_LOAD, _PT_NOTE = 1, 4
 
 # The notes of owner "pyhv" (documented in guest_images/README.md).
@@ -60,7 +69,8 @@ def parse(data: bytes, name: str) -> Image:
                     user_word = value.rstrip(b"\0").decode("ascii", "replace")
         elif memsz:
             if memsz < filesz:
-                raise BadInput(name, f"segment {index} has more bytes in the file (0x{filesz:x}) than in memory (0x{memsz:x})")
+                sizes = f"more bytes in the file (0x{filesz:x}) than in memory (0x{memsz:x})"
+                raise BadInput(name, f"segment {index} has {sizes}")
             if paddr < LOAD_BASE:
                 raise BadInput(
                     name,
@@ -92,5 +102,5 @@ def _notes(content: bytes) -> list[tuple[int, bytes]]:
 
 def _parse_sites(value: bytes, name: str) -> tuple[int, ...]:
     if len(value) % 8 or not 1 <= len(value) // 8 <= _MAX_SITES:
-        raise BadInput(name, f"its note of CPUID addresses has {len(value)} bytes; 1 to {_MAX_SITES} of 8 bytes are allowed")
+        raise BadInput(name, f"its note of CPUID addresses has {len(value)} bytes, not 1 to {_MAX_SITES} times 8")
     return struct.unpack(f"<{len(value) // 8}Q", value)

@@ -52,16 +52,15 @@ def read(path: str, memory_size: int) -> Image:
 
 def _read_file(path: str, memory_size: int) -> bytes:
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 (pathlib costs start-up time)
+        with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise BadInput(path, "is not a regular file", "give an image file or the name of a bundled guest")
             if status.st_size == 0:
                 raise BadInput(path, "is empty")
             if status.st_size > memory_size:
-                raise BadInput(
-                    path, f"is {status.st_size} bytes, the guest has {memory_size} bytes of memory", "give it more (--mem)"
-                )
+                sizes = f"is {status.st_size} bytes, the guest has {memory_size} bytes of memory"
+                raise BadInput(path, sizes, "give it more (--mem)")
             return file.read()
     except IsADirectoryError:
         raise BadInput(path, "is a directory", "give an image file or the name of a bundled guest") from None

@@ -109,7 +109,7 @@ def _side(text: str) -> Side:
         return Side(text, host.describe().table, None)
     if text.endswith(".toml") or text in profiles.names():
         return Side(text, None, profiles.load(text))
-    if "/" in text or os.path.exists(text):  # noqa: PTH110
+    if "/" in text or os.path.exists(text):
         from pyhv.cpu import dumps
 
         return Side(text, dumps.load(text), None)

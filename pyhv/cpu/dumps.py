@@ -58,7 +58,7 @@ class Dump(NamedTuple):
 def load(path: str) -> CpuidTable:
     """The table of the dump in the file `path`. Raises BadInput where it cannot be read or understood."""
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 - pathlib costs start-up time
+        with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise BadInput(path, error.strerror or "cannot be read") from None

@@ -25,7 +25,9 @@ class Devices:
         self._pump: threading.Thread | None = None
         self._uart: Any = None
         try:
-            self._uart = self._attach(lib.pyhv_uart16550_create(UART_PORT, UART_IRQ, console_in, console_out, error), error)
+            self._uart = self._attach(
+                lib.pyhv_uart16550_create(UART_PORT, UART_IRQ, console_in, console_out, error), error
+            )
             self._attach(lib.pyhv_debug_exit_create(DEBUG_EXIT_PORT, error), error)
             self._attach(lib.pyhv_i8042_create(error), error)
             self._attach(lib.pyhv_cmos_create(low_ram, high_ram, error), error)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pyhv.accel.protocol import AccelVcpu, AccelVm, Accelerator, CpuidRecord, Exit, Stop
+from pyhv.accel.protocol import Accelerator, AccelVcpu, AccelVm, CpuidRecord, Exit, Stop
 from pyhv.vm.devices import Devices
 from pyhv.vm.memory import GuestMemory
 
@@ -107,8 +107,10 @@ class Vm:
                 vcpu.kick()
             for vcpu, thread in zip(self.vcpus, self._threads, strict=False):
                 # Again while it runs: the kick's signal may have come just before a blocking write to the console.
-                while thread.join(_KICK_AGAIN) or thread.is_alive():
+                thread.join(_KICK_AGAIN)
+                while thread.is_alive():
                     vcpu.kick()
+                    thread.join(_KICK_AGAIN)
             self._threads = []
             failure, self._failure = self._failure, None
             if failure is not None:
@@ -175,7 +177,7 @@ class Vm:
         """Whether no vCPU's thread is using a processor right now."""
         for thread in self._threads:
             try:
-                with open(f"/proc/self/task/{thread.native_id}/stat", "rb") as stat:  # noqa: PTH123
+                with open(f"/proc/self/task/{thread.native_id}/stat", "rb") as stat:
                     state = stat.read().rpartition(b") ")[2][:1]
             except OSError:
                 return False

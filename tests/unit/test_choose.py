@@ -36,7 +36,9 @@ def facts(sites: tuple[int, ...] = (0x100010,), user: bool = False) -> choose.Gu
     return choose.GuestFacts("guest", sites, user)
 
 
-def decide(monkeypatch: pytest.MonkeyPatch, verdict: Verdict, facts: choose.GuestFacts, wish: str = "auto", **guest: Any) -> choose.Choice:
+def decide(
+    monkeypatch: pytest.MonkeyPatch, verdict: Verdict, facts: choose.GuestFacts, wish: str = "auto", **guest: Any
+) -> choose.Choice:
     monkeypatch.setitem(probe._verdicts, "paper", verdict)
     return choose.choose(PaperAccelerator(), Guest(**guest), facts, wish)  # type: ignore[arg-type]
 
@@ -56,7 +58,9 @@ def test_a_faithful_host_intercepts_in_the_kernel(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("verdict", [LEAKS_AT_3, LEAKS_EVERYWHERE])
-def test_auto_traps_what_declares_its_cpuids_and_stays_at_cpl_0(monkeypatch: pytest.MonkeyPatch, verdict: Verdict) -> None:
+def test_auto_traps_what_declares_its_cpuids_and_stays_at_cpl_0(
+    monkeypatch: pytest.MonkeyPatch, verdict: Verdict
+) -> None:
     choice = decide(monkeypatch, verdict, facts())
     assert (choice.intercept, choice.sites) == ("trap", (0x100010,))
     assert "covered: CPL 0; not covered: CPL 3, which this guest does not enter" in choice.note
