@@ -273,8 +273,9 @@ def as_kvm_host(
     if max_basic >= 7:
         entries[7, 0] = ZEROS._replace(eax=min(raw.get(7).eax, _KVM_MAX_SUBLEAF_7))
     if visible("xsave"):
-        # KVM enables the components whose features it knows. FLAGS bit 2: whether XFD can disable the component.
-        components = {n for f in FEATURES for n in f.xsave if words[f.word] & f.mask}
+        # KVM enables the components of the features it gives; not that of processor trace, which it handles by MSRs.
+        # Bit 2 of the flags: whether XFD can disable the component.
+        components = {n for f in FEATURES for n in f.xsave if words[f.word] & f.mask and f.migratable}
         areas = {n: area for n, area in raw.xsave_areas().items() if n in components}
         if not visible("xfd"):
             areas = {n: area._replace(flags=area.flags & ~4) for n, area in areas.items()}

@@ -175,6 +175,8 @@ def guest_table(host: HostDescription, profile: Profile, topology: Topology) -> 
     # Requirements are judged on what the host can give: hide a feature, and all that rests on it goes too.
     candidates = set()
     for feature in FEATURES:
+        if feature.barred or feature.topology or feature.dynamic:
+            continue  # whatever a profile lists
         if feature.name in allowed and feature.vendor in vendors and feature.word.leaf in leaves:
             host_decides = feature.sense == "plain" or profile.everything
             if (feature.name in has or not host_decides) and not _lacking_components(feature, areas, leaves):

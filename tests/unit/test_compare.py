@@ -1,0 +1,212 @@
+"""May a guest run on a host? The proving ground's moves, and each reason by itself."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyhv.cpu import profiles
+from pyhv.cpu.compare import (
+    ClflushSizeDiffers,
+    MissingFeature,
+    OtherVendor,
+    TooManyAddressBits,
+    XsaveDiffers,
+    problems,
+)
+from pyhv.cpu.features import BY_NAME, FEATURES
+from pyhv.cpu.host import HostDescription, as_kvm_host
+from pyhv.cpu.policy import Topology, guest_table
+from pyhv.cpu.table import CpuidTable, Registers, XsaveArea, xsave_leaf
+
+from . import cpus
+
+COMPAT = profiles.load("hyperv-r2")
+EVERYTHING = profiles.load("host")
+
+
+def guest(host: HostDescription, profile: profiles.Profile = COMPAT) -> CpuidTable:
+    return guest_table(host, profile, Topology(2)).table
+
+
+# ------------------------------------------------------------------------------------------ the proving ground
+
+
+@cpus.needs_processors
+def test_compatibility_mode_moves_between_all_processors_of_a_vendor() -> None:
+    moves = 0
+    for start, first in cpus.hosts().items():
+        table = guest(first)
+        for target, second in cpus.hosts().items():
+            found = problems(table, second)
+            if first.vendor == second.vendor:
+                assert not found, (start, target, [str(reason) for reason in found])
+                moves += 1
+            else:
+                assert found[0] == OtherVendor(first.vendor, second.vendor)
+    assert moves == 16 * 16 + 11 * 11
+
+
+def missing(start: str, target: str) -> list[str]:
+    table = guest(cpus.hosts()[start], EVERYTHING)
+    return [reason.name for reason in problems(table, cpus.hosts()[target]) if isinstance(reason, MissingFeature)]
+
+
+@cpus.needs_processors
+def test_without_compatibility_mode_a_move_to_an_older_processor_is_refused_by_name() -> None:
+    # (Ivy Bridge has XSAVEOPT; its dump leaves out that subleaf.)
+    assert missing("intel-haswell-core-i7-4770", "intel-ivybridge-core-i7-3770k") == [
+        *("fma", "movbe", "bmi1", "avx2", "bmi2", "invpcid", "xsaveopt", "abm", "pdpe1gb")
+    ]
+    assert missing("intel-westmere-core-i7-980x", "intel-nehalem-core-i7-920") == ["pclmulqdq", "pcid", "aes", "pdpe1gb"]
+    down = missing("amd-zen5-ryzen-9950x", "amd-zen3-ryzen-5950x")
+    assert {"avx512f", "avx_vnni", "movdiri"} <= set(down)
+    down = missing("amd-zen-ryzen-1800x", "amd-k8-opteron-2210-he")
+    assert {"ssse3", "sse4_1", "sse4_2", "sse4a", "abm", "popcnt", "xsave", "avx", "avx2", "misalignsse"} <= set(down)
+    assert {"3dnow", "3dnowext"} == set(missing("amd-k10-opteron-2431", "amd-bulldozer-opteron-6238"))
+
+
+@cpus.needs_processors
+def test_without_compatibility_mode_a_move_back_home_is_fine() -> None:
+    for name, host in cpus.hosts().items():
+        assert problems(guest(host, EVERYTHING), host) == [], name
+
+
+@cpus.needs_processors
+def test_address_bits_and_state_layout() -> None:
+    hosts = cpus.hosts()
+    skylake_x = guest(hosts["intel-skylakex-core-i7-7800x"], EVERYTHING)
+    reasons = problems(skylake_x, hosts["intel-rocketlake-core-i7-11700k"])
+    assert TooManyAddressBits(46, 39) in reasons
+    # Intel's AVX-512 state stands elsewhere than AMD's, which both call components 5 to 7.
+    reasons = problems(guest(hosts["amd-zen4-ryzen-7900x"], EVERYTHING), hosts["intel-alderlake-core-i5-12400"])
+    assert XsaveDiffers(5, XsaveArea(0x40, 0x340, 0), XsaveArea(0x40, 0x440, 0)) in reasons
+    assert [r.component for r in reasons if isinstance(r, XsaveDiffers)] == [5, 6, 7, 9]
+
+
+# ------------------------------------------------------------------------------------------------ each reason
+
+
+def table(
+    *features: str, vendor: tuple[int, int, int] = cpus.INTEL, clflush: int = 8, physical: int = 40
+) -> CpuidTable:
+    made = {
+        (0, 0): Registers(0x20, *vendor),
+        (1, 0): Registers(0, clflush << 8, 0, 0),
+        (0x80000000, 0): Registers(0x80000021, 0, 0, 0),
+        (0x80000008, 0): Registers(48 << 8 | physical, 0, 0, 0),
+    }
+    for name in features:
+        word = BY_NAME[name].word
+        registers = made.get((word.leaf, word.subleaf), Registers(0, 0, 0, 0))
+        value = getattr(registers, word.register) | BY_NAME[name].mask
+        made[word.leaf, word.subleaf] = registers._replace(**{word.register: value})
+    return CpuidTable(made)
+
+
+def test_nothing_is_wrong() -> None:
+    assert problems(table("avx", "pni"), HostDescription(table("avx", "pni", "avx2"))) == []
+
+
+def test_other_vendor() -> None:
+    (reason,) = problems(table(), HostDescription(table(vendor=cpus.HYGON)))
+    assert reason == OtherVendor("intel", "HygonGenuine")
+    assert str(reason) == "the guest's processor is of vendor intel, the host's of vendor HygonGenuine"
+
+
+def test_missing_features_are_all_named() -> None:
+    reasons = problems(table("avx", "avx2", "pni"), HostDescription(table("pni")))
+    assert [str(reason) for reason in reasons] == [
+        "the host does not offer avx (AVX)",
+        "the host does not offer avx2 (AVX2)",
+    ]
+    # KVM's own features are features.
+    (reason,) = problems(table("kvm_steal_time"), HostDescription(table()))
+    assert reason == MissingFeature("kvm_steal_time", "Steal time")
+
+
+def test_a_repeated_bit_is_not_named_twice() -> None:
+    reasons = problems(table("mmx", "mmx_mirror", vendor=cpus.AMD), HostDescription(table(vendor=cpus.AMD)))
+    assert [reason.name for reason in reasons if isinstance(reason, MissingFeature)] == ["mmx"]
+    (reason,) = problems(table("mmx", "mmx_mirror", vendor=cpus.AMD), HostDescription(table("mmx", vendor=cpus.AMD)))
+    assert isinstance(reason, MissingFeature) and reason.name == "mmx_mirror"
+
+
+@pytest.mark.parametrize("name", [f.name for f in FEATURES if f.sense != "plain" or f.topology or f.dynamic])
+def test_what_no_host_has_to_offer(name: str) -> None:
+    vendor = cpus.AMD if BY_NAME[name].vendor == "amd" else cpus.INTEL
+    assert problems(table(name, vendor=vendor), HostDescription(table(vendor=vendor))) == []
+
+
+def test_xsave() -> None:
+    here = {2: XsaveArea(256, 576, 0), 9: XsaveArea(8, 2688, 2)}
+    made = table("xsave", "avx", "pku").replace(xsave_leaf(here, 0, False))
+
+    def reasons_on(areas: dict[int, XsaveArea], *features: str) -> list[str]:
+        there = table(*features).replace(xsave_leaf(areas, 0, False))
+        return [str(reason) for reason in problems(made, HostDescription(there))]
+
+    full = ("xsave", "avx", "pku")
+    assert reasons_on(here, *full) == []
+    assert reasons_on({**here, 5: XsaveArea(64, 1088, 0)}, *full) == []
+    assert reasons_on({**here, 2: XsaveArea(256, 576, 4)}, *full) == []  # XFD is not a matter of layout
+    assert reasons_on({2: XsaveArea(256, 576, 0), 9: XsaveArea(8, 832, 2)}, *full) == [
+        "XSAVE component 9 (pkru) has 8 bytes at 2688, aligned to 64 when compacted in the guest and 8 bytes at 832, "
+        "aligned to 64 when compacted on the host"
+    ]
+    assert reasons_on({2: XsaveArea(512, 576, 0), 9: XsaveArea(8, 2688, 0)}, *full) == [
+        "XSAVE component 2 (avx) has 256 bytes at 576 in the guest and 512 bytes at 576 on the host",
+        "XSAVE component 9 (pkru) has 8 bytes at 2688, aligned to 64 when compacted in the guest and 8 bytes at 2688 "
+        "on the host",
+    ]
+    assert reasons_on({2: here[2]}, *full) == ["the host does not have XSAVE component 9 (pkru)"]
+    # Where the feature is missing, its component goes without saying.
+    assert reasons_on({2: here[2]}, "xsave", "avx") == ["the host does not offer pku (Protection keys for user pages)"]
+
+
+def test_physical_address_bits() -> None:
+    assert problems(table(physical=36), HostDescription(table(physical=40))) == []
+    (reason,) = problems(table(physical=40), HostDescription(table(physical=39)))
+    assert reason == TooManyAddressBits(40, 39)
+    assert str(reason) == "the guest has 40 physical address bits, the host 39"
+
+
+def test_clflush_size() -> None:
+    (reason,) = problems(table("clflush"), HostDescription(table("clflush", clflush=4)))
+    assert reason == ClflushSizeDiffers(64, 32)
+    assert str(reason) == "CLFLUSH flushes 64 bytes for the guest and 32 bytes on the host"
+    assert problems(table(), HostDescription(table(clflush=4))) == []
+
+
+def test_what_is_not_compared() -> None:
+    there = table("pni").replace(
+        {
+            (0, 0): Registers(7, *cpus.INTEL),
+            (1, 0): Registers(0xFFFFF, 0xFFFF08FF, BY_NAME["pni"].mask, 0),
+            (2, 0): Registers(1, 2, 3, 4),
+            (4, 0): Registers(1, 2, 3, 4),
+            (0xB, 1): Registers(1, 2, 3, 4),
+            (0x80000000, 0): Registers(0x80000008, 0, 0, 0),
+            (0x80000002, 0): Registers(1, 2, 3, 4),
+        }
+    )
+    assert problems(table("pni"), HostDescription(there)) == []
+
+
+# --------------------------------------------------------------------------------------------- on random input
+
+
+@given(cpus.tables(), cpus.tables())
+@settings(max_examples=60)
+def test_any_two_tables_give_one_line_a_reason(first: CpuidTable, second: CpuidTable) -> None:
+    for reason in problems(first, HostDescription(second)):
+        assert str(reason) and "\n" not in str(reason)
+
+
+@given(cpus.tables(), st.sampled_from([HostDescription, as_kvm_host]), st.integers(1, 8))
+@settings(max_examples=60)
+def test_a_guest_may_stay_where_it_is(raw: CpuidTable, make: type[HostDescription], vcpus: int) -> None:
+    host = make(raw)
+    made = guest_table(host, EVERYTHING, Topology(vcpus))
+    assert problems(made.table_for(vcpus - 1), host) == []

@@ -1,0 +1,480 @@
+"""The guest's table: the proving ground of real processors, the treatment of leaves, and the rules on random input."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pyhv.cpu import profiles
+from pyhv.cpu.features import BY_NAME, FEATURES, WORDS, Word
+from pyhv.cpu.host import HostDescription, as_kvm_host
+from pyhv.cpu.policy import GuestCpu, Hidden, Levelled, Topology, guest_table
+from pyhv.cpu.profiles import Limits, Profile
+from pyhv.cpu.table import CpuidTable, Registers
+from pyhv.errors import BadInput
+
+from . import cpus
+
+COMPAT = profiles.load("hyperv-r2")
+EVERYTHING = profiles.load("host")
+
+# What a guest in compatibility mode sees, by vendor: written down from the manuals and from what every processor with
+# VT-x or AMD-V has had in common, not computed. Every feature word that is not here is 0. 0x1.EDX is the common
+# 0xBFEBFBFF less DS (21), ACPI (22), self-snoop (27), HT (28), TM (29) and PBE (31).
+INTEL_WORDS = {
+    Word(0x1, 0, "ecx"): 0x80202001,
+    Word(0x1, 0, "edx"): 0x078BFBFF,
+    Word(0x40000001, 0, "eax"): 0x01000009,
+    Word(0x80000001, 0, "ecx"): 0x00000001,
+    Word(0x80000001, 0, "edx"): 0x20100800,
+}
+AMD_WORDS = {
+    Word(0x1, 0, "ecx"): 0x80202001,
+    Word(0x1, 0, "edx"): 0x078BFBFF,
+    Word(0x40000001, 0, "eax"): 0x01000009,
+    Word(0x80000001, 0, "ecx"): 0x00000011,
+    Word(0x80000001, 0, "edx"): 0x21D3FBFF,
+}
+EXPECTED = {"intel": INTEL_WORDS, "amd": AMD_WORDS}
+
+# The published list, the newest names in brackets: no bit of it may show. Literal, as the manuals number them.
+PUBLISHED = {
+    "ssse3": (Word(1, 0, "ecx"), 9),
+    "sse4.1": (Word(1, 0, "ecx"), 19),
+    "sse4.2": (Word(1, 0, "ecx"), 20),
+    "popcnt": (Word(1, 0, "ecx"), 23),
+    "xsave": (Word(1, 0, "ecx"), 26),
+    "avx": (Word(1, 0, "ecx"), 28),
+    "f16c (cvt16)": (Word(1, 0, "ecx"), 29),
+    "lzcnt": (Word(0x80000001, 0, "ecx"), 5),
+    "sse4a": (Word(0x80000001, 0, "ecx"), 6),
+    "misaligned sse": (Word(0x80000001, 0, "ecx"), 7),
+    "sse5 (xop)": (Word(0x80000001, 0, "ecx"), 11),
+    "fma4": (Word(0x80000001, 0, "ecx"), 16),
+    "extended 3dnow!": (Word(0x80000001, 0, "edx"), 30),
+    "3dnow!": (Word(0x80000001, 0, "edx"), 31),
+}
+
+# The leaves that a guest in compatibility mode can have; all others read as zeros.
+COMPAT_LEAVES = {
+    "intel": {0, 1, 2, 4, 0xB, 0x40000000, 0x40000001} | set(range(0x80000000, 0x80000009)) - {0x80000005, 0x80000007},
+    "amd": {0, 1, 0xB, 0x40000000, 0x40000001} | set(range(0x80000000, 0x80000009)) - {0x80000007},
+}
+
+
+def has_expected_words(table: CpuidTable) -> bool:
+    expected = EXPECTED[table.lineage]
+    return all(table.word(word) == expected.get(word, 0) for word in WORDS)
+
+
+def guest(host: HostDescription, profile: Profile = COMPAT, vcpus: int = 1) -> GuestCpu:
+    return guest_table(host, profile, Topology(vcpus))
+
+
+# ------------------------------------------------------------------------------------------ the proving ground
+
+
+@cpus.needs_processors
+@pytest.mark.parametrize("vendor", ["intel", "amd"])
+def test_every_processor_of_a_vendor_gives_one_feature_set(vendor: str) -> None:
+    tables = [guest(host).table for host in cpus.hosts().values() if host.vendor == vendor]
+    assert len(tables) == {"intel": 16, "amd": 11}[vendor]
+    assert {tuple(table.word(word) for word in WORDS) for table in tables} == {
+        tuple(EXPECTED[vendor].get(word, 0) for word in WORDS)
+    }
+    for table in tables:
+        assert not [name for name, (word, bit) in PUBLISHED.items() if table.word(word) >> bit & 1]
+        assert table.physical_bits == {"intel": 36, "amd": 40}[vendor]
+        assert table.get(0x80000008).eax >> 8 == 48  # linear bits, and no guest-physical ones above
+        assert table.clflush_bytes == 64
+        assert table.get(0xD) == (0, 0, 0, 0)
+        assert {leaf for leaf, _ in table.entries} <= COMPAT_LEAVES[vendor]
+
+
+@cpus.needs_processors
+def test_the_expectation_can_fail() -> None:
+    nothing = {(0, 0): Registers(0xB, *cpus.INTEL)}
+    assert not has_expected_words(CpuidTable(nothing))
+    host = cpus.hosts()["intel-skylake-core-i7-6700k"]
+    assert has_expected_words(guest(host).table)
+    assert not has_expected_words(host.table)
+    assert not has_expected_words(guest(host, EVERYTHING).table)
+    # One bit too many or too few, in any word.
+    table = guest(host).table
+    for word in WORDS:
+        registers = table.get(word.leaf, word.subleaf)
+        spoilt = registers._replace(**{word.register: table.word(word) ^ 1})
+        assert not has_expected_words(table.replace({(word.leaf, word.subleaf): spoilt})), word
+
+
+@cpus.needs_processors
+def test_kept_and_hidden_names() -> None:
+    for name, host in cpus.hosts().items():
+        made = guest(host)
+        assert made.hides
+        assert not made.lacking, name
+        assert {"pni", "cx16", "lahf_lm", "syscall", "nx", "lm", "x2apic", "hypervisor"} <= made.visible
+        hidden = {row.name: row.reason for row in made.hidden}
+        assert not hidden.keys() & made.visible
+        assert hidden["tsc_deadline_timer"] == "not in profile hyperv-r2"
+        ours = {f.name for f in FEATURES if not (f.mirrors or f.topology)}
+        assert hidden.keys() == ours & host.table.features() - made.visible
+    zen5 = {row.name: row.reason for row in guest(cpus.hosts()["amd-zen5-ryzen-9950x"]).hidden}
+    assert zen5["svm"] == "virtualization inside the guest is never shown"
+    assert zen5["perfctr_core"] == "performance monitoring is never shown"
+    assert len(zen5) > 100
+
+
+@cpus.needs_processors
+def test_levelled_numbers() -> None:
+    levelled = guest(cpus.hosts()["amd-zen5-ryzen-9950x"]).levelled
+    assert levelled == (
+        Levelled("highest basic leaf", 0x10, 0xB),
+        Levelled("highest extended leaf", 0x80000022, 0x80000008),
+        Levelled("physical address bits", 48, 40),
+        Levelled("XSAVE area in bytes", 0x988, 0),
+    )
+    assert str(levelled[2]) == "physical address bits: 40 instead of 48"
+    assert guest(cpus.hosts()["intel-merom-core2-x6800"]).levelled == ()
+
+
+@cpus.needs_processors
+def test_name_family_and_caches_are_the_starting_hosts() -> None:
+    for name, host in cpus.hosts().items():
+        raw, table = cpus.processors()[name].table, guest(host).table
+        assert table.brand == raw.brand
+        assert table.signature == raw.signature
+        assert table.get(2) == (raw.get(2) if raw.vendor == "intel" else (0, 0, 0, 0))
+        assert table.get(0x80000005) == raw.get(0x80000005)
+        if raw.vendor == "intel":
+            caches = [key for key in raw.entries if key[0] == 4]
+            assert [table.get(*key)[1:] for key in caches] == [raw.get(*key)[1:] for key in caches]
+
+
+# ---------------------------------------------------------------------------------------------- profile `host`
+
+
+@cpus.needs_processors
+def test_profile_host_shows_what_can_move() -> None:
+    for name, host in cpus.hosts().items():
+        made = guest(host, EVERYTHING)
+        assert not made.hides
+        shown = made.table.features()
+        assert shown == made.visible
+        lost = host.table.features() - shown
+        movable = [BY_NAME[n] for n in lost if BY_NAME[n].migratable and not BY_NAME[n].barred]
+        # What is lost all the same rests on something that this dump does not have.
+        reasons = {row.name: row.reason for row in made.hidden}
+        assert all(reasons[f.name].startswith("needs ") for f in movable if not f.topology), (name, movable)
+        if not ("zen3" in name or "rocketlake" in name):
+            assert not [f.name for f in movable if not f.topology], name
+        assert not {"vmx", "svm", "perfctr_core", "pdcm", "dts", "invtsc", "sgx", "intel_pt"} & shown
+        table = made.table
+        assert table.physical_bits == host.physical_bits
+        assert table.clflush_bytes == host.table.clflush_bytes
+        assert table.xsave_areas() == {n: a for n, a in host.xsave.items() if n in table.xsave_areas()}
+        for leaf in (5, 9, 0xA, 0x12, 0x14, 0x19, 0x1C, 0x23, 0x8000000A, 0x8000001B, 0x8000001F, 0x80000022):
+            assert not [key for key in table.entries if key[0] == leaf], (name, hex(leaf))
+
+
+@cpus.needs_processors
+def test_leaf_0xd_holds_the_components_of_visible_features() -> None:
+    host = cpus.hosts()["intel-skylakex-core-i7-7800x"]
+    full = guest(host, EVERYTHING)
+    assert full.table.get(0xD) == (0xFF, 0xA80, 0xA80, 0)
+    assert full.table.get(0xD, 1) == (0xF, 0xA00, 0, 0)
+
+    hidden = guest(host, EVERYTHING._replace(hide=("avx512f", "mpx")))
+    assert hidden.hides
+    assert hidden.table.get(0xD) == (7, 0x340, 0x340, 0)
+    assert hidden.table.get(0xD, 1) == (0xF, 0x340, 0, 0)
+    assert {subleaf for leaf, subleaf in hidden.table.entries if leaf == 0xD} == {0, 1, 2}
+    reasons = {row.name: row.reason for row in hidden.hidden}
+    assert reasons["avx512f"] == "not in profile host"
+    assert reasons["avx512bw"] == "needs avx512f"
+
+    bare = guest(host, EVERYTHING._replace(hide=("avx", "mpx")))
+    assert "avx2" not in bare.visible and "fma" not in bare.visible and "xsave" in bare.visible
+    assert bare.table.get(0xD) == (3, 0x240, 0x240, 0)
+
+    without = guest(host, EVERYTHING._replace(hide=("xsave",)))
+    assert not [key for key in without.table.entries if key[0] == 0xD]
+    assert "xsaveopt" not in without.visible and "avx" not in without.visible and "sse4_2" in without.visible
+
+
+@cpus.needs_processors
+def test_a_feature_whose_component_the_host_lacks_is_hidden() -> None:
+    # This dump announces AVX-512 and has no size for its last component: no program could save that state.
+    made = guest(cpus.hosts()["intel-rocketlake-core-i7-11700k"], EVERYTHING)
+    reasons = {row.name: str(row) for row in made.hidden}
+    assert reasons["avx512f"] == "avx512f: needs XSAVE component 7"
+    assert reasons["avx512vl"] == "avx512vl: needs avx512f"
+
+
+# ---------------------------------------------------------------------------------------------------- topology
+
+
+@cpus.needs_processors
+@pytest.mark.parametrize(("vcpus", "bits"), [(1, 0), (2, 1), (3, 2), (6, 3), (64, 6), (65, 7), (255, 8)])
+def test_topology(vcpus: int, bits: int) -> None:
+    for name in ("intel-alderlake-core-i5-12400", "amd-zen4-ryzen-7900x"):
+        made = guest(cpus.hosts()[name], EVERYTHING, vcpus)
+        for index in (0, vcpus // 2, vcpus - 1):
+            table = made.table_for(index)
+            assert table.get(1).ebx >> 24 == index
+            assert table.get(1).ebx >> 16 & 0xFF == vcpus
+            assert ("ht" in table.features()) == (vcpus > 1)
+            leaves = [0xB, 0x1F] if "intel" in name else [0xB]
+            for leaf in leaves:
+                assert table.get(leaf, 0) == (0, 1, 0x100, index)
+                assert table.get(leaf, 1) == (bits, vcpus, 0x201, index)
+                assert (leaf, 2) not in table.entries
+            # The same features, names and sizes on every vCPU.
+            assert table.features() == made.visible
+        if "intel" in name:
+            first, last = table.get(4, 0), table.get(4, 3)
+            assert first.eax >> 26 == last.eax >> 26 == min((1 << bits) - 1, 63)
+            assert first.eax >> 14 & 0xFFF == 0  # the first level is a core's own
+            assert last.eax >> 14 & 0xFFF == (1 << bits) - 1  # the third is everyone's
+        else:
+            assert table.get(0x80000008).ecx == bits << 12 | vcpus - 1
+            assert ("cmp_legacy" in table.features()) == (vcpus > 1)
+            assert table.get(0x8000001D, 0).eax >> 14 == 0
+            assert table.get(0x8000001D, 3).eax >> 14 == (1 << bits) - 1
+            assert table.get(0x8000001E) == (vcpus - 1, vcpus - 1, 0, 0)
+        with pytest.raises(ValueError, match=f"vCPU {vcpus} of {vcpus}"):
+            made.table_for(vcpus)
+
+
+@cpus.needs_processors
+def test_apic_ids_are_all_that_differs_between_vcpus() -> None:
+    for host in cpus.hosts().values():
+        made = guest(host, vcpus=4)
+        first, last = made.table.entries, made.table_for(3).entries
+        assert first.keys() == last.keys()
+        assert {leaf for leaf, _ in first if first[leaf, _] != last[leaf, _]} <= {1, 0xB}
+
+
+@pytest.mark.parametrize("vcpus", [0, -1, 256])
+def test_impossible_topologies(vcpus: int) -> None:
+    host = HostDescription(CpuidTable({(0, 0): Registers(1, *cpus.INTEL)}))
+    with pytest.raises(BadInput, match="vCPUs: cannot be had; choose 1 to 255"):
+        guest_table(host, COMPAT, Topology(vcpus))
+
+
+# ------------------------------------------------------------------------------------------------ single rules
+
+
+def host_with(*names: str, vendor: tuple[int, int, int] = cpus.INTEL, max_basic: int = 7) -> HostDescription:
+    """A host that offers exactly these features, and KVM's leaf."""
+    words: dict[Word, int] = {}
+    for name in names:
+        feature = BY_NAME[name]
+        words[feature.word] = words.get(feature.word, 0) | feature.mask
+    entries = {(0, 0): Registers(max_basic, *vendor), (0x40000000, 0): Registers(0x40000001, 1, 1, 1)}
+    entries[0x80000000, 0] = Registers(0x80000021, 0, 0, 0)
+    for word, value in words.items():
+        key = (word.leaf, word.subleaf)
+        entries[key] = entries.get(key, Registers(0, 0, 0, 0))._replace(**{word.register: value})
+    return HostDescription(CpuidTable(entries))
+
+
+NO_LIMITS = Limits(None, None, None, None)
+
+
+def allow(*names: str, limits: Limits = NO_LIMITS, moving: bool = False) -> Profile:
+    return Profile("a test", "test", "title", "text", moving, False, names, (), (), (), limits, limits)
+
+
+def test_visible_is_listed_and_offered_and_complete() -> None:
+    host = host_with("fxsr", "sse", "sse2", "pni", "ssse3", "sse4_2", "popcnt", "aes")
+    made = guest(host, allow("fxsr", "fpu", "sse", "sse2", "pni", "sse4_1", "sse4_2", "popcnt"))
+    assert made.visible == {"popcnt"}  # fxsr requires fpu, sse requires fxsr ...
+    assert made.hidden == (
+        Hidden("fxsr", "needs fpu"),
+        Hidden("sse", "needs fxsr"),
+        Hidden("sse2", "needs sse"),
+        Hidden("pni", "needs sse2"),
+        Hidden("ssse3", "not in profile test"),
+        Hidden("sse4_2", "needs sse4_1"),
+        Hidden("aes", "not in profile test"),
+    )
+    assert made.lacking == ("fpu", "sse4_1")
+
+
+def test_above_a_limit_is_hidden() -> None:
+    host = host_with("smep", "syscall", "msr", "invtsc", "tsc")
+    made = guest(host, allow("smep", "syscall", "msr", limits=Limits(6, 0x80000000, None, None)))
+    assert made.visible == {"msr"}
+    assert Hidden("smep", "above the highest leaf of profile test") in made.hidden
+    assert (made.table.max_basic, made.table.max_extended) == (6, 0x80000000)
+    # A limit only lowers.
+    made = guest(host, allow("smep", limits=Limits(0xB, 0x8FFFFFFF, 52, None)))
+    assert (made.table.max_basic, made.table.max_extended) == (7, 0x80000021)
+    assert made.table.physical_bits == 36
+
+
+def test_bits_that_no_host_decides() -> None:
+    inverted, any_of = "zero_fcs_fds", "md_clear"
+    with_both, without = host_with(inverted, any_of), host_with("smep")
+    # An allow-list decides alone, on every host alike.
+    for host in (with_both, without):
+        assert guest(host, allow(inverted)).visible == {inverted}
+        assert guest(host, allow(any_of)).visible == {any_of}
+        assert guest(host, allow("smep")).visible <= {"smep"}
+        assert guest(host, allow(inverted, any_of)).lacking == ()
+    # The whole host shows them as it has them.
+    assert guest(with_both, EVERYTHING).visible == {inverted, any_of}
+    assert guest(without, EVERYTHING).visible == {"smep"}
+
+
+def test_never_whatever_a_profile_lists() -> None:
+    barred = [f.name for f in FEATURES if f.barred and f.vendor != "amd" and not f.requires]
+    assert {"vmx", "pdcm", "dts"} <= set(barred)
+    host = host_with(*barred, "ht", "osxsave", "xsave", max_basic=0x24)
+    for profile in (EVERYTHING, allow(*barred, "ht", "osxsave")):
+        made = guest(host, profile)
+        assert not made.visible & {*barred, "ht", "osxsave"}
+        reasons = {row.name: row.reason for row in made.hidden}
+        assert reasons["vmx"] == "virtualization inside the guest is never shown"
+        assert reasons["pdcm"] == "performance monitoring is never shown"
+
+
+def test_unknown_bits_are_hidden() -> None:
+    host = host_with("smep")
+    table = host.table.replace({(7, 0): Registers(2, *[0xFFFFFFFF] * 3), (7, 2): Registers(*[0xFFFFFFFF] * 4)})
+    made = guest(HostDescription(table), EVERYTHING)
+    for word, features in WORDS.items():
+        assert made.table.word(word) & ~sum(f.mask for f in features) == 0, word
+    assert made.table.get(7, 2)[:3] == (0, 0, 0)
+
+
+def test_highest_subleaf_of_leaf_7_is_the_last_with_a_feature() -> None:
+    host = host_with("smep", "sm3", "avx", "xsave", "fxsr", "fpu", "sse", "sse2", "intel_psfd", max_basic=0xD)
+    full = guest(host, EVERYTHING._replace(hide=("avx",)))
+    assert "sm3" not in full.visible and full.table.get(7).eax == 2
+    assert (7, 1) not in full.table.entries
+    assert guest(host, allow("smep")).table.get(7).eax == 0
+    assert (7, 0) not in guest(host, allow()).table.entries
+
+
+def test_clock_rates_stay_behind_when_moving() -> None:
+    host = host_with(max_basic=0x16)
+    host = HostDescription(host.table.replace({(0x15, 0): Registers(2, 178, 38400000, 0)}))
+    assert guest(host, allow()).table.get(0x15) == (2, 178, 38400000, 0)
+    assert guest(host, allow(moving=True)).table.get(0x15) == (0, 0, 0, 0)
+
+
+def test_five_level_paging_brings_its_linear_addresses() -> None:
+    host = host_with("la57", "lm", "pae", "msr", "cx8", "cmov", "fpu", "fxsr", "sse", "sse2")
+    host = HostDescription(host.table.replace({(0x80000008, 0): Registers(0x303934, 0, 0, 0)}))
+    assert guest(host, EVERYTHING).table.get(0x80000008).eax == 0x303934
+    hidden = guest(host, EVERYTHING._replace(hide=("la57",)))
+    assert hidden.table.get(0x80000008).eax == 0x303034
+    assert Levelled("linear address bits", 57, 48) in hidden.levelled
+    assert guest(host, allow(limits=Limits(None, None, 40, 64))).table.get(0x80000008).eax == 0x3028
+
+
+def test_kvms_leaves() -> None:
+    host = host_with("hypervisor", "kvm_clocksource2", "kvm_steal_time")
+    made = guest(host, allow("hypervisor", "kvm_clocksource2"))
+    assert made.table.get(0x40000000) == (0x40000001, 0x4B4D564B, 0x564B4D56, 0x4D)
+    assert made.table.get(0x40000001) == (8, 0, 0, 0)
+    # A guest that is not told of a hypervisor is told nothing by it.
+    made = guest(host, allow("kvm_clocksource2"))
+    assert made.visible == frozenset()
+    assert not [leaf for leaf, _ in made.table.entries if 0x40000000 <= leaf < 0x80000000]
+    assert Hidden("kvm_clocksource2", "needs hypervisor") in made.hidden
+    # Nor does a host without KVM's leaves have them.
+    bare = HostDescription(host.table.replace({(0x40000000, 0): None, (0x40000001, 0): None}))
+    assert not [leaf for leaf, _ in guest(bare, EVERYTHING).table.entries if 0x40000000 <= leaf < 0x80000000]
+
+
+def test_vendors() -> None:
+    hygon = host_with("cr8_legacy", "pni", vendor=cpus.HYGON)
+    assert guest(hygon, EVERYTHING).visible == {"cr8_legacy"}
+    assert guest(hygon, COMPAT).table.vendor == "HygonGenuine"
+    nobody = host_with("cr8_legacy", "smep", vendor=cpus.NOBODY)
+    assert guest(nobody, EVERYTHING).visible == {"smep"}
+    with pytest.raises(BadInput, match="profile hyperv-r2"):
+        guest(nobody, COMPAT)
+
+
+# ------------------------------------------------------------------------------------------- on random input
+
+names = st.sets(st.sampled_from([f.name for f in FEATURES]))
+limits = st.builds(
+    Limits,
+    st.one_of(st.none(), st.integers(0, 0x24)),
+    st.one_of(st.none(), st.just(0), st.integers(0x80000000, 0x80000024)),
+    st.one_of(st.none(), st.integers(32, 52)),
+    st.one_of(st.none(), st.just(64)),
+)
+random_profiles = st.one_of(
+    st.builds(lambda hide: EVERYTHING._replace(hide=tuple(hide)), names),
+    st.builds(lambda listed, limits, moves: allow(*listed, limits=limits, moving=moves), names, limits, st.booleans()),
+    st.just(COMPAT),
+)
+
+
+@st.composite
+def random_hosts(draw: st.DrawFn) -> HostDescription:
+    """Random tables, tables of random features, and what KVM would make of either."""
+    table = draw(st.one_of(cpus.tables(), st.builds(lambda chosen: host_with(*chosen, max_basic=0x24).table, names)))
+    return draw(st.sampled_from([HostDescription, as_kvm_host]))(table)
+
+
+@given(random_hosts(), random_profiles, st.integers(1, 255))
+@settings(max_examples=150)
+def test_rules_hold_for_any_host_and_profile(host: HostDescription, profile: Profile, vcpus: int) -> None:
+    assume(host.table.lineage or profile.everything)
+    made = guest_table(host, profile, Topology(vcpus))
+    table, offered = made.table, host.table
+    shown = table.features()
+    assert shown == made.visible
+
+    allowed = profile.allowed(offered.vendor)
+    for name in shown:
+        feature = BY_NAME[name]
+        if feature.topology:
+            assert vcpus > 1
+            continue
+        assert name in allowed
+        assert offered.has(feature) or (feature.sense != "plain" and not profile.everything), name
+        # Closed under requirements, and every state component has a place.
+        assert shown >= set(feature.requires), name
+        assert all(n < 2 or n in table.xsave_areas() for n in feature.xsave), name
+        assert not feature.barred and not feature.dynamic
+    # Everything that the host offers is accounted for.
+    for name in offered.features() - shown:
+        feature = BY_NAME[name]
+        assert feature.mirrors or feature.topology or feature.dynamic or name in {row.name for row in made.hidden}
+    assert not {row.name for row in made.hidden} & shown
+    assert all(str(row) and row.reason.strip() for row in made.hidden)
+
+    # No bit beyond the features, no leaf beyond the maxima, no zeros stored, no component that no feature brings.
+    for word, features in WORDS.items():
+        assert table.word(word) == sum(f.mask for f in features if f.name in shown)
+    assert all(registers != (0, 0, 0, 0) for key, registers in table.entries.items() if key != (0, 0))
+    for leaf, _ in table.entries:
+        assert leaf <= table.max_basic or 0x40000000 <= leaf <= 0x40000001 or 0x80000000 <= leaf <= table.max_extended
+    brought = {n for name in shown for n in BY_NAME[name].xsave}
+    assert set(table.xsave_areas()) == brought - {0, 1}
+    if "xsave" not in shown:
+        assert not [key for key in table.entries if key[0] == 0xD]
+    assert table.max_basic <= offered.max_basic and table.max_extended <= offered.max_extended
+    assert table.physical_bits <= max(offered.physical_bits, 36)
+
+    last = made.table_for(vcpus - 1)
+    assert last.features() == shown
+    assert last.entries.keys() >= table.entries.keys()
+
+
+@given(random_hosts(), random_profiles)
+def test_a_guest_of_a_guest_sees_the_same(host: HostDescription, profile: Profile) -> None:
+    """Applying a profile twice hides nothing more: what is visible rests on nothing that is not."""
+    assume(host.table.lineage or profile.everything)
+    once = guest(host, profile)
+    assume(once.table.get(0x40000000) != (0, 0, 0, 0) or "hypervisor" not in once.visible)
+    assert guest(HostDescription(once.table), profile).visible == once.visible
