@@ -40,7 +40,7 @@ _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_CMD_CREATE = 6
 
 # "  python3-1234  [001] d..1.  12.345678: kvm_cpuid: func 1 idx 0 rax ... rbx ... rcx ... rdx ..., cpuid entry found"
-_LINE = re.compile(r"-(\d+) +\[\d+\].*? (kvm_cpuid|kvm_exit|kvm_emulate_insn): (.*)")
+_LINE = re.compile(r"-(\d+) +\[\d+\] +\S+ +[\d.]+: (kvm_cpuid|kvm_exit|kvm_emulate_insn): (.*)")
 _CPUID = re.compile(r"func ([0-9a-f]+) idx ([0-9a-f]+) rax ([0-9a-f]+) rbx ([0-9a-f]+) rcx ([0-9a-f]+) rdx ([0-9a-f]+)")
 _RIP = re.compile(r"\brip 0x([0-9a-f]+)")
 _VCPU = re.compile(r"\bvcpu (\d+)")

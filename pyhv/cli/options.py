@@ -101,7 +101,7 @@ class Command:
         """The arguments by name. Raises BadInput where there are too few or too many."""
         for argument in self.arguments[len(words) :]:
             if argument.required:
-                raise BadInput(self.name, f"{argument.name} is missing", self._advice())
+                raise BadInput(argument.name, f"{self.name} needs it", self._advice())
         if len(words) > len(self.arguments):
             raise BadInput(words[len(self.arguments)], f"{self.name} takes no further argument", self._advice())
         padded = [*words, *[None] * len(self.arguments)]

@@ -1,0 +1,137 @@
+"""The command line's options: what is accepted, and that every mistake is one error with advice."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyhv.cli import COMMANDS, one_line
+from pyhv.cli.options import Command, Option, number, seconds
+from pyhv.errors import BadInput
+
+COMMAND = Command(
+    "test",
+    "Does nothing.",
+    (
+        Option("IMAGE", "an image"),
+        Option("MORE", "something", required=False),
+        Option("--compat", "a switch"),
+        Option("--cpu", "a text", "PROFILE"),
+        Option("--cpus", "a number", "N", 1, number),
+        Option("--via", "a choice", default="auto", choices=("auto", "trap")),
+    ),
+    "Details.",
+    ("--compat", "--cpu"),
+)
+
+
+def test_defaults() -> None:
+    values = COMMAND.parse(["x"])
+    assert vars(values) == {"image": "x", "more": None, "compat": False, "cpu": None, "cpus": 1, "via": "auto"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["a", "b", "--cpu", "p", "--cpus", "3", "--via", "trap"],
+        ["--cpu=p", "a", "--cpus=3", "b", "--via=trap"],
+        ["--cpus", "9", "--cpus", "3", "--via=trap", "--cpu=p", "--", "a", "b"],
+    ],
+)
+def test_order_and_form_do_not_matter(words: list[str]) -> None:
+    values = COMMAND.parse(words)
+    assert vars(values) == {"image": "a", "more": "b", "compat": False, "cpu": "p", "cpus": 3, "via": "trap"}
+
+
+def test_a_value_may_look_like_an_option_or_be_empty() -> None:
+    assert COMMAND.parse(["a", "--cpu", "--compat"]).cpu == "--compat"
+    assert COMMAND.parse(["a", "--cpu="]).cpu == ""
+    assert COMMAND.parse(["a", "--cpu=x=y"]).cpu == "x=y"
+    assert COMMAND.parse(["--", "--cpu"]).image == "--cpu"
+    assert COMMAND.parse(["-"]).image == "-"
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ([], "IMAGE: pyhv test needs it; see pyhv test --help"),
+        (["a", "b", "c"], "c: pyhv test takes no further argument; see pyhv test --help"),
+        (["a", "--comapt"], "--comapt: pyhv test has no such option; did you mean --compat?"),
+        (["a", "-x"], "-x: pyhv test has no such option; see pyhv test --help"),
+        (["a", "--cpu"], "--cpu: needs a value: --cpu PROFILE; see pyhv test --help"),
+        (["a", "--compat=yes"], "--compat: takes no value; see pyhv test --help"),
+        (["a", "--compat", "--cpu", "p"], "--cpu: cannot be combined with --compat; see pyhv test --help"),
+        (["a", "--cpus", "two"], "--cpus two: is not a whole number"),
+        (["a", "--via", "tarp"], "--via tarp: is unknown; choose one of auto, trap"),
+    ],
+)
+def test_mistakes(words: list[str], error: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        COMMAND.parse(words)
+    assert str(caught.value) == error
+
+
+WORDS = st.sampled_from(["--cpu", "--cpus", "--compat", "--via", "--", "a", "3", "trap"])
+
+
+@given(st.lists(st.text(max_size=8) | WORDS))
+def test_anything_else_is_parsed_or_refused(words: list[str]) -> None:
+    if {"-h", "--help"} & set(words):
+        return
+    try:
+        values = COMMAND.parse(words)
+    except BadInput:
+        return
+    assert isinstance(values.image, str)
+    assert isinstance(values.cpus, int)
+    assert not (values.compat and values.cpu is not None)
+
+
+def test_seconds() -> None:
+    assert seconds("0.25") == 0.25
+    assert seconds("1e3") == 1000
+    for text in ("0", "-1", "nan", "inf", "1e400", "1e10", "", "x"):
+        with pytest.raises(ValueError, match="time in seconds"):
+            seconds(text)
+
+
+@given(st.floats())
+def test_seconds_are_what_a_wait_can_take(value: float) -> None:
+    try:
+        assert 0 < seconds(repr(value)) <= 9e9
+    except ValueError:
+        assert not 0 < value <= 9e9 or math.isnan(value)
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        COMMAND.parse(["--no-such-option", "--help"][1:])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: pyhv test IMAGE [MORE] [--compat | --cpu PROFILE] [--cpus N] [--via auto|trap]\n")
+    for word in ("Does nothing.", "--help", "--via auto|trap", "a choice", "Details."):
+        assert word in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from pyhv.cli import main
+
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: pyhv {command}")
+    assert "example" in text
+    assert f"\n  pyhv {command}" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@given(st.text())
+def test_one_line_is_one_line(text: str) -> None:
+    made = one_line(text)
+    assert made.isprintable()
+    assert one_line(made) == made
+    if text.isprintable():
+        assert made == text
