@@ -358,7 +358,7 @@ struct pyhv_ioapic {
     uint64_t redirection[24];
 };
 struct pyhv_pit_channel {
-    uint32_t count, latched_count;
+    uint32_t initial_count, latched_count;
     uint8_t count_latched, status_latched, status, read_state, write_state, write_latch, rw_mode, mode, bcd, gate;
     uint8_t reserved[6];
     int64_t count_load_time; /* host CLOCK_MONOTONIC in ns: meaningful on its own host only */

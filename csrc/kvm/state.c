@@ -517,7 +517,7 @@ static struct kvm_pic_state pic_to_kvm(const struct pyhv_pic *from)
 static struct pyhv_pit_channel pit_from_kvm(const struct kvm_pit_channel_state *from)
 {
     return (struct pyhv_pit_channel){
-        .count = from->count,
+        .initial_count = from->count,
         .latched_count = from->latched_count,
         .count_latched = from->count_latched,
         .status_latched = from->status_latched,
@@ -536,7 +536,7 @@ static struct pyhv_pit_channel pit_from_kvm(const struct kvm_pit_channel_state *
 static struct kvm_pit_channel_state pit_to_kvm(const struct pyhv_pit_channel *from)
 {
     return (struct kvm_pit_channel_state){
-        .count = from->count,
+        .count = from->initial_count,
         .latched_count = (uint16_t)from->latched_count,
         .count_latched = from->count_latched,
         .status_latched = from->status_latched,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from pyhv._native import check, ffi, lib, new_error
-from pyhv.accel.protocol import CpuidRecord, Exit, Regs, Segment, Sregs, Stop
+from pyhv.accel.protocol import AccelVcpu, CpuidRecord, Exit, Regs, Segment, Sregs, Stop
 from pyhv.errors import HostError, NotAvailable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyhv.accel.state import ProcessorsState
     from pyhv.cpu.host import HostDescription
     from pyhv.cpu.table import CpuidTable
 
@@ -37,35 +38,35 @@ class KvmVcpu:
     def __init__(self, vm: KvmVm, index: int) -> None:
         self.index = index
         error = new_error()
-        self._vcpu: Any = check(lib.pyhv_vcpu_create(vm.handle, index, error), error)
+        self.handle: Any = check(lib.pyhv_vcpu_create(vm.handle, index, error), error)
         self._exit: Any = ffi.new("struct pyhv_exit *")
         self._table: Any = None  # the trap's table, which must live as long as the vCPU
 
     def set_cpuid(self, table: CpuidTable) -> None:
         entries = table.as_entries()
         error = new_error()
-        check(lib.pyhv_vcpu_set_cpuid(self._vcpu, entries, len(entries), error), error)
+        check(lib.pyhv_vcpu_set_cpuid(self.handle, entries, len(entries), error), error)
 
     def get_cpuid(self) -> CpuidTable:
         from pyhv.cpu.table import CpuidTable
 
         entries = ffi.new("struct pyhv_cpuid_entry[]", _MAX_ENTRIES)
         error = new_error()
-        count = check(lib.pyhv_vcpu_get_cpuid(self._vcpu, entries, _MAX_ENTRIES, error), error)
+        count = check(lib.pyhv_vcpu_get_cpuid(self.handle, entries, _MAX_ENTRIES, error), error)
         return CpuidTable.from_entries(_entry_tuples(entries, count))
 
     def get_regs(self) -> Regs:
         regs, error = ffi.new("struct pyhv_regs *"), new_error()
-        check(lib.pyhv_vcpu_get_regs(self._vcpu, regs, error), error)
+        check(lib.pyhv_vcpu_get_regs(self.handle, regs, error), error)
         return Regs(*(getattr(regs, name) for name in Regs._fields))
 
     def set_regs(self, regs: Regs) -> None:
         error = new_error()
-        check(lib.pyhv_vcpu_set_regs(self._vcpu, ffi.new("struct pyhv_regs *", regs._asdict()), error), error)
+        check(lib.pyhv_vcpu_set_regs(self.handle, ffi.new("struct pyhv_regs *", regs._asdict()), error), error)
 
     def get_sregs(self) -> Sregs:
         sregs, error = ffi.new("struct pyhv_sregs *"), new_error()
-        check(lib.pyhv_vcpu_get_sregs(self._vcpu, sregs, error), error)
+        check(lib.pyhv_vcpu_get_sregs(self.handle, sregs, error), error)
         values: list[Any] = []
         for name in Sregs._fields:
             value = getattr(sregs, name)
@@ -79,11 +80,11 @@ class KvmVcpu:
     def set_sregs(self, sregs: Sregs) -> None:
         values = {n: v._asdict() if isinstance(v, Segment) else v for n, v in sregs._asdict().items()}
         error = new_error()
-        check(lib.pyhv_vcpu_set_sregs(self._vcpu, ffi.new("struct pyhv_sregs *", values), error), error)
+        check(lib.pyhv_vcpu_set_sregs(self.handle, ffi.new("struct pyhv_sregs *", values), error), error)
 
     def read_tsc_khz(self) -> int:
         error = new_error()
-        return int(check(lib.pyhv_vcpu_get_tsc_khz(self._vcpu, error), error))
+        return int(check(lib.pyhv_vcpu_get_tsc_khz(self.handle, error), error))
 
     def trap(self, table: CpuidTable, sites: Sequence[int], log_capacity: int = 0) -> None:
         entries = table.as_entries()
@@ -96,12 +97,12 @@ class KvmVcpu:
         config.log_capacity = log_capacity
         for i, site in enumerate(sites):
             config.sites[i] = site
-        check(lib.pyhv_vcpu_trap(self._vcpu, config, error), error)
+        check(lib.pyhv_vcpu_trap(self.handle, config, error), error)
 
     def trap_log(self) -> list[CpuidRecord]:
         records = ffi.new("struct pyhv_cpuid_record[]", 256)
         log: list[CpuidRecord] = []
-        while count := lib.pyhv_vcpu_trap_log(self._vcpu, records, 256):
+        while count := lib.pyhv_vcpu_trap_log(self.handle, records, 256):
             log.extend(
                 CpuidRecord(r.vcpu, r.rip, r.cpl, r.leaf, r.subleaf, tuple(r.hardware), tuple(r.guest))
                 for r in records[0:count]
@@ -109,36 +110,37 @@ class KvmVcpu:
         return log
 
     def run(self) -> Exit:
-        lib.pyhv_vcpu_run(self._vcpu, self._exit)
+        lib.pyhv_vcpu_run(self.handle, self._exit)
         return _to_exit(self._exit)
 
     def step(self) -> Exit:
-        lib.pyhv_vcpu_step(self._vcpu, self._exit)
+        lib.pyhv_vcpu_step(self.handle, self._exit)
         return _to_exit(self._exit)
 
     def kick(self) -> None:
-        lib.pyhv_vcpu_kick(self._vcpu)
+        lib.pyhv_vcpu_kick(self.handle)
 
     def waits_for_ever(self) -> bool:
         error = new_error()
-        state = check(lib.pyhv_vcpu_get_mp_state(self._vcpu, error), error)
+        state = check(lib.pyhv_vcpu_get_mp_state(self.handle, error), error)
         if state in (_MP_UNINITIALIZED, _MP_INIT_RECEIVED):
             return True
         return state == _MP_HALTED and not self.get_regs().rflags & _RFLAGS_IF
 
     def counters(self) -> dict[str, int]:
-        counters = lib.pyhv_vcpu_counters(self._vcpu)
+        counters = lib.pyhv_vcpu_counters(self.handle)
         return {name: getattr(counters, name) for name, _ in ffi.typeof("struct pyhv_counters").fields}
 
     def close(self) -> None:
-        lib.pyhv_vcpu_destroy(self._vcpu)
-        self._vcpu = ffi.NULL
+        lib.pyhv_vcpu_destroy(self.handle)
+        self.handle = ffi.NULL
 
 
 class KvmVm:
     """One VM (struct pyhv_vm); see AccelVm."""
 
     def __init__(self, kvm_fd: int, bus: Any, irqchip: bool) -> None:
+        self.irqchip = irqchip
         config = ffi.new("struct pyhv_vm_config *", {"irqchip": irqchip})
         error = new_error()
         self.handle: Any = check(lib.pyhv_vm_create(kvm_fd, config, bus or ffi.NULL, error), error)
@@ -149,6 +151,16 @@ class KvmVm:
 
     def create_vcpu(self, index: int) -> KvmVcpu:
         return KvmVcpu(self, index)
+
+    def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
+        from pyhv.accel import kvm_state
+
+        return kvm_state.capture(self, cast("Sequence[KvmVcpu]", vcpus), tables)
+
+    def apply(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable], state: ProcessorsState) -> None:
+        from pyhv.accel import kvm_state
+
+        kvm_state.apply(self, cast("Sequence[KvmVcpu]", vcpus), tables, state)
 
     def close(self) -> None:
         lib.pyhv_vm_destroy(self.handle)

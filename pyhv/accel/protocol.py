@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyhv.accel.state import ProcessorsState
     from pyhv.cpu.host import HostDescription
     from pyhv.cpu.table import CpuidTable
 
@@ -184,6 +185,14 @@ class AccelVm(Protocol):
 
     def create_vcpu(self, index: int) -> AccelVcpu:
         """The vCPU with APIC id `index`; index 0 boots, the others wait for INIT and SIPI. Raises HostError."""
+
+    def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
+        """The state of all its vCPUs, which stand, and of what they share. tables: what their CPUID answers. Raises
+        HostError."""
+
+    def apply(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable], state: ProcessorsState) -> None:
+        """Puts a state into vCPUs that have their tables and memory and have never run. Raises HostError; the VM is
+        then good for nothing but close()."""
 
     def close(self) -> None:
         """After its vCPUs."""
