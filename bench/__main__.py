@@ -45,7 +45,7 @@ def main() -> int:
         note = ""
         try:
             pairs = row.measure(options.repeat or row.pairs)
-            note = f"{len(pairs.ours)} pairs"
+            note = f"{len(pairs.ours)} pairs" + (f"; {pairs.note}" if pairs.note else "")
         except Skip as why:
             note = f"not measured: {why}"
         except Exception as error:  # a row that is broken must not take the others with it

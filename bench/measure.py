@@ -16,6 +16,8 @@ class Pairs(NamedTuple):
 
     ours: list[float]
     peer: list[float]
+    note: str = ""
+    """What the reader should know of this measurement."""
 
     def ratio(self) -> float:
         """The median of the pairs' ratios: what slows the machine down for a while slows both halves of a pair."""

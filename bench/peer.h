@@ -94,8 +94,8 @@ static inline void write_start_state(uint8_t *ram)
 /* The registers for it: reads what the vCPU has after reset and changes it. */
 static inline void set_registers(int vcpu, uint64_t entry, uint64_t ram_size)
 {
-    struct kvm_sregs sregs;
-    need(ioctl(vcpu, KVM_GET_SREGS, &sregs), "KVM_GET_SREGS");
+    struct kvm_sregs2 sregs;
+    need(ioctl(vcpu, KVM_GET_SREGS2, &sregs), "KVM_GET_SREGS2");
     const struct kvm_segment code = {
         .limit = 0xffffffff, .selector = 0x08, .type = 0xb, .present = 1, .s = 1, .l = 1, .g = 1};
     const struct kvm_segment data = {
@@ -111,7 +111,7 @@ static inline void set_registers(int vcpu, uint64_t entry, uint64_t ram_size)
     sregs.cr3 = PML4;
     sregs.cr4 = 0x620;
     sregs.efer = 0x500;
-    need(ioctl(vcpu, KVM_SET_SREGS, &sregs), "KVM_SET_SREGS");
+    need(ioctl(vcpu, KVM_SET_SREGS2, &sregs), "KVM_SET_SREGS2");
     const struct kvm_regs regs = {
         .rip = entry, .rsp = STACK_TOP, .rdi = COMMAND_LINE, .rsi = ram_size, .rdx = 1, .rflags = 2};
     need(ioctl(vcpu, KVM_SET_REGS, &regs), "KVM_SET_REGS");

@@ -58,7 +58,8 @@ static uint64_t load(uint8_t *ram)
     return header->e_entry;
 }
 
-static int create_vm(void)
+/* The memory goes in before the irqchip: see pyhv_vm_complete() in csrc/kvm/kvm.h. */
+static int create_vm(uint8_t *ram)
 {
     int vm = need(ioctl(kvm, KVM_CREATE_VM, 0), "KVM_CREATE_VM");
     uint64_t identity_map = IDENTITY_MAP_ADDRESS;
@@ -68,6 +69,8 @@ static int create_vm(void)
         struct kvm_enable_cap payload = {.cap = KVM_CAP_EXCEPTION_PAYLOAD, .args[0] = 1};
         need(ioctl(vm, KVM_ENABLE_CAP, &payload), "KVM_ENABLE_CAP");
     }
+    struct kvm_userspace_memory_region region = {.memory_size = ram_size, .userspace_addr = (uintptr_t)ram};
+    need(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION");
     need(ioctl(vm, KVM_CREATE_IRQCHIP, 0), "KVM_CREATE_IRQCHIP");
     struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
     need(ioctl(vm, KVM_CREATE_PIT2, &pit), "KVM_CREATE_PIT2");
@@ -90,9 +93,9 @@ static void run(int vcpu, struct kvm_run *run, int console)
     }
     /* Where the vCPU stands, and the bytes there: part of every exit that pyhv reports. */
     struct kvm_regs regs;
-    struct kvm_sregs sregs;
+    struct kvm_sregs2 sregs;
     need(ioctl(vcpu, KVM_GET_REGS, &regs), "KVM_GET_REGS");
-    need(ioctl(vcpu, KVM_GET_SREGS, &sregs), "KVM_GET_SREGS");
+    need(ioctl(vcpu, KVM_GET_SREGS2, &sregs), "KVM_GET_SREGS2");
     struct kvm_translation page = {.linear_address = sregs.cs.base + regs.rip};
     need(ioctl(vcpu, KVM_TRANSLATE, &page), "KVM_TRANSLATE");
 }
@@ -101,7 +104,6 @@ static double sample(const char *request)
 {
     static const char expected[] = "hello from a pyhv guest\n";
     char said[sizeof expected] = "";
-    struct kvm_sregs reset;
     (void)request;
 
     double start = now_ns();
@@ -111,16 +113,13 @@ static double sample(const char *request)
     uint8_t *ram = mmap(NULL, ram_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memory, 0);
     if (ram == MAP_FAILED)
         fatal("mmap");
-    int vm = create_vm();
-    struct kvm_userspace_memory_region region = {.memory_size = ram_size, .userspace_addr = (uintptr_t)ram};
-    need(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION");
+    int vm = create_vm(ram);
     size_t run_size = (size_t)need(ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0), "KVM_GET_VCPU_MMAP_SIZE");
     int vcpu = need(ioctl(vm, KVM_CREATE_VCPU, 0), "KVM_CREATE_VCPU");
     struct kvm_run *shared = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
     if (shared == MAP_FAILED)
         fatal("mmap of struct kvm_run");
     need(ioctl(vcpu, KVM_SET_CPUID2, &cpuid), "KVM_SET_CPUID2");
-    need(ioctl(vcpu, KVM_GET_SREGS, &reset), "KVM_GET_SREGS"); /* pyhv reads them twice */
     set_registers(vcpu, load(ram), ram_size);
     run(vcpu, shared, console);
     munmap(shared, run_size);

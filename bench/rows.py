@@ -6,6 +6,7 @@ A row imports pyhv when it is measured: what does not work fails in its own row.
 from __future__ import annotations
 
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def process(pairs: int) -> Pairs:
 
 
 def machine(pairs: int) -> Pairs:
-    """Machine("hello"): create, run, destroy, against a C program that makes the same system calls on KVM."""
+    """Machine("hello"): create, run, destroy, against a C program that makes the same calls on KVM."""
     peers.need_kvm()
     import pyhv
 
@@ -72,16 +73,46 @@ def machine(pairs: int) -> Pairs:
     with pyhv.Machine("hello") as vm, _cpuid_file(vm.vm.vcpus[0].get_cpuid()) as cpuid:
         command: list[str | Path] = [peers.build("peer_hello"), vm.image.name, str(vm.vm.memory.size), cpuid]
         with Peer(command) as peer:
-            return alternate(ours, lambda: peer.sample() / 1e6, pairs, warm_up=10)
+            pairs_taken = alternate(ours, lambda: peer.sample() / 1e6, pairs, warm_up=10)
+        return pairs_taken._replace(note=_compare_ioctls(command))
+
+
+def _compare_ioctls(peer: list[str | Path]) -> str:
+    """Whether the peer makes the ioctls that pyhv makes, as far as that can be seen here (by strace)."""
+    twice = "import pyhv\nfor _ in range(2):\n with pyhv.Machine('hello') as vm: vm.run()"
+    try:
+        ours = _ioctls([sys.executable, "-c", twice], "")
+        theirs = _ioctls(peer, "\n\n")
+    except OSError:
+        return "strace, which would compare the two's ioctls, is not installed"
+    if not ours or not theirs:
+        return "strace, which would compare the two's ioctls, does not work here"
+    if ours == theirs:
+        return f"strace sees the same {len(ours)} ioctls in both"
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    a, b = ([*calls, "nothing"][at : at + 1] for calls in (ours, theirs))
+    return f"THE PEER IS OUT OF DATE: pyhv makes {len(ours)} ioctls, it {len(theirs)}; call {at + 1}: {a[0]}, {b[0]}"
+
+
+def _ioctls(command: list[str | Path], requests: str) -> list[str]:
+    """The names of the KVM ioctls that the program's last VM gets, in order."""
+    peers.BUILD.mkdir(exist_ok=True)
+    log = peers.BUILD / "strace.log"
+    log.unlink(missing_ok=True)
+    strace = ["strace", "-f", "-e", "trace=ioctl", "-o", str(log)]
+    subprocess.run([*strace, *map(str, command)], input=requests.encode(), capture_output=True, timeout=60)
+    names = re.findall(r"ioctl\(\d+, (?:[^,]* or )?(KVM_\w+)", log.read_text()) if log.exists() else []
+    last = max((i for i, name in enumerate(names) if name == "KVM_CREATE_VM"), default=len(names))
+    return names[last:]
 
 
 @contextmanager
 def _cpuid_file(table: Any) -> Iterator[Path]:
     """The table as the C peer reads it: seven numbers a line."""
-    peers.BUILD.mkdir(exist_ok=True)
-    path = peers.BUILD / "hello.cpuid"
-    path.write_text("".join(" ".join(f"{n:x}" for n in entry) + "\n" for entry in table.as_entries()))
-    yield path
+    with tempfile.NamedTemporaryFile("w", suffix=".cpuid") as file:
+        file.write("".join(" ".join(f"{n:x}" for n in entry) + "\n" for entry in table.as_entries()))
+        file.flush()
+        yield Path(file.name)
 
 
 # ----------------------------------------------------------------------------------------------------------- exits
