@@ -157,6 +157,41 @@ struct pyhv_memory {
 int pyhv_memory_create(struct pyhv_memory *memory, uint64_t size, struct pyhv_error *error);
 void pyhv_memory_destroy(struct pyhv_memory *memory);
 
+/* --------------------------------------------------------------------------------------------------- pages -- */
+
+#define PYHV_PAGE_SIZE 4096
+/* What one checksum of a snapshot's memory covers, in bytes. */
+#define PYHV_CHUNK_SIZE 1048576
+
+/* The XXH64 of `size` bytes (xxHash specification 0.1.1). It finds damage; it is no signature. Pure. */
+uint64_t pyhv_xxh64(const void *data, size_t size, uint64_t seed);
+
+/* 1 where all `size` bytes are zero, else 0. Pure. */
+int pyhv_is_zero(const void *data, size_t size);
+
+/* A piece of guest RAM: `size` bytes (whole pages) at `offset` of the file or memfd behind it. `mapped` is NULL where
+ * the file itself holds them. Where the guest runs on a private mapping of the file, it is the place in this process
+ * where the piece is mapped: pages that were written since are taken from there. */
+struct pyhv_pages {
+    int32_t fd;
+    uint32_t reserved;
+    uint64_t offset;
+    uint64_t size;
+    const uint8_t *mapped;
+};
+
+/* Writes guest RAM to `out_offset` of a file, which is extended to hold all of it; pages of zeros are not written, so
+ * that place must be a hole before. sums: gets the XXH64 of each PYHV_CHUNK_SIZE bytes (the last may be shorter).
+ * Nobody may write the memory meanwhile. What was never touched is neither read nor allocated. The file is not synced.
+ * On failure parts of the file are written, and `sums` means nothing. Uses a second thread; call without the GIL. */
+int pyhv_pages_save(const struct pyhv_pages *ram, int out_fd, uint64_t out_offset, uint64_t *sums,
+                    struct pyhv_error *error);
+
+/* Reads `size` bytes (whole pages) at `offset` of a file and compares each chunk with its sum. Returns 0; or 1 at the
+ * first that differs, whose number is put into *bad_chunk; or -1. Call without the GIL. */
+int pyhv_pages_verify(int fd, uint64_t offset, uint64_t size, const uint64_t *sums, uint64_t *bad_chunk,
+                      struct pyhv_error *error);
+
 /* ------------------------------------------------------------------------------------------- vCPU registers -- */
 
 struct pyhv_regs {
