@@ -211,12 +211,16 @@ class CpuidTable:
     @property
     def physical_bits(self) -> int:
         """Physical address bits: leaf 0x80000008 EAX[7:0]; 36 without that leaf, as KVM has it."""
-        return self.get(0x80000008).eax & 0xFF or 36
+        return self._address_sizes & 0xFF or 36
 
     @property
     def linear_bits(self) -> int:
         """Linear address bits: leaf 0x80000008 EAX[15:8]; 48 without that leaf."""
-        return self.get(0x80000008).eax >> 8 & 0xFF or 48
+        return self._address_sizes >> 8 & 0xFF or 48
+
+    @property
+    def _address_sizes(self) -> int:
+        return self.get(0x80000008).eax if self.max_extended >= 0x80000008 else 0
 
     @property
     def clflush_bytes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pyhv.cpu import profiles
@@ -59,7 +59,8 @@ def test_without_compatibility_mode_a_move_to_an_older_processor_is_refused_by_n
     assert missing("intel-haswell-core-i7-4770", "intel-ivybridge-core-i7-3770k") == [
         *("fma", "movbe", "bmi1", "avx2", "bmi2", "invpcid", "xsaveopt", "abm", "pdpe1gb")
     ]
-    assert missing("intel-westmere-core-i7-980x", "intel-nehalem-core-i7-920") == ["pclmulqdq", "pcid", "aes", "pdpe1gb"]
+    down = missing("intel-westmere-core-i7-980x", "intel-nehalem-core-i7-920")
+    assert down == ["pclmulqdq", "pcid", "aes", "pdpe1gb"]
     down = missing("amd-zen5-ryzen-9950x", "amd-zen3-ryzen-5950x")
     assert {"avx512f", "avx_vnni", "movdiri"} <= set(down)
     down = missing("amd-zen-ryzen-1800x", "amd-k8-opteron-2210-he")
@@ -204,7 +205,11 @@ def test_any_two_tables_give_one_line_a_reason(first: CpuidTable, second: CpuidT
         assert str(reason) and "\n" not in str(reason)
 
 
+BEYOND = {(0, 0): Registers(0, *cpus.INTEL), (0x80000008, 0): Registers(1, 0, 0, 0)}
+
+
 @given(cpus.tables(), st.sampled_from([HostDescription, as_kvm_host]), st.integers(1, 8))
+@example(CpuidTable(BEYOND), HostDescription, 1)  # a leaf above the highest one
 @settings(max_examples=60)
 def test_a_guest_may_stay_where_it_is(raw: CpuidTable, make: type[HostDescription], vcpus: int) -> None:
     host = make(raw)

@@ -94,6 +94,9 @@ def test_what_a_table_says() -> None:
     assert (made.max_basic, made.max_extended) == (0xD, 0x80000008)
     assert table(l1=Registers(0x00A60F12, 0, 0, 0)).signature == (0x19, 0x61, 2)
     assert table(l1=Registers(0x0000_0F64, 0, 0, 0)).signature == (15, 6, 4)
+    # Not above the highest leaf.
+    beyond = table(l80000000=Registers(0x80000007, 0, 0, 0), l80000008=Registers(0x3027, 0, 0, 0))
+    assert (beyond.physical_bits, beyond.linear_bits) == (36, 48)
     assert (table().physical_bits, table().linear_bits, table().max_extended, table().brand) == (36, 48, 0, "")
 
 
