@@ -12,6 +12,7 @@ _GUESTS = {
     "dispatch": "chooses its code path by CPUID and checks that the result is that of plain code",
     "faults": "ends or misbehaves in the way that its command line names",
     "hello": "says hello, echoes its command line, ends with status 0",
+    "instructions": "executes an instruction of each set that compatibility mode hides, and prints which run",
     "refuse": "demands SSE4.2; without it it ends with status 42",
     "spin": "loops for ever without an exit",
     "ticker": "stamps all memory, round after round, and ends when memory, CPUID or the TSC is not what it was",

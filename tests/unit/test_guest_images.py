@@ -103,11 +103,16 @@ PLAIN = {
     *(kind + condition for kind in ("j", "set", "cmov") for condition in CONDITIONS.split()),
     *("rep outs", "rep movs", "rep stos"),
 }
+INSTRUCTION_SETS = """
+pshufb pmulld pcmpgtq popcnt lzcnt tzcnt extrq pfadd pswapd vphaddbd vfmaddpd vaddps vcvtph2ps vfmadd132ps vpaddd andn
+pdep aesenc pclmullqlqdq sha1nexte movbe adcx rdrand rdseed rdtscp clflushopt clwb prefetchw xgetbv xsetbv
+"""
 # What a guest executes beyond that, and why it may.
 EXTRA = {
     "dispatch": {"crc32", "popcnt"},  # paths that it takes only where CPUID shows them
     "faults": {"fninit", "fld1", "faddp", "fstp"},  # on purpose: `fpu`
     "cpuid": {"iretq"},  # to CPL 3
+    "instructions": {"emms", "bts", *INSTRUCTION_SETS.split()},  # one of each, which is what it is for
 }
 
 
