@@ -10,7 +10,7 @@ from pyhv import outcome
 from pyhv.accel.choose import INTERCEPTS
 from pyhv.cli import complain, options, output
 from pyhv.cli.options import Command, Option
-from pyhv.cli.terminal import HELP, Console, Ended, Ending
+from pyhv.cli.terminal import HELP, Console, Signals
 from pyhv.errors import BadInput, PyhvError
 from pyhv.machine import Machine, RunResult
 
@@ -115,32 +115,18 @@ def machine_arguments(given: SimpleNamespace) -> dict[str, Any]:
 
 def _run(given: SimpleNamespace) -> int:
     with (
-        Ending() as ending,
-        contextlib.closing(Console(ending, None if given.json else 1)) as console,
+        contextlib.closing(Console(None if given.json else 1)) as console,
         Machine(**machine_arguments(given), console_in=console.input, console_out=console.output) as machine,
     ):
         if machine.choice.note:
             complain(machine.choice.note)
-        result = run(machine, console, given.timeout)
+        with Signals() as signals:
+            result = console.run(machine, given.timeout, signals)
         description = describe(machine, result) if given.json else {}
     tell(result)
     if given.json:
         output.print_json(description)
     return result.status
-
-
-def run(machine: Machine, console: Console, timeout: float | None) -> RunResult:
-    """Runs the machine with the console's terminal switched over, until it or the user ends.
-
-    Raises BrokenPipeError when nobody reads the console's output any more.
-    """
-    try:
-        with console:
-            return machine.run(timeout)
-    except Ended as ended:
-        if ended.reason == "broken-pipe":
-            raise BrokenPipeError from None
-        return machine.result(machine.vm.stopped, "interrupted")
 
 
 def tell(result: RunResult) -> None:

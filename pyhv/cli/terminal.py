@@ -1,6 +1,10 @@
 """The user's end of the guest's console: the terminal in raw mode with an escape key, and every way to end a run.
 
 Where stdin is no terminal it is handed to the guest as it is, and Ctrl-C ends the run as it ends any program.
+
+The main thread attends to the user while another runs the machine. Signals reach it as bytes in a pipe and never as
+exceptions, which could come between any two instructions: between those of the machine's own threads, and between those
+that give the terminal back.
 """
 
 from __future__ import annotations
@@ -14,66 +18,66 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyhv.machine import Machine, RunResult
+
 ESCAPE = 0x01  # Ctrl-A, as QEMU has it
 _INTERRUPT = 0x03  # Ctrl-C
 HELP = "Ctrl-A x: end the VM    Ctrl-A Ctrl-A: send Ctrl-A to the guest    Ctrl-A h: this help"
 _INTERRUPT_HINT = "Ctrl-C went to the guest; Ctrl-A x ends the VM"
 
-# What ends a run from outside. SIGKILL and SIGSTOP cannot be caught.
+# What ends a run from outside. SIGKILL cannot be caught.
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-
-# Brings the main thread out of its wait; the kick of the vCPUs is SIGRTMIN (csrc/kvm/vcpu.c).
-_WAKE = signal.SIGRTMIN + 1
 
 _CHUNK = 4096
 
 
-class Ended(KeyboardInterrupt):
-    """Raised in the main thread where the run is to end: a signal, the escape key ("interrupted") or nobody there who
-    reads the output ("broken-pipe"). It may come between any two instructions, as KeyboardInterrupt may."""
+class Signals:
+    """A context in whose body SIGINT, SIGTERM, SIGHUP and SIGQUIT, and SIGCONT, only write their numbers to a pipe.
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
-
-
-class Ending:
-    """A context in whose body SIGINT, SIGTERM, SIGHUP, SIGQUIT and end() raise Ended, once, in the main thread.
-
-    Signals that are ignored when it is entered (nohup) stay ignored.
+    Signals that are ignored when it is entered (nohup) stay ignored. For the main thread, which must read the pipe:
+    until the body is left these signals end nothing.
     """
 
     def __init__(self) -> None:
-        self._reason = "interrupted"
-        self._armed = False
+        self._pipe = (-1, -1)
         self._before: dict[int, Any] = {}
+        self._wakeup_before = -1
 
-    def __enter__(self) -> Ending:
-        self._armed = True
-        signal.signal(_WAKE, self._handle)
-        for number in _ENDING:
+    @property
+    def descriptor(self) -> int:
+        """The end of the pipe to poll."""
+        return self._pipe[0]
+
+    def __enter__(self) -> Signals:
+        self._pipe = os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        for number in (*_ENDING, signal.SIGCONT):
             if signal.getsignal(number) != signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._handle)
+                self._before[number] = signal.signal(number, _do_nothing)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._armed = False
-        # _WAKE keeps its handler: a late one would kill the process otherwise.
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        for end in self._pipe:
+            os.close(end)
 
-    def end(self, reason: str = "interrupted") -> None:
-        """Raises Ended in the main thread. Any thread."""
-        self._reason = reason
-        signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
+    def take(self) -> bytes:
+        """The numbers of the signals that came since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            return os.read(self._pipe[0], _CHUNK)
+        return b""
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        # Once only: the first one starts the cleaning up, which a second must not disturb.
-        if self._armed:
-            self._armed = False
-            raise Ended(self._reason)
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 class EscapeKey:
@@ -104,25 +108,19 @@ class EscapeKey:
 
 
 class Console:
-    """Descriptors for the guest's serial port, and in the body of its context the terminal behind them.
-
-    ending: how the escape key and a closed stdout end the run. output: where the guest's output goes, a descriptor or
-    None if the VM is to capture it.
+    """Descriptors for the guest's serial port, and the terminal behind them. output: where the guest's output goes, a
+    descriptor or None if the VM is to capture it.
 
     `input` is -1 (nothing to read), 0 (stdin is no terminal) or the end of a pipe that the terminal's keys come out of.
-    Making one changes nothing yet. The context, in the main thread: needs the VM to be there; switches a terminal on
-    stdin to raw mode (output processing stays on, so that a lone newline of the guest starts a line) and starts the
-    one thread that reads it; when it is left, or the process exits with it entered, the terminal is as it was.
+    Making one changes nothing yet. close() is for after the VM.
     """
 
-    def __init__(self, ending: Ending, output: int | None = 1) -> None:
+    def __init__(self, output: int | None = 1) -> None:
         self.output = output
         self.input = 0
-        self._ending = ending
         self._keys = -1  # where the keys go: the other end of the pipe
         self._settings: list[Any] | None = None  # the terminal's, while it is in raw mode
-        self._thread: threading.Thread | None = None
-        self._wake = -1
+        self._escape = EscapeKey()
         self._hinted = False
         if os.isatty(0):
             self.input = -1
@@ -133,44 +131,43 @@ class Console:
                 # A guest that reads nothing must not keep us from seeing the escape key.
                 os.set_blocking(self._keys, False)
 
-    def __enter__(self) -> Console:
-        watch_stdout = _is_pipe(1)
-        if self._keys < 0 and not watch_stdout:
-            return self
-        try:
-            if self._keys >= 0:
-                self._enter_raw_mode()
-            self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-            self._thread = threading.Thread(target=self._serve, args=(watch_stdout,), name="terminal", daemon=True)
-            self._thread.start()
-        except BaseException:
-            self._leave()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._leave()
-
     def close(self) -> None:
-        """Closes the pipe, if there is one; after the VM."""
+        """Closes the pipe, if there is one."""
         for descriptor in (self._keys, self.input):
             if descriptor > 2:
                 os.close(descriptor)
         self._keys = self.input = -1
 
+    def run(self, machine: Machine, timeout: float | None, signals: Signals) -> RunResult:
+        """Runs the machine until it or the user ends; the machine is paused then.
+
+        A terminal on stdin is in raw mode meanwhile, but for output processing: a lone newline of the guest starts a
+        line. It has its settings back when this returns or raises. Raises BrokenPipeError when nobody reads stdout any
+        more, and what Machine.run raises.
+        """
+        wait = _Wait(machine, timeout)
+        try:
+            if self._keys >= 0:
+                self._enter_raw_mode()
+            machine.start()
+            wait.start()
+            end = self._attend(wait.done, signals)
+        finally:
+            self._restore()
+        if end == "ended":
+            wait.finish()
+        machine.pause()
+        if end == "broken-pipe":
+            raise BrokenPipeError
+        return machine.result(machine.vm.stopped, "timeout" if end == "ended" else end)
+
     # ------------------------------------------------------------------------------------------ raw mode
 
     def _enter_raw_mode(self) -> None:
-        import atexit
         import termios
 
         self._settings = termios.tcgetattr(0)
-        atexit.register(self._restore)  # an Ended that comes while the context is being left
         self._set_raw()
-        # Whoever stops a program (kill -STOP, then fg) gives it its terminal back as a shell likes it.
-        signal.signal(signal.SIGCONT, lambda number, frame: self._set_raw())
 
     def _set_raw(self) -> None:
         import termios
@@ -188,76 +185,99 @@ class Console:
         termios.tcsetattr(0, termios.TCSANOW, [iflag, oflag, cflag, lflag, ispeed, ospeed, control])
 
     def _restore(self) -> None:
-        """Gives the terminal its settings back; any number of times."""
-        import termios
-
+        """Gives the terminal its settings back."""
         if self._settings is None:
             return
+        import termios
+
         # A background process that does this is stopped by SIGTTOU unless it blocks it.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
         try:
-            termios.tcsetattr(0, termios.TCSANOW, self._settings)
-        except termios.error:  # the terminal has gone away
-            pass
+            with contextlib.suppress(termios.error):  # the terminal has gone away
+                termios.tcsetattr(0, termios.TCSANOW, self._settings)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         self._settings = None
 
-    def _leave(self) -> None:
-        try:
-            self._restore()
-        finally:
-            if self._thread is not None:
-                os.eventfd_write(self._wake, 1)
-                self._thread.join()
-                self._thread = None
-            if self._wake >= 0:
-                os.close(self._wake)
-                self._wake = -1
+    # ------------------------------------------------------------------------------------- the main thread's work
 
-    # ----------------------------------------------------------------------------------------- the thread
-
-    def _serve(self, watch_stdout: bool) -> None:
-        """Moves keys and watches stdout until it is told to stop."""
+    def _attend(self, done: int, signals: Signals) -> str:
+        """Moves keys until descriptor `done` is readable ("ended"), the user ends the run ("interrupted") or stdout has
+        lost its reader ("broken-pipe"); says which."""
         poll = select.poll()
-        poll.register(self._wake, select.POLLIN)
+        for descriptor in (done, signals.descriptor):
+            poll.register(descriptor, select.POLLIN)
         if self._keys >= 0:
             poll.register(0, select.POLLIN)
-        if watch_stdout:
-            poll.register(1, 0)  # errors are always reported: nobody reads the other end any more
-        escape = EscapeKey()
+        if _is_pipe(1):
+            poll.register(1, 0)  # errors are always reported
         while True:
-            for descriptor, _ in poll.poll():
-                if descriptor == self._wake:
-                    return
-                if descriptor == 1:
-                    poll.unregister(descriptor)
-                    self._ending.end("broken-pipe")
-                elif not self._take_keys(escape):
-                    poll.unregister(descriptor)
+            ready = {descriptor for descriptor, _ in poll.poll()}
+            if done in ready:
+                return "ended"
+            if 1 in ready:
+                return "broken-pipe"
+            if signals.descriptor in ready:
+                numbers = signals.take()
+                if any(number in _ENDING for number in numbers):
+                    return "interrupted"
+                if signal.SIGCONT in numbers:
+                    # Whoever stops a program (kill -STOP, then fg) gives it its terminal back as a shell likes it.
+                    self._set_raw()
+            if 0 in ready:
+                try:
+                    keys = os.read(0, _CHUNK)
+                except OSError:
+                    keys = b""
+                if not keys:  # the terminal has gone away
+                    poll.unregister(0)
+                elif self._take_keys(keys):
+                    return "interrupted"
 
-    def _take_keys(self, escape: EscapeKey) -> bool:
-        """Reads what was typed. Returns whether there can be more."""
-        try:
-            keys = os.read(0, _CHUNK)
-        except OSError:  # the terminal has gone away; SIGHUP says the same
-            keys = b""
-        if not keys:
-            return False
-        to_guest, commands = escape.feed(keys)
+    def _take_keys(self, keys: bytes) -> bool:
+        """Passes on what was typed. Returns whether the run is to end."""
+        to_guest, commands = self._escape.feed(keys)
         if to_guest:
             # Once the guest has 64 KiB of keys to read, more are lost, as on a real serial line.
             with contextlib.suppress(OSError):
                 os.write(self._keys, to_guest)
-        for command in commands:
-            if command == "end":
-                self._ending.end()
-            else:
-                _tell(HELP)
+        if "help" in commands:
+            _tell(HELP)
         if _INTERRUPT in to_guest and not self._hinted:
             self._hinted = True
             _tell(_INTERRUPT_HINT)
-        return True
+        return "end" in commands
+
+
+class _Wait:
+    """Waits, on a thread of its own, for the machine's guest to end. Where the user ends the run the thread is left
+    behind, waiting for a guest that is paused for good; it ends with the process."""
+
+    def __init__(self, machine: Machine, timeout: float | None) -> None:
+        self.done = os.eventfd(0, os.EFD_CLOEXEC)
+        """Readable when the guest has ended or the time is over."""
+        self._machine = machine
+        self._timeout = timeout
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="wait", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Once it is done: raises what a vCPU's thread failed with, if one did."""
+        self._thread.join()
+        os.close(self.done)
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            self._machine.vm.wait(self._timeout)
+        except BaseException as failure:
+            self._failure = failure
+        finally:
+            os.eventfd_write(self.done, 1)
 
 
 def _tell(text: str) -> None:

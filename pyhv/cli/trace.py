@@ -11,7 +11,7 @@ from pyhv.accel.protocol import CpuidRecord
 from pyhv.accel.tracepoint import Traced, Tracepoint
 from pyhv.cli import complain, output, run
 from pyhv.cli.options import Command, Option
-from pyhv.cli.terminal import Console, Ending
+from pyhv.cli.terminal import Console, Signals
 from pyhv.cpu import features
 from pyhv.cpu.features import Word
 from pyhv.cpu.table import REGISTERS
@@ -162,7 +162,7 @@ def main(arguments: list[str]) -> int:
         raise BadInput("--via trap", "cannot be had with --intercept kernel", "leave --intercept away")
     if given.via == "tracepoint" and given.intercept == "trap":
         raise BadInput("--via tracepoint", "cannot be had with --intercept trap", "leave --intercept away")
-    with Ending() as ending, contextlib.closing(Console(ending, 2)) as console:
+    with contextlib.closing(Console(2)) as console:
         trace = Trace(given.json, _lineage(), given.cpus)
         result, via, lost = _run(given, console, trace)
     run.tell(result)
@@ -179,6 +179,7 @@ def _run(given: SimpleNamespace, console: Console, trace: Trace) -> tuple[RunRes
         with contextlib.ExitStack() as stack:
             machine = stack.enter_context(Machine(**arguments))
             if machine.choice.intercept == "kernel":
+                signals = stack.enter_context(Signals())
                 try:
                     tracepoint = stack.enter_context(Tracepoint(trace.add_traced, machine.image.cpuid_sites))
                 except NotAvailable as error:
@@ -186,17 +187,13 @@ def _run(given: SimpleNamespace, console: Console, trace: Trace) -> tuple[RunRes
                         raise
                     complain(f"{error}: via trap instead")
                 else:
-                    result = _go(machine, console, given.timeout)
+                    result = console.run(machine, given.timeout, signals)
                     tracepoint.close()
                     return result, "tracepoint", tracepoint.lost
-    with Machine(**arguments, on_cpuid=trace.add_record) as machine:
-        return _go(machine, console, given.timeout), "trap", 0
-
-
-def _go(machine: Machine, console: Console, timeout: float | None) -> RunResult:
-    if machine.choice.note:
-        complain(machine.choice.note)
-    return run.run(machine, console, timeout)
+    with Machine(**arguments, on_cpuid=trace.add_record) as machine, Signals() as signals:
+        if machine.choice.note:
+            complain(machine.choice.note)
+        return console.run(machine, given.timeout, signals), "trap", 0
 
 
 def _lineage() -> str:

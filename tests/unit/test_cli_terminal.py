@@ -1,17 +1,17 @@
-"""The escape key, and that what ends a run ends it once. The terminal itself: tests/host/test_cli_terminal.py."""
+"""The escape key, and signals. The terminal itself: tests/host/test_cli_terminal.py."""
 
 from __future__ import annotations
 
 import os
+import select
 import signal
-import threading
 import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyhv.cli.terminal import Ended, Ending, EscapeKey
+from pyhv.cli.terminal import EscapeKey, Signals
 
 
 @pytest.mark.parametrize(
@@ -44,42 +44,34 @@ def test_every_byte_can_be_sent(data: bytes) -> None:
     assert EscapeKey().feed(data.replace(b"\x01", b"\x01\x01")) == (data, [])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_signals_end_once(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with Ending(), pytest.raises(Ended) as ended:
-        os.kill(os.getpid(), number)
-        time.sleep(5)
-    assert ended.value.reason == "interrupted"
-    assert signal.getsignal(number) == before
-    with Ending():
-        try:
+def test_signals_become_bytes() -> None:
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCONT]
+    before = [signal.getsignal(number) for number in numbers]
+    with Signals() as signals:
+        assert signals.take() == b""
+        for number in numbers:
             os.kill(os.getpid(), number)
-            time.sleep(5)
-        except Ended:
-            os.kill(os.getpid(), number)  # while cleaning up: no effect
-            time.sleep(0.01)
+            assert select.select([signals.descriptor], [], [], 10)[0]
+            assert signals.take() == bytes([number])
+    assert [signal.getsignal(number) for number in numbers] == before
+    with pytest.raises(KeyboardInterrupt):  # as before: nothing is swallowed any more
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
 
 
 def test_ignored_signals_stay_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Ending():
+        with Signals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signals.take() == b""
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_another_thread_ends_the_main_thread_in_its_wait() -> None:
-    with Ending() as ending:
-        thread = threading.Timer(0.05, ending.end, ["broken-pipe"])
-        thread.start()
-        started = time.monotonic()
-        with pytest.raises(Ended) as ended:
-            threading.Event().wait(30)
-        thread.join()
-    assert ended.value.reason == "broken-pipe"
-    assert time.monotonic() - started < 10
-    ending.end()  # too late: no effect
-    time.sleep(0.01)
+def test_more_signals_than_a_pipe_holds_do_not_block() -> None:
+    with Signals() as signals:
+        for _ in range(70000):
+            signal.raise_signal(signal.SIGTERM)
+        assert set(signals.take()) == {signal.SIGTERM}

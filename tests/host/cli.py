@@ -1,0 +1,127 @@
+"""Running `pyhv` as a process, as a user or a script would, with or without a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from types import TracebackType
+from typing import Any
+
+TIMEOUT = 60  # seconds; everything here takes well under one, on a machine with nothing else to do
+
+COMMAND = [sys.executable, "-m", "pyhv"]
+
+
+def call(*words: str, stdin: Any = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
+    """Runs `pyhv WORDS` to its end."""
+    return subprocess.run(
+        [*COMMAND, *words], stdin=stdin, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=environment()
+    )
+
+
+def call_json(*words: str) -> Any:
+    """Runs `pyhv WORDS --json`; what it printed, with its exit status as "exit"."""
+    done = call(*words, "--json")
+    return json.loads(done.stdout) | {"exit": done.returncode}
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYHV_DEBUG"}
+
+
+def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in a process of its own; `main` is pyhv's main, `words` are sys.argv[1:]."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys\nfrom pyhv.cli import main\n{code}", *words],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=environment(),
+    )  # fmt: skip
+
+
+class Terminal:
+    """A process on a terminal of its own, in the terminal's foreground.
+
+    settings_before: the terminal's settings before it started, as an ordinary terminal has them.
+    """
+
+    def __init__(self, *words: str, command: list[str] | None = None) -> None:
+        self.master, self._slave = os.openpty()
+        self.settings_before = termios.tcgetattr(self._slave)
+        assert self.settings_before[3] & termios.ICANON and self.settings_before[3] & termios.ECHO
+        self.output = b""
+        self.process = subprocess.Popen(
+            [*(command or COMMAND), *words],
+            stdin=self._slave,
+            stdout=self._slave,
+            stderr=self._slave,
+            env=environment(),
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        os.close(self.master)
+        os.close(self._slave)
+
+    @property
+    def settings(self) -> list[Any]:
+        """The terminal's settings now."""
+        return termios.tcgetattr(self._slave)
+
+    @property
+    def raw(self) -> bool:
+        return not self.settings[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
+
+    def change(self, settings: list[Any]) -> None:
+        termios.tcsetattr(self._slave, termios.TCSANOW, settings)
+
+    def send(self, keys: bytes) -> None:
+        os.write(self.master, keys)
+
+    def read_until(self, text: bytes) -> bytes:
+        """Reads until `text` has been seen since the last call; what was read."""
+        deadline = time.monotonic() + TIMEOUT
+        while text not in self.output:
+            left = deadline - time.monotonic()
+            assert left > 0 and self._read(left), f"waited for {text!r}, got {self.output!r}"
+        end = self.output.index(text) + len(text)
+        found, self.output = self.output[:end], self.output[end:]
+        return found
+
+    def wait_until_raw(self) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while not self.raw:
+            assert time.monotonic() < deadline and self.process.poll() is None, self.output
+            time.sleep(0.002)
+
+    def wait(self) -> int:
+        """Reads until the process has ended; its status."""
+        deadline = time.monotonic() + TIMEOUT
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, self.output
+            self._read(0.02)
+        while self._read(0):
+            pass
+        return self.process.returncode
+
+    def _read(self, timeout: float) -> bool:
+        if not select.select([self.master], [], [], timeout)[0]:
+            return False
+        self.output += os.read(self.master, 65536)
+        return True

@@ -1,0 +1,160 @@
+"""Bad input to `pyhv run` and `pyhv trace`: one clear line, exit status 2, no traceback."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyhv import guests
+
+from .cli import call, python
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Images and profiles with which something is wrong, by what it is."""
+    folder = tmp_path_factory.mktemp("files")
+    hello = Path(guests.path("hello")).read_bytes()
+    contents = {
+        "empty": b"",
+        "large": bytes(3 << 20),
+        "cut.elf": hello[:100],
+        "i386.elf": hello[:4] + b"\x01" + hello[5:18] + b"\x03\x00" + hello[20:],
+        "arm64.elf": hello[:18] + b"\xb7\x00" + hello[20:],
+        "linux": bytes(0x202) + b"HdrS" + bytes(100),
+        "line.toml": b'name = "x"\ntitle = "t"\ndescription = "d"\n[features]\ncommon = ["nosuch"]\n',
+        "syntax.toml": b'name = "x"\ntitle =\n',
+        "field.toml": b'name = "x"\ntitle = "t"\ndescription = "d"\nmovign = true\n[features]\nall = true\n',
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    os.mkfifo(folder / "fifo")
+    return {name: str(folder / name) for name in [*contents, "fifo", "missing"]} | {"folder": str(folder)}
+
+
+def assert_refused(done: Any, subject: str, *words: str) -> None:
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.endswith("\n")
+    assert done.stderr.startswith(f"pyhv: {subject}"), done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing", ["No such file or directory"]),
+        ("empty", ["is empty"]),
+        ("folder", ["is a directory", "give an image file"]),
+        ("large", ["3145728 bytes", "--mem"]),
+        ("cut.elf", ["outside the file"]),
+        ("i386.elf", ["not an x86-64 image"]),
+        ("arm64.elf", ["not an x86-64 image"]),
+        ("linux", ["is a Linux kernel"]),
+        ("fifo", ["is not a regular file"]),
+    ],
+)
+def test_images(files: dict[str, str], name: str, words: list[str]) -> None:
+    assert_refused(call("run", files[name], "--mem", "2M", "--timeout", "10"), files[name] + ": ", *words)
+
+
+def test_a_name_that_no_guest_has() -> None:
+    assert_refused(call("run", "helo"), "helo: ", "did you mean hello?")
+    assert_refused(call("trace", "xyzzy"), "xyzzy: ", "the bundled guests are ", "hello")
+
+
+SIZES = ["0", "1", "-64M", "64.5M", "1000000", "2097153", "M", "", "64Q", "99999999T", "9" * 5000]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=[size[:10] for size in SIZES])
+def test_memory_sizes(size: str) -> None:
+    assert_refused(call("run", "hello", f"--mem={size}"), f"memory {size[:20]}", "give a size such as 64M")
+
+
+def test_memory_beyond_the_profiles_addresses() -> None:
+    done = call("run", "hello", "--compat", "--mem", "4T")
+    assert_refused(done, "memory 4", "physical address bits", "the most is ")
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "255", "100000", "9" * 30])
+def test_numbers_of_vcpus(count: str) -> None:
+    assert_refused(call("run", "hello", "--cpus", count), f"{count} vCPUs", "choose 1 to ")
+
+
+def test_a_number_of_vcpus_that_is_none() -> None:
+    assert_refused(call("run", "hello", "--cpus", "two"), "--cpus two: is not a whole number")
+    assert_refused(call("run", "hello", "--cpus", "9" * 5000), "--cpus 9999", "is not a whole number")
+
+
+def test_profiles(files: dict[str, str]) -> None:
+    assert_refused(call("run", "hello", "--cpu", "hyperv-r1"), "profile 'hyperv-r1'", "did you mean hyperv-r2?")
+    assert_refused(call("run", "hello", "--cpu", files["missing"]), files["missing"], "No such file")
+    assert_refused(call("run", "hello", "--cpu", files["line.toml"]), files["line.toml"], "5", "common", "nosuch")
+    assert_refused(call("run", "hello", "--cpu", files["syntax.toml"]), files["syntax.toml"], "2")
+    assert_refused(call("run", "hello", "--cpu", files["field.toml"]), files["field.toml"], "4", "movign", "moving")
+    assert_refused(call("run", "hello", "--cpu", "host", "--compat"), "--cpu: cannot be combined with --compat")
+
+
+def test_command_lines_that_do_not_fit() -> None:
+    assert_refused(call("run", "hello", "--append", "x" * 4096), "command line: is 4096 bytes long")
+
+
+@pytest.mark.parametrize("command", ["run", "trace"])
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ([], "IMAGE: pyhv COMMAND needs it; see pyhv COMMAND --help"),
+        (["hello", "more"], "more: pyhv COMMAND takes no further argument; see pyhv COMMAND --help"),
+        (["hello", "--jsno"], "--jsno: pyhv COMMAND has no such option; did you mean --json?"),
+        (["hello", "--mem"], "--mem: needs a value: --mem SIZE; see pyhv COMMAND --help"),
+        (["hello", "--intercept", "none"], "--intercept none: is unknown; choose one of auto, kernel, trap"),
+        (["hello", "--timeout", "-1"], "--timeout -1: is not a time in seconds, more than 0"),
+    ],
+)
+def test_usage(command: str, words: list[str], error: str) -> None:
+    assert_refused(call(command, *words), error.replace("COMMAND", command))
+
+
+def test_what_trace_cannot_combine() -> None:
+    assert_refused(call("trace", "hello", "--via", "trap", "--intercept", "kernel"), "--via trap: cannot be had with")
+    assert_refused(call("trace", "hello", "--via", "tracepoint", "--intercept", "trap"), "--via tracepoint: cannot be")
+
+
+@pytest.mark.parametrize("words", [["run", "hello"], ["host"], ["trace", "hello"]])
+def test_no_kvm(words: list[str]) -> None:
+    code = "from pyhv.accel import kvm\nkvm.DEVICE = '/dev/no-such-kvm'\nsys.exit(main(sys.argv[1:]))"
+    assert_refused(python(code, *words), "/dev/no-such-kvm: ", "modprobe")
+
+
+def test_no_permission(tmp_path: Path) -> None:
+    device = tmp_path / "kvm"
+    device.touch(mode=0)
+    # Root may open anything, so it becomes another user on its way to the device.
+    code = """
+import os
+from pyhv import guests
+from pyhv.accel import kvm
+from pyhv.cli import run
+kvm.DEVICE = sys.argv.pop(1)
+open_device = kvm.Kvm.__init__
+def drop_and_open(self):
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    open_device(self)
+kvm.Kvm.__init__ = drop_and_open
+sys.exit(main(sys.argv[1:]))
+"""
+    assert_refused(python(code, str(device), "run", "hello"), f"{device}: ", "may not", "kvm USER")
+
+
+def test_features_that_this_kernel_cannot_hide(unfaithful: None) -> None:
+    done = call("run", "cpuid", "--compat", "--intercept", "kernel")
+    assert_refused(done, "--intercept kernel: ", "CPL 0", "CPL 3", "ssse3", "trap")
+    done = call("run", "cpuid", "--compat", "--append", "cpl3")
+    assert_refused(done, "cpuid: ", "CPL 3", "--cpu host")
+    done = call("trace", "cpuid", "--compat", "--via", "tracepoint")
+    assert_refused(done, "--intercept kernel: ", "ssse3")
