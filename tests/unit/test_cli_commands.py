@@ -113,8 +113,9 @@ def test_unexpected_errors_ask_for_a_report(monkeypatch: pytest.MonkeyPatch, cap
     assert err.startswith("pyhv: internal error: IndexError: list index out of range; please report this")
     assert err.count("\n") == 1
     monkeypatch.setenv("PYHV_DEBUG", "1")
-    with pytest.raises(IndexError):
-        main(["features", "avx"])
+    status, out, err = call(capfd, "features", "avx")
+    assert (status, out) == (125, "")
+    assert "Traceback" in err and "pyhv: internal error: IndexError" in err
 
 
 # ------------------------------------------------------------------------------------------- features, profiles
