@@ -73,8 +73,13 @@ int pyhv_vcpu_get_cpuid(struct pyhv_vcpu *vcpu, struct pyhv_cpuid_entry *entries
                         struct pyhv_error *error)
 {
     struct cpuid_buffer table = {.head.nent = PYHV_CPUID_MAX_ENTRIES};
+    for (size_t i = 0; i < PYHV_CPUID_MAX_ENTRIES; i++)
+        table.entries[i].function = UINT32_MAX;
     if (ioctl(vcpu->fd, KVM_GET_CPUID2, &table) < 0)
         return pyhv_fail_errno(error, "KVM_GET_CPUID2");
+    /* Linux 6.1 fills the entries and leaves the number as it was: what it did not touch is not part of the table. */
+    while (table.head.nent > 0 && table.entries[table.head.nent - 1].function == UINT32_MAX)
+        table.head.nent--;
     return copy_out(&table, entries, capacity, "KVM_GET_CPUID2", error);
 }
 
@@ -620,4 +625,33 @@ int pyhv_vm_set_clock(struct pyhv_vm *vm, const struct pyhv_clock *clock, struct
 {
     struct kvm_clock_data data = {.clock = clock->ns};
     return ioctl(vm->fd, KVM_SET_CLOCK, &data) < 0 ? pyhv_fail_errno(error, "KVM_SET_CLOCK") : 0;
+}
+
+static struct kvm_device_attr tsc_offset_attribute(uint64_t *offset)
+{
+    return (struct kvm_device_attr){
+        .group = KVM_VCPU_TSC_CTRL,
+        .attr = KVM_VCPU_TSC_OFFSET,
+        .addr = (uint64_t)(uintptr_t)offset,
+    };
+}
+
+int pyhv_vcpu_get_tsc_offset(struct pyhv_vcpu *vcpu, uint64_t *offset, struct pyhv_error *error)
+{
+    struct kvm_device_attr attribute = tsc_offset_attribute(offset);
+    if (ioctl(vcpu->fd, KVM_HAS_DEVICE_ATTR, &attribute) < 0)
+        return 1;
+    return ioctl(vcpu->fd, KVM_GET_DEVICE_ATTR, &attribute) < 0
+               ? pyhv_fail(error, errno, "KVM_GET_DEVICE_ATTR", "KVM_VCPU_TSC_OFFSET")
+               : 0;
+}
+
+int pyhv_vcpu_set_tsc_offset(struct pyhv_vcpu *vcpu, uint64_t offset, struct pyhv_error *error)
+{
+    struct kvm_device_attr attribute = tsc_offset_attribute(&offset);
+    if (ioctl(vcpu->fd, KVM_HAS_DEVICE_ATTR, &attribute) < 0)
+        return 1;
+    return ioctl(vcpu->fd, KVM_SET_DEVICE_ATTR, &attribute) < 0
+               ? pyhv_fail(error, errno, "KVM_SET_DEVICE_ATTR", "KVM_VCPU_TSC_OFFSET")
+               : 0;
 }

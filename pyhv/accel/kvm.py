@@ -186,7 +186,8 @@ class Kvm:
         return int(check(lib.pyhv_kvm_check_extension(self.fd, capability, error), error))
 
     def supported_cpuid(self) -> CpuidTable:
-        """KVM_GET_SUPPORTED_CPUID, and TSC_DEADLINE, which older kernels offer by a capability only."""
+        """KVM_GET_SUPPORTED_CPUID, and what KVM gives without listing it: the hypervisor bit, which is user space's to
+        set, and TSC_DEADLINE, which older kernels offer by a capability only."""
         from pyhv.cpu import features
         from pyhv.cpu.table import CpuidTable
 
@@ -194,11 +195,10 @@ class Kvm:
         error = new_error()
         count = check(lib.pyhv_kvm_supported_cpuid(self.fd, entries, _MAX_ENTRIES, error), error)
         table = CpuidTable.from_entries(_entry_tuples(entries, count))
+        ecx = table.get(1).ecx | features.find("hypervisor").mask
         if self.check_extension(CAP_TSC_DEADLINE_TIMER):
-            deadline = features.find("tsc_deadline_timer")
-            ecx = table.get(1).ecx | 1 << deadline.bit
-            table = table.replace({(1, 0): table.get(1)._replace(ecx=ecx)})
-        return table
+            ecx |= features.find("tsc_deadline_timer").mask
+        return table.replace({(1, 0): table.get(1)._replace(ecx=ecx)})
 
     def msr_list(self, features: bool = False) -> tuple[int, ...]:
         """The MSRs that make up a vCPU's state, or with `features` those that describe the processor."""

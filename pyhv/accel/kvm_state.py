@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pyhv.accel.kvm import KvmVcpu, KvmVm
     from pyhv.cpu.table import CpuidTable
 
+_U64 = (1 << 64) - 1
 _XSAVE_MAX = 16384  # PYHV_XSAVE_MAX
 _LAPIC_SIZE = 1024  # PYHV_LAPIC_SIZE
 
@@ -25,6 +26,9 @@ _LAPIC_SIZE = 1024  # PYHV_LAPIC_SIZE
 # Vol. 1, "XSAVE Area").
 _XSTATE_BV = slice(512, 520)
 _LEGACY_COMPONENTS = 3
+
+# Written apart from the others: see _apply_tsc() and apply().
+_TIME_MSRS = (msrs.IA32_TSC, msrs.IA32_TSC_DEADLINE)
 
 T = TypeVar("T", bound=tuple[Any, ...])
 
@@ -34,8 +38,8 @@ def capture(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable]) -
     error = new_error()
     clock = ffi.new("struct pyhv_clock *")
     check(lib.pyhv_vm_get_clock(vm.handle, clock, error), error)
-    states = tuple(_capture_vcpu(vm, vcpu, table) for vcpu, table in zip(vcpus, tables, strict=True))
-    return ProcessorsState(states, _capture_irqchip(vm), clock.ns, vcpus[0].read_tsc_khz())
+    states = [_capture_vcpu(vm, vcpu, table) for vcpu, table in zip(vcpus, tables, strict=True)]
+    return ProcessorsState(_same_moment(vcpus, states), _capture_irqchip(vm), clock.ns, vcpus[0].read_tsc_khz())
 
 
 def _capture_vcpu(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable) -> VcpuState:
@@ -87,9 +91,8 @@ def apply(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable], sta
         if vcpu.read_tsc_khz() != state.tsc_khz:
             check(lib.pyhv_vcpu_set_tsc_khz(vcpu.handle, state.tsc_khz, error), error)
     for vcpu, saved in pairs:
-        # All vCPUs' TSCs in one go: KVM takes values that differ by less than a second for an attempt to synchronize
-        # them, and gives all of them one offset.
-        write_msrs(vcpu, {index: value for index, value in saved.msrs.items() if index != msrs.IA32_TSC_DEADLINE})
+        write_msrs(vcpu, {number: value for number, value in saved.msrs.items() if number not in _TIME_MSRS})
+    _apply_tsc(pairs)
     if state.irqchip is not None:
         # Every LAPIC before the I/O APIC, which routes to them, and delivers at once what is pending.
         for vcpu, saved in pairs:
@@ -110,6 +113,43 @@ def apply(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable], sta
     check(lib.pyhv_vm_set_clock(vm.handle, clock, error), error)
     for vcpu, _ in pairs:
         check(lib.pyhv_vcpu_clock_paused(vcpu.handle, error), error)
+
+
+def _apply_tsc(pairs: Sequence[tuple[KvmVcpu, VcpuState]]) -> None:
+    """Lets the vCPUs' time-stamp counters go on where they were saved, from one and the same moment on."""
+    first, saved_first = pairs[0]
+    if msrs.IA32_TSC not in saved_first.msrs:
+        return
+    # Not by writing the MSR: KVM takes a value less than a second from what the counter shows for an attempt to
+    # synchronize it with other vCPUs, and leaves it as it is. A guest saved in its first second would lose that time.
+    offset = _tsc_offset(first)
+    if offset is None:  # before Linux 5.16
+        for vcpu, saved in pairs:
+            write_msrs(vcpu, {msrs.IA32_TSC: saved.msrs[msrs.IA32_TSC]})
+        return
+    shift = offset - read_msrs(first, [msrs.IA32_TSC])[msrs.IA32_TSC]
+    error = new_error()
+    for vcpu, saved in pairs:
+        wanted = saved.msrs[msrs.IA32_TSC] + shift & _U64
+        check(lib.pyhv_vcpu_set_tsc_offset(vcpu.handle, wanted, error), error)
+
+
+def _same_moment(vcpus: Sequence[KvmVcpu], states: Sequence[VcpuState]) -> tuple[VcpuState, ...]:
+    """The states with the time-stamp counters that the vCPUs had at one moment, that of the first: they were read one
+    after the other, and a guest that compares them would see them jump."""
+    offsets = [_tsc_offset(vcpu) for vcpu in vcpus]
+    base = states[0].msrs.get(msrs.IA32_TSC)
+    if base is None or offsets[0] is None:
+        return tuple(states)
+    for state, offset in zip(states, offsets, strict=True):
+        assert offset is not None
+        state.msrs[msrs.IA32_TSC] = base + offset - offsets[0] & _U64
+    return tuple(states)
+
+
+def _tsc_offset(vcpu: KvmVcpu) -> int | None:
+    offset, error = ffi.new("uint64_t *"), new_error()
+    return None if check(lib.pyhv_vcpu_get_tsc_offset(vcpu.handle, offset, error), error) else int(offset[0])
 
 
 def read_msrs(vcpu: KvmVcpu, indices: Sequence[int]) -> dict[int, int]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from pyhv._native import check, ffi, lib, new_error
+from pyhv._native import check, ffi, lib, new_error, to_exception
+from pyhv.errors import BadInput
 
 UART_PORT, UART_IRQ = 0x3F8, 4
 DEBUG_EXIT_PORT = 0xF4
+
+_STATE_MAX = 8192  # PYHV_DEVICE_STATE_MAX
 
 
 class Devices:
@@ -24,6 +27,7 @@ class Devices:
         self._has_input = console_in >= 0
         self._pump: threading.Thread | None = None
         self._uart: Any = None
+        self._devices: dict[str, Any] = {}
         try:
             self._uart = self._attach(
                 lib.pyhv_uart16550_create(UART_PORT, UART_IRQ, console_in, console_out, error), error
@@ -40,7 +44,29 @@ class Devices:
         if lib.pyhv_bus_attach(self.bus, device, error) < 0:
             lib.pyhv_device_destroy(device)
             check(-1, error)
+        self._devices[ffi.string(lib.pyhv_device_name(device)).decode()] = device
         return device
+
+    def save(self) -> dict[str, bytes]:
+        """Each device's state by its name, in the format that its C file documents. Raises HostError."""
+        error, buffer = new_error(), ffi.new("uint8_t[]", _STATE_MAX)
+        states: dict[str, bytes] = {}
+        for name, device in self._devices.items():
+            size = check(lib.pyhv_device_save(device, buffer, _STATE_MAX, error), error)
+            states[name] = bytes(ffi.buffer(buffer, size))
+        return states
+
+    def load(self, states: dict[str, bytes]) -> None:
+        """Puts the states back; they need not be trusted. Raises BadInput for a device that is missing, unknown or
+        refuses its state."""
+        if states.keys() != self._devices.keys():
+            raise BadInput(
+                "devices", f"the state has {', '.join(sorted(states))}; this VM has {', '.join(self._devices)}"
+            )
+        error = new_error()
+        for name, device in self._devices.items():
+            if lib.pyhv_device_load(device, states[name], len(states[name]), error) < 0:
+                raise BadInput(f"device {name}", str(to_exception(error)))
 
     def start_input(self) -> None:
         """Starts moving console input to the UART, once; a VM without input needs no thread for it."""

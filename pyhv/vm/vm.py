@@ -13,6 +13,7 @@ from pyhv.vm.memory import GuestMemory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyhv.accel.state import ProcessorsState
     from pyhv.cpu.table import CpuidTable
 
 # How long a VM must look idle before it is asked whether it can ever wake up, in seconds; doubled after each "yes, it
@@ -57,6 +58,7 @@ class Vm:
     ) -> None:
         self.memory = memory
         self.devices = devices
+        self.tables = tuple(tables)
         self.vcpus: list[AccelVcpu] = []
         self.stopped: Stopped | None = None
         self._trap = trap
@@ -71,7 +73,7 @@ class Vm:
             self._vm = accelerator.create_vm(devices.bus, irqchip)
             for gpa, size, offset in memory.regions:
                 self._vm.map(gpa, size, memory.host_address(offset))
-            for index, table in enumerate(tables):
+            for index, table in enumerate(self.tables):
                 vcpu = self._vm.create_vcpu(index)
                 self.vcpus.append(vcpu)
                 vcpu.set_cpuid(table)
@@ -133,6 +135,17 @@ class Vm:
                 idle_check = min(2 * idle_check, _LAST_IDLE_CHECK)
         self.pause()
         return self.stopped
+
+    def capture(self) -> ProcessorsState:
+        """The state of the processors of a paused VM. Raises HostError."""
+        assert self._vm is not None and not self._threads
+        return self._vm.capture(self.vcpus, self.tables)
+
+    def apply(self, state: ProcessorsState) -> None:
+        """Puts a state into a VM that has never run and whose memory is complete. Raises HostError; the VM is then
+        good for nothing but close()."""
+        assert self._vm is not None and not self._threads
+        self._vm.apply(self.vcpus, self.tables, state)
 
     def close(self) -> None:
         """Ends the VM, whatever it is doing, and gives everything back."""

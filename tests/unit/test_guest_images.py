@@ -104,7 +104,7 @@ PLAIN = {
     *("rep outs", "rep movs", "rep stos"),
 }
 INSTRUCTION_SETS = """
-pshufb pmulld pcmpgtq popcnt lzcnt tzcnt extrq pfadd pswapd vphaddbd vfmaddpd vaddps vcvtph2ps vfmadd132ps vpaddd andn
+pshufb pmulld pcmpgtq popcnt lzcnt tzcnt extrq pfadd pswapd vfmaddpd vaddps vcvtph2ps vfmadd132ps vpaddd andn
 pdep aesenc pclmullqlqdq sha1nexte movbe adcx rdrand rdseed rdtscp clflushopt clwb prefetchw xgetbv xsetbv
 """
 # What a guest executes beyond that, and why it may.
