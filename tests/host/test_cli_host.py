@@ -10,7 +10,9 @@ import pytest
 from pyhv.cli import host
 from pyhv.cpu.host import HostDescription, Verdict
 
-from .cli import call, call_json
+from .cli import NOT_IN_THE_LAB, call, call_json
+
+pytestmark = NOT_IN_THE_LAB
 
 
 def test_json_is_a_host_description(verdict: Verdict) -> None:

@@ -10,7 +10,9 @@ import pytest
 
 from pyhv import guests
 
-from .cli import call, python
+from .cli import NOT_IN_THE_LAB, call, python
+
+pytestmark = NOT_IN_THE_LAB
 
 
 @pytest.fixture(scope="module")

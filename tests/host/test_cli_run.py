@@ -13,7 +13,9 @@ import pytest
 
 from pyhv.cpu.table import CpuidTable
 
-from .cli import COMMAND, TIMEOUT, call, call_json, environment
+from .cli import COMMAND, NOT_IN_THE_LAB, TIMEOUT, call, call_json, environment
+
+pytestmark = NOT_IN_THE_LAB
 
 # The published list of what compatibility mode hides, and what came with it (names of features.toml).
 PUBLISHED = {

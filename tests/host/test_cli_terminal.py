@@ -11,7 +11,9 @@ import time
 
 import pytest
 
-from .cli import COMMAND, Terminal
+from .cli import COMMAND, NOT_IN_THE_LAB, Terminal
+
+pytestmark = NOT_IN_THE_LAB
 
 ECHO = ("run", "faults", "--append", "echo")
 
