@@ -436,10 +436,16 @@ static int write_slot(const struct slot *slot, size_t size, int fd, uint64_t off
     return 0;
 }
 
+/* The disk gets its work in pieces of this many bytes while the rest is still being written, so that the fsync that
+ * follows finds little left to do. It makes the device and the processor work at the same time: of the time of a
+ * plain write and fsync the second half nearly disappears. */
+#define WRITEBACK_SIZE (UINT64_C(8) << 20)
+
 /* The caller's half. */
 static int write_all(struct pipeline *pipeline, int fd, uint64_t offset, struct pyhv_error *error)
 {
     int result = 0;
+    uint64_t writeback = offset; /* everything before it is on its way */
     pthread_mutex_lock(&pipeline->lock);
     for (;;) {
         while (pipeline->filled == pipeline->emptied && !pipeline->finished)
@@ -448,8 +454,14 @@ static int write_all(struct pipeline *pipeline, int fd, uint64_t offset, struct 
             break;
         struct slot *slot = &pipeline->slots[pipeline->emptied % SLOTS];
         pthread_mutex_unlock(&pipeline->lock);
-        result = write_slot(slot, chunk_size(pipeline->size, slot->chunk), fd, offset + slot->chunk * PYHV_CHUNK_SIZE,
-                            error);
+        size_t size = chunk_size(pipeline->size, slot->chunk);
+        uint64_t place = offset + slot->chunk * PYHV_CHUNK_SIZE;
+        result = write_slot(slot, size, fd, place, error);
+        if (place + size - writeback >= WRITEBACK_SIZE) {
+            /* A hint: where it fails, the fsync says why. */
+            sync_file_range(fd, (off_t)writeback, (off_t)(place + size - writeback), SYNC_FILE_RANGE_WRITE);
+            writeback = place + size;
+        }
         pthread_mutex_lock(&pipeline->lock);
         pipeline->emptied++;
         pthread_cond_signal(&pipeline->changed);
