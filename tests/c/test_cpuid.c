@@ -48,7 +48,7 @@
         {.leaf = 0x1F, .subleaf = 0, .indexed = 1, .eax = 0, .ebx = 1, .ecx = 0x100, .edx = 6},                       \
         {.leaf = 0x1F, .subleaf = 1, .indexed = 1, .eax = 3, .ebx = 8, .ecx = 0x201, .edx = 6},                       \
         {.leaf = 0x40000000, .eax = 0x40000001, KVM}, {.leaf = 0x40000001, .eax = 0x01000009},                        \
-        {.leaf = 0x40000100, .eax = 0x40000100, .ebx = 5}, {.leaf = 0x90000000, .eax = 0x99},                         \
+        {.leaf = 0x40000100, .eax = 0x40000102, .ebx = 5}, {.leaf = 0x90000000, .eax = 0x99},                         \
     {                                                                                                                 \
         .leaf = 0x80000000, .eax = 0x80000008                                                                         \
     }
@@ -76,7 +76,15 @@ static const struct pyhv_cpuid_entry plain_xsave_entries[] = {
     {.leaf = 0xD, .subleaf = 64, .indexed = 1, .eax = 0x80, .ebx = 0x440},
 };
 
-static struct pyhv_cpuid_table intel, amd, hygon, small, tiny, plain_xsave;
+/* An interface whose first leaf obeys ECX: subleaf 0 is the one that names the highest leaf. */
+static const struct pyhv_cpuid_entry odd_entries[] = {
+    {.leaf = 0, .eax = 7, INTEL},
+    {.leaf = 7, .subleaf = 0, .indexed = 1, .eax = 9, .ecx = OSPKE},
+    {.leaf = 0x40000000, .subleaf = 0, .indexed = 1, .eax = 0x40000001},
+    {.leaf = 0x40000000, .subleaf = 1, .indexed = 1, .eax = 0x400000FF},
+};
+
+static struct pyhv_cpuid_table odd, intel, amd, hygon, small, tiny, plain_xsave;
 
 static const struct question {
     const char *what;
@@ -100,6 +108,7 @@ static const struct question {
     {"APIC appears by its base alone", &small, {.apic_base = APIC_ON}, 1, 0, {0, 0, 0, APIC}},
     {"OSPKE off", &intel, {0}, 7, 0, {1, 0, PKU, 0}},
     {"OSPKE follows CR4", &intel, {.cr4 = CR4_PKE}, 7, 0, {1, 0, PKU | OSPKE, 0}},
+    {"no OSPKE without PKU", &odd, {.cr4 = CR4_PKE}, 7, 0, {9, 0, 0, 0}},
     {"OSPKE is a bit of subleaf 0 only", &intel, {.cr4 = CR4_PKE}, 7, 1, {0x30, 0, PKU, 0}},
 
     {"XSAVE size: x87 only", &intel, {.xcr0 = 1}, 0xD, 0, {0x2E7, 0x240, 0xA88, 0}},
@@ -130,8 +139,10 @@ static const struct question {
     {"Intel: above the extended range", &intel, {0}, 0x80000009, 0, {0, 1, 0x100, 6}},
     {"Intel: above the maximum but present", &intel, {0}, 0x90000000, 0, {0x99, 0, 0, 0}},
     {"Intel: above the hypervisor's range", &intel, {0}, 0x40000002, 1, {3, 8, 0x201, 6}},
-    {"Intel: a second hypervisor interface", &intel, {0}, 0x40000100, 0, {0x40000100, 5, 0, 0}},
-    {"Intel: above the second interface", &intel, {0}, 0x40000101, 0, {0, 1, 0x100, 6}},
+    {"Intel: a second hypervisor interface", &intel, {0}, 0x40000100, 0, {0x40000102, 5, 0, 0}},
+    {"Intel: within the second interface but absent", &intel, {0}, 0x40000102, 0, {0, 0, 0, 0}},
+    {"Intel: above the second interface", &intel, {0}, 0x40000103, 0, {0, 1, 0x100, 6}},
+    {"Intel: the highest leaf is subleaf 0's to name", &odd, {.cr4 = 0}, 0x40000002, 0, {9, 0, 0, 0}},
     {"Intel: an absent interface", &intel, {0}, 0x40000200, 0, {0, 1, 0x100, 6}},
     {"Intel: Centaur's range is absent", &intel, {0}, 0xC0000000, 0, {0, 1, 0x100, 6}},
     {"Intel: the last leaf of all", &intel, {0}, 0xFFFFFFFF, 0, {0, 1, 0x100, 6}},
@@ -261,6 +272,7 @@ static void ask_this_processor(void)
 
 int main(void)
 {
+    init(&odd, odd_entries, LENGTH(odd_entries));
     init(&intel, intel_entries, LENGTH(intel_entries));
     init(&amd, amd_entries, LENGTH(amd_entries));
     init(&hygon, hygon_entries, LENGTH(hygon_entries));

@@ -7,6 +7,7 @@ single cases and runs under the sanitizers.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import shutil
 import subprocess
@@ -170,28 +171,31 @@ SIZES = st.integers(0, 0x4000)
 
 @st.composite
 def xsave_tables(draw: st.DrawFn) -> CpuidTable:
-    """A random table whose leaf 0xD could be a processor's."""
+    """A random table with the leaves that follow the vCPU's state, of which leaf 0xD could be a processor's."""
     table = draw(cpus.tables())
     rows = draw(st.dictionaries(st.integers(2, 66), st.tuples(SIZES, SIZES, st.integers(0, 7)), max_size=12))
     changes = {key: None for key in table.entries if key[0] == 0xD}
     leaf = {(0xD, n): Registers(*row, 0) for n, row in rows.items()}
     leaf[0xD, 0] = leaf[0xD, 1] = draw(cpus.registers)
-    return table.replace({**changes, **leaf})
+    others = {key: draw(cpus.registers) for key in ((1, 0), (7, 0), (7, 1))}
+    return table.replace({**changes, **leaf, **others})
 
 
 @given(
     st.one_of(cpus.tables(), xsave_tables()),
-    st.lists(st.tuples(cpus.leaves, cpus.subleaves, DYNAMICS), min_size=1, max_size=12),
+    st.lists(st.tuples(cpus.leaves, cpus.subleaves), max_size=12),
+    st.lists(DYNAMICS, min_size=2, max_size=2),
 )
 @settings(deadline=None)
 def test_engine_answers_as_the_model(
-    engine: Engine, table: CpuidTable, questions: list[tuple[int, int, Dynamic]]
+    engine: Engine, table: CpuidTable, questions: list[tuple[int, int]], dynamics: list[Dynamic]
 ) -> None:
     rows = table.as_entries()
     made = engine.table(rows)
-    # Ask for what is there and around it, too.
-    near = [(leaf + d, subleaf, Dynamic(0)) for leaf, subleaf in table.entries for d in (-1, 0, 1)]
-    for leaf, subleaf, dynamic in [*questions, *near]:
+    # Ask for what is there and around it, too, and first for what follows the vCPU's state.
+    near = [(leaf + d, subleaf) for leaf, subleaf in table.entries for d in (-1, 0, 1)]
+    moving = [(1, 0), (7, 0), (7, 1), (0xD, 0), (0xD, 1)]
+    for (leaf, subleaf), dynamic in itertools.product([*moving, *questions, *near], dynamics):
         leaf &= 0xFFFFFFFF
         expected = model(rows, dynamic, leaf, subleaf)
         assert engine.answer(made, dynamic, leaf, subleaf) == expected, (hex(leaf), hex(subleaf), dynamic)

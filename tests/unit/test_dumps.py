@@ -106,6 +106,13 @@ def test_raw() -> None:
     assert set(dump.out_of_range) == {(5, 0), (0x80000002, 0)}
 
 
+def test_a_range_whose_first_leaf_names_no_leaf_of_it_does_not_exist() -> None:
+    text = RAW.replace("80000000: 80000001", "80000000: FFFFFFFF")
+    text += "CPUID 40000000: 7FFFFFFF-00000001-00000000-00000000\n"
+    dump = dumps.read(text, "a")
+    assert set(dump.out_of_range) == {(5, 0), (0x40000000, 0), (0x80000000, 0), (0x80000001, 0), (0x80000002, 0)}
+
+
 def raw_xsave(*rows: str) -> str:
     return "CPUID 00000000: 0000000D-756E6547-6C65746E-49656E69\n" + "".join(f"CPUID 0000000D: {r}\n" for r in rows)
 

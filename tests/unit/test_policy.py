@@ -235,7 +235,8 @@ def test_topology(vcpus: int, bits: int) -> None:
         if "intel" in name:
             first, last = table.get(4, 0), table.get(4, 3)
             assert first.eax >> 26 == last.eax >> 26 == min((1 << bits) - 1, 63)
-            assert first.eax >> 14 & 0xFFF == 0  # the first level is a core's own
+            assert first.eax >> 14 & 0xFFF == 0  # the first two levels are a core's own
+            assert table.get(4, 2).eax >> 14 & 0xFFF == 0
             assert last.eax >> 14 & 0xFFF == (1 << bits) - 1  # the third is everyone's
         else:
             assert table.get(0x80000008).ecx == bits << 12 | vcpus - 1
@@ -339,6 +340,12 @@ def test_never_whatever_a_profile_lists() -> None:
         reasons = {row.name: row.reason for row in made.hidden}
         assert reasons["vmx"] == "virtualization inside the guest is never shown"
         assert reasons["pdcm"] == "performance monitoring is never shown"
+
+
+def test_amd_has_no_leaf_4() -> None:
+    for vendor, leaf4 in ((cpus.AMD, (0, 0, 0, 0)), (cpus.INTEL, (0x121, 2, 3, 4))):
+        host = HostDescription(host_with(vendor=vendor).table.replace({(4, 0): Registers(0x121, 2, 3, 4)}))
+        assert guest(host, EVERYTHING).table.get(4) == leaf4
 
 
 def test_unknown_bits_are_hidden() -> None:
