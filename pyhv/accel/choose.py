@@ -75,31 +75,70 @@ def choose(accelerator: Accelerator, guest: GuestCpu, facts: GuestFacts, interce
     verdict = probe.verdict(accelerator)
     leaks = {cpl: leaking_features(verdict, guest, cpl) for cpl in (0, 3)}
     if intercept == "trap":
-        return Choice(accelerator, "trap", facts.cpuid_sites, _trap_note(accelerator, facts, leaks))
+        return _trap(accelerator, facts, leaks)
     if not leaks[0] and not leaks[3]:
         return Choice(accelerator, "kernel", (), "")
+    hidden = sorted({*leaks[0], *leaks[3]})
     if intercept == "kernel":
         raise NotFaithful(
             "--intercept kernel",
             f"{accelerator.name} on this host does not hide what the CPUID table hides: {_leak_words(leaks)}",
             "use --intercept trap or auto, or a host with kvm_intel or kvm_amd",
-            sorted({*leaks[0], *leaks[3]}),
+            hidden,
         )
-    if facts.cpuid_sites and not facts.enters_user_mode:
-        return Choice(accelerator, "trap", facts.cpuid_sites, _trap_note(accelerator, facts, leaks))
-    why = (
-        "the guest executes CPUID at CPL 3, where trap does not work here"
-        if facts.cpuid_sites
-        else "the image does not declare where its CPUID instructions are, so trap is not sure to see them all"
-    )
+    if not facts.cpuid_sites:
+        why = "the image does not declare where its CPUID instructions are, so trap is not sure to see them all"
+    elif missed := _missed_levels(accelerator, facts, by_steps=False):
+        why = f"the guest executes CPUID at CPL {missed[-1]}, where trap does not work here"
+    else:
+        return _trap(accelerator, facts, leaks)
     raise NotFaithful(
         facts.name,
         f"its features cannot be hidden on this host: {accelerator.name} does not honour the CPUID table "
         f"({_leak_words(leaks)}), and {why}",
         "choices: --intercept trap (every CPUID at CPL 0 that a step reaches), --cpu host (hides nothing), or a host "
         "with kvm_intel or kvm_amd",
-        sorted({*leaks[0], *leaks[3]}),
+        hidden,
     )
+
+
+def _levels(facts: GuestFacts) -> tuple[int, ...]:
+    """The privilege levels at which the guest may execute CPUID."""
+    return (0, 3) if facts.enters_user_mode else (0,)
+
+
+def _missed_levels(accelerator: Accelerator, facts: GuestFacts, by_steps: bool) -> list[int]:
+    """Those of them at which trap does not see it on this host."""
+    from pyhv.accel import probe
+
+    return [cpl for cpl in _levels(facts) if not probe.trap_works(accelerator, by_steps, cpl)]
+
+
+def _trap(accelerator: Accelerator, facts: GuestFacts, leaks: dict[int, list[str]]) -> Choice:
+    """Trap, by breakpoints where the image allows it and they work, else by stepping; the note says what it covers."""
+    missed = _missed_levels(accelerator, facts, by_steps=not facts.cpuid_sites)
+    sites = facts.cpuid_sites
+    if sites and 0 in missed:
+        sites, missed = (), _missed_levels(accelerator, facts, by_steps=True)
+    if 0 in missed:
+        raise NotFaithful(
+            "--intercept trap",
+            f"guest debug of {accelerator.name} does not stop a guest on this host",
+            "use --intercept kernel or auto",
+            (),
+        )
+    if sites:
+        how = f"at the {len(sites)} CPUID instruction{'s' * (len(sites) > 1)} that the image declares"
+    else:
+        how = "by stepping, which misses CPUID in handlers of exceptions and interrupts"
+    note = f"CPUID is answered by trap {how}"
+    if leaks[0] or leaks[3]:
+        note = f"{accelerator.name} on this host does not honour the CPUID table, so {note}"
+    if missed:
+        note += "; not covered: CPL 3"
+    elif not facts.enters_user_mode and (leaks[0] or leaks[3]):
+        note += "; covered: CPL 0, which this guest does not leave"
+    return Choice(accelerator, "trap", sites, note)
 
 
 def leaking_features(verdict: Verdict, guest: GuestCpu, cpl: int) -> list[str]:
@@ -143,19 +182,3 @@ def _leak_words(leaks: dict[int, list[str]]) -> str:
 
 def _some(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _trap_note(accelerator: Accelerator, facts: GuestFacts, leaks: dict[int, list[str]]) -> str:
-    """What trap covers and what not, in one line."""
-    if facts.cpuid_sites:
-        count = len(facts.cpuid_sites)
-        how = f"at the {count} CPUID instruction{'s' * (count > 1)} that the image declares"
-    else:
-        how = "by stepping, which misses CPUID in handlers of exceptions and interrupts"
-    if not leaks[0] and not leaks[3]:
-        return f"CPUID is answered by trap {how}"
-    missed = "not covered: CPL 3" + ("" if facts.enters_user_mode else ", which this guest does not enter")
-    return (
-        f"{accelerator.name} on this host does not honour the CPUID table, so CPUID is answered by trap {how}; "
-        f"covered: CPL 0; {missed}"
-    )

@@ -12,7 +12,7 @@ import threading
 
 from pyhv._native.memory import Memory
 from pyhv.accel import long_mode
-from pyhv.accel.protocol import Accelerator, AccelVcpu, Regs, Sregs, Stop
+from pyhv.accel.protocol import Accelerator, Regs, Stop
 from pyhv.cpu import features
 from pyhv.cpu.features import Word
 from pyhv.cpu.host import Verdict
@@ -35,6 +35,7 @@ _CODE = bytes.fromhex(
     "0f0b"  #          ud2
     "f4"  #            hlt
 )
+_CPUID_OFFSET = 5
 _HANDLER_OFFSET = len(_CODE) - 1
 _UD_VECTOR = 6
 
@@ -49,6 +50,7 @@ _TIMEOUT = 2.0  # seconds; the probe takes a few milliseconds
 _NEEDED = "fpu pse tsc msr pae cx8 apic pge cmov fxsr sse sse2 syscall nx lm".split()
 
 _verdicts: dict[str, Verdict] = {}
+_traps: dict[tuple[str, bool, int], bool] = {}
 
 
 def verdict(accelerator: Accelerator) -> Verdict:
@@ -57,6 +59,29 @@ def verdict(accelerator: Accelerator) -> Verdict:
     if found is None:
         found = _verdicts[accelerator.name] = _probe(accelerator)
     return found
+
+
+def trap_works(accelerator: Accelerator, by_steps: bool, cpl: int) -> bool:
+    """Whether `trap` sees a CPUID at this privilege level on this host, by stepping or by breakpoints: tried out, each
+    once per process. Not every KVM's guest debug does all that it accepts: some ignore breakpoints, some hand what
+    happens at CPL 3 to the guest. Raises HostError if it cannot be tried."""
+    key = accelerator.name, by_steps, cpl
+    if key not in _traps:
+        _traps[key] = _try_trap(accelerator, by_steps, cpl)
+    return _traps[key]
+
+
+def _try_trap(accelerator: Accelerator, by_steps: bool, cpl: int) -> bool:
+    """Whether the probe's one CPUID is answered from the trap's table."""
+    table = least_table()
+    answer = table.get(0)._replace(ebx=struct.unpack("<I", b"trap")[0])
+    with _Probe(accelerator, table, [(0, 0)]) as probe:
+        sites = () if by_steps else (_ENTRY + _CPUID_OFFSET,)
+        probe.vcpu.trap(table.replace({(0, 0): answer}), sites)
+        try:
+            return probe.ask(cpl)[0, 0] == answer
+        except HostError:
+            return False  # the debug event went to the guest, whom it ended
 
 
 def least_table(linear_bits: int = 48, physical_bits: int = 36) -> CpuidTable:
@@ -77,56 +102,61 @@ def least_table(linear_bits: int = 48, physical_bits: int = 36) -> CpuidTable:
     return CpuidTable(entries)
 
 
+class _Probe:
+    """A vCPU with `table`, in a VM of its own, that executes CPUID for each of `questions`. A context manager."""
+
+    def __init__(self, accelerator: Accelerator, table: CpuidTable, questions: list[tuple[int, int]]) -> None:
+        self.questions = questions
+        self.memory = Memory(_SIZE)
+        self.vm = accelerator.create_vm(irqchip=False)
+        self.vm.map(0, _SIZE, self.memory.host)
+        self.vcpu = self.vm.create_vcpu(0)
+        self.vcpu.set_cpuid(table)
+        self._reset = self.vcpu.get_sregs()
+        _write_tables(self.memory.view)
+        asked = b"".join(struct.pack("<2I", *question) for question in questions)
+        self.memory.view[_QUESTIONS : _QUESTIONS + len(asked)] = asked
+
+    def ask(self, cpl: int) -> dict[tuple[int, int], Registers]:
+        """What the guest reads at this privilege level."""
+        self.vcpu.set_sregs(long_mode.sregs(self._reset, _PML4, _GDT, _TSS, _IDT, 16 * (_UD_VECTOR + 1) - 1, cpl))
+        count = len(self.questions)
+        self.vcpu.set_regs(Regs(rip=_ENTRY, rsp=_STACK_TOP, rsi=_QUESTIONS, rdi=_ANSWERS, r8=count))
+        # A KVM that cannot run these instructions may also hang on them: the kick is always within reach.
+        timer = threading.Timer(_TIMEOUT, self.vcpu.kick)
+        timer.start()
+        try:
+            exit = self.vcpu.run()
+        finally:
+            timer.cancel()
+            timer.join()
+        if exit.stop != Stop.HALTED:
+            where = f"the guest at CPL {cpl} stopped with {exit.stop.name} at 0x{exit.rip:x}"
+            raise HostError("CPUID probe", 0, where + (f": {exit.error}" if exit.error else ""))
+        values = struct.iter_unpack("<4I", bytes(self.memory.view[_ANSWERS : _ANSWERS + 16 * count]))
+        return {question: Registers(*value) for question, value in zip(self.questions, values, strict=True)}
+
+    def __enter__(self) -> _Probe:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.vcpu.close()
+        self.vm.close()
+        self.memory.close()
+
+
 def _probe(accelerator: Accelerator) -> Verdict:
     table = least_table()
     words = sorted(features.WORDS)
-    questions = sorted({(0, 0)} | {(word.leaf, word.subleaf) for word in words})
-    memory = Memory(_SIZE)
-    vm = accelerator.create_vm(irqchip=False)
-    try:
-        vm.map(0, _SIZE, memory.host)
-        vcpu = vm.create_vcpu(0)
-        try:
-            vcpu.set_cpuid(table)
-            _write_tables(memory.view)
-            memory.view[_QUESTIONS : _QUESTIONS + 8 * len(questions)] = b"".join(
-                struct.pack("<2I", *q) for q in questions
-            )
-            start = vcpu.get_sregs()
-            leaks: dict[int, dict[Word, int]] = {}
-            ignored: set[int] = set()
-            for cpl in (0, 3):
-                answers = _ask(vcpu, memory.view, start, cpl, questions)
-                leaks[cpl] = _leaks(answers, table, words)
-                if answers[0, 0][1:] != table.get(0)[1:]:
-                    ignored.add(cpl)
-        finally:
-            vcpu.close()
-    finally:
-        vm.close()
-        memory.close()
+    leaks: dict[int, dict[Word, int]] = {}
+    ignored: set[int] = set()
+    with _Probe(accelerator, table, sorted({(0, 0)} | {(word.leaf, word.subleaf) for word in words})) as probe:
+        for cpl in (0, 3):
+            answers = probe.ask(cpl)
+            leaks[cpl] = _leaks(answers, table, words)
+            if answers[0, 0][1:] != table.get(0)[1:]:
+                ignored.add(cpl)
     return Verdict(leaks=leaks, ignored=frozenset(ignored))
-
-
-def _ask(
-    vcpu: AccelVcpu, view: memoryview, start: Sregs, cpl: int, questions: list[tuple[int, int]]
-) -> dict[tuple[int, int], Registers]:
-    """Executes CPUID for each question at the privilege level and returns what the guest read."""
-    vcpu.set_sregs(long_mode.sregs(start, _PML4, _GDT, _TSS, _IDT, 16 * (_UD_VECTOR + 1) - 1, cpl))
-    vcpu.set_regs(Regs(rip=_ENTRY, rsp=_STACK_TOP, rsi=_QUESTIONS, rdi=_ANSWERS, r8=len(questions)))
-    # A KVM that cannot run these instructions may also hang on them: the kick is always within reach.
-    timer = threading.Timer(_TIMEOUT, vcpu.kick)
-    timer.start()
-    try:
-        exit = vcpu.run()
-    finally:
-        timer.cancel()
-        timer.join()
-    if exit.stop != Stop.HALTED:
-        where = f"the guest at CPL {cpl} stopped with {exit.stop.name} at 0x{exit.rip:x}"
-        raise HostError("CPUID probe", 0, where + (f": {exit.error}" if exit.error else ""))
-    values = struct.iter_unpack("<4I", bytes(view[_ANSWERS : _ANSWERS + 16 * len(questions)]))
-    return {question: Registers(*value) for question, value in zip(questions, values, strict=True)}
 
 
 def _leaks(answers: dict[tuple[int, int], Registers], table: CpuidTable, words: list[Word]) -> dict[Word, int]:

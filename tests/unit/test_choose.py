@@ -37,9 +37,19 @@ def facts(sites: tuple[int, ...] = (0x100010,), user: bool = False) -> choose.Gu
 
 
 def decide(
-    monkeypatch: pytest.MonkeyPatch, verdict: Verdict, facts: choose.GuestFacts, wish: str = "auto", **guest: Any
+    monkeypatch: pytest.MonkeyPatch,
+    verdict: Verdict,
+    facts: choose.GuestFacts,
+    wish: str = "auto",
+    breakpoints: tuple[int, ...] = (0,),
+    steps: tuple[int, ...] = (0,),
+    **guest: Any,
 ) -> choose.Choice:
+    """breakpoints, steps: the privilege levels at which trap works on this paper host."""
     monkeypatch.setitem(probe._verdicts, "paper", verdict)
+    for cpl in (0, 3):
+        monkeypatch.setitem(probe._traps, ("paper", False, cpl), cpl in breakpoints)
+        monkeypatch.setitem(probe._traps, ("paper", True, cpl), cpl in steps)
     return choose.choose(PaperAccelerator(), Guest(**guest), facts, wish)  # type: ignore[arg-type]
 
 
@@ -63,8 +73,14 @@ def test_auto_traps_what_declares_its_cpuids_and_stays_at_cpl_0(
 ) -> None:
     choice = decide(monkeypatch, verdict, facts())
     assert (choice.intercept, choice.sites) == ("trap", (0x100010,))
-    assert "covered: CPL 0; not covered: CPL 3, which this guest does not enter" in choice.note
+    assert "covered: CPL 0, which this guest does not leave" in choice.note
     assert "\n" not in choice.note
+
+
+def test_auto_traps_at_cpl_3_where_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = decide(monkeypatch, LEAKS_AT_3, facts(user=True), breakpoints=(0, 3))
+    assert (choice.intercept, choice.sites) == ("trap", (0x100010,))
+    assert "not covered" not in choice.note
 
 
 def test_auto_refuses_what_trap_cannot_cover(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,11 +102,23 @@ def test_a_leak_of_what_the_guest_may_see_is_none(monkeypatch: pytest.MonkeyPatc
     assert decide(monkeypatch, LEAKS_EVERYWHERE, facts(), "kernel", table=table).intercept == "kernel"
 
 
+def test_auto_does_not_trust_breakpoints_that_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotFaithful, match="CPL 0, where trap does not work here"):
+        decide(monkeypatch, LEAKS_EVERYWHERE, facts(), breakpoints=())
+
+
 def test_trap_is_given_when_asked_for_and_says_what_it_misses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "misses CPUID in handlers" in decide(monkeypatch, FAITHFUL, facts(()), "trap").note
     assert decide(monkeypatch, FAITHFUL, facts(), "trap", hides=False).intercept == "trap"
-    note = decide(monkeypatch, LEAKS_AT_3, facts(user=True), "trap").note
-    assert note.endswith("not covered: CPL 3")
+    assert decide(monkeypatch, LEAKS_AT_3, facts(user=True), "trap").note.endswith("not covered: CPL 3")
+
+
+def test_trap_steps_where_breakpoints_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = decide(monkeypatch, FAITHFUL, facts(), "trap", breakpoints=())
+    assert (choice.intercept, choice.sites) == ("trap", ())
+    assert "by stepping" in choice.note
+    with pytest.raises(NotFaithful, match="does not stop a guest"):
+        decide(monkeypatch, FAITHFUL, facts(), "trap", breakpoints=(), steps=())
 
 
 def test_unknown_wishes_are_refused() -> None:
