@@ -13,6 +13,7 @@ from pyhv.cpu.features import FEATURES, WORDS, Word, find
 from pyhv.cpu.table import (
     EXTENDED,
     HYPERVISOR,
+    NAME_LEAVES,
     REGISTERS,
     ZEROS,
     CpuidTable,
@@ -94,7 +95,8 @@ class HostDescription(NamedTuple):
     """What a host can give its guests."""
 
     table: CpuidTable
-    """CPUID as the accelerator offers it to guests (KVM_GET_SUPPORTED_CPUID), with its own leaves."""
+    """CPUID as the accelerator offers it to guests (KVM_GET_SUPPORTED_CPUID), with its own leaves, and with the
+    processor's name (table.NAME_LEAVES), which KVM leaves to whoever makes the guest's table."""
     kernel: str = ""
     """The kernel's release, "" where it is not known."""
     accelerator: str = ""
@@ -231,8 +233,10 @@ _KVM_MAX_BASIC = 0x24
 _KVM_MAX_EXTENDED = 0x80000022
 _KVM_MAX_SUBLEAF_7 = 2
 
-#: Leaves that KVM passes on as the processor answers them, but for the feature words in them.
-_KVM_PASSES = frozenset({0x0, 0x1, 0x2, 0x4, *range(0x80000000, 0x80000007), 0x80000019, 0x8000001D})
+#: Leaves that KVM passes on as the processor answers them, but for the feature words in them; and the processor's name.
+_KVM_PASSES = frozenset(
+    {0x0, 0x1, 0x2, 0x4, EXTENDED, 0x80000001, *NAME_LEAVES, 0x80000005, 0x80000006, 0x80000019, 0x8000001D}
+)
 
 #: And these, where the feature that announces the leaf is visible.
 _KVM_ANNOUNCED = {0x12: "sgx", 0x14: "intel_pt", 0x1D: "amx_tile", 0x1E: "amx_tile", 0x24: "avx10"}

@@ -58,7 +58,7 @@ from typing import NamedTuple
 from pyhv.cpu.features import BY_NAME, FEATURES, Feature, closure, pack
 from pyhv.cpu.host import KVM_SIGNATURE, HostDescription
 from pyhv.cpu.profiles import Limits, Profile
-from pyhv.cpu.table import EXTENDED, HYPERVISOR, ZEROS, CpuidTable, Registers, XsaveArea, xsave_leaf
+from pyhv.cpu.table import EXTENDED, HYPERVISOR, NAME_LEAVES, ZEROS, CpuidTable, Registers, XsaveArea, xsave_leaf
 from pyhv.errors import BadInput
 
 #: APIC ids have 8 bits, and 255 is the broadcast.
@@ -67,7 +67,7 @@ MAX_VCPUS = 255
 Entries = dict[tuple[int, int], Registers]
 
 #: Leaves that are the host's own data, shown as they are.
-_AS_HOST = (0x2, *range(0x80000002, 0x80000007))
+_AS_HOST = (0x2, *NAME_LEAVES, 0x80000005, 0x80000006)
 
 #: Leaves that are as the host offers them, unless the profile is for moving.
 _AS_HOST_STAYING = (0x15, 0x16, 0x8000001A)

@@ -27,6 +27,9 @@ INDEXED_LEAVES = frozenset(
 EXTENDED = 0x80000000
 HYPERVISOR = 0x40000000
 
+#: The leaves that hold the processor's name.
+NAME_LEAVES = (0x80000002, 0x80000003, 0x80000004)
+
 REGISTERS = ("eax", "ebx", "ecx", "edx")
 
 _VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
@@ -193,8 +196,8 @@ class CpuidTable:
 
     @property
     def brand(self) -> str:
-        """The processor's name (leaves 0x80000002 to 0x80000004), "" where it has none."""
-        words = [w for leaf in (0x80000002, 0x80000003, 0x80000004) for w in self.get(leaf)]
+        """The processor's name, "" where it has none."""
+        words = [w for leaf in NAME_LEAVES for w in self.get(leaf)]
         return " ".join(_text(*words).split("\0")[0].split())
 
     @property
