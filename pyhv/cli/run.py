@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 _DETAILS = f"""
-IMAGE is the name of a bundled guest ({{guests}}), or a file:
-an ELF64 image or a flat binary, see guest_images/README.md for the state it starts in. ./NAME is always a file.
+IMAGE is a file (./NAME always is), an ELF64 image or a flat binary: guest_images/README.md tells the state that it
+starts in. Or it is a bundled guest:
+{{guests}}
 
 The guest's console (a serial port) is stdin and stdout. Is stdin a terminal, then each key goes to the guest, and
   {HELP}
@@ -43,7 +44,8 @@ def _details() -> str:
         f"  {'0 to 255' if cause == 'guest-exit' else status!s:<9} {cause:<15} {meaning}"
         for cause, (status, meaning) in outcome.CAUSES.items()
     )
-    return _DETAILS.format(guests=", ".join(guests.names()), statuses=statuses)
+    bundled = "\n".join(f"  {name:<14}{guests.describe(name)}" for name in guests.names())
+    return _DETAILS.format(guests=bundled, statuses=statuses)
 
 
 # What describes a machine and its run; machine_arguments() is the other half.

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from pyhv.cli import main
+
 TIMEOUT = 60  # seconds; everything here takes well under one, on a machine with nothing else to do
 
 COMMAND = [sys.executable, "-m", "pyhv"]
@@ -38,6 +40,13 @@ def call_json(*words: str) -> Any:
     """Runs `pyhv WORDS --json`; what it printed, with its exit status as "exit"."""
     done = call(*words, "--json")
     return json.loads(done.stdout) | {"exit": done.returncode}
+
+
+def call_here(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Runs `pyhv WORDS` in this process: its status, stdout and stderr. Quick enough for an emulated host."""
+    status = main(list(words))
+    captured = capfd.readouterr()
+    return status, captured.out, captured.err
 
 
 def environment() -> dict[str, str]:

@@ -24,7 +24,7 @@ from pyhv.cpu.host import Verdict
 from pyhv.cpu.table import REGISTERS
 from pyhv.errors import NotAvailable
 
-from .cli import COMMAND, NOT_IN_THE_LAB, TIMEOUT, call, environment
+from .cli import COMMAND, NOT_IN_THE_LAB, TIMEOUT, call, call_here, environment
 
 
 def trace(*words: str) -> tuple[list[dict[str, Any]], dict[str, Any], subprocess.CompletedProcess[str]]:
@@ -179,11 +179,18 @@ def test_compat_is_traced_through_trap_where_the_kernel_does_not_hide(unfaithful
     assert "path baseline" in done.stderr
 
 
-@NOT_IN_THE_LAB
-def test_compat_is_traced_through_the_kernel_where_it_hides(faithful: None, tracefs: str) -> None:
-    entries, end, _ = trace("cpuid", "--compat")
-    assert end["via"] == "tracepoint"
-    assert "ssse3" not in {name for entry in entries for name in features.WORDS} and entries
+def test_compat_is_traced_through_the_kernel_where_it_hides(
+    faithful: None, tracefs: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = call_here(capfd, "trace", "cpuid", "--compat", "--json")
+    *entries, end = (json.loads(line) for line in out.splitlines())
+    assert (status, end["cause"], end["via"], end["lost"]) == (0, "guest-exit", "tracepoint", 0)
+    seen = answers([entry for entry in entries if entry["rip"] is not None])
+    for key, registers in printed(err).items():
+        assert seen[key] == registers
+    for name in ("ssse3", "sse4_1", "popcnt", "avx"):
+        feature = features.find(name)
+        assert not seen[1, 0][REGISTERS.index(feature.word.register)] & feature.mask
 
 
 @NOT_IN_THE_LAB
