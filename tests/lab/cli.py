@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     test.add_argument("--json", metavar="FILE", help="write the outcomes as JSON")
     test.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N",
                       help="hosts at a time (default: as many as CPUs)")  # fmt: skip
+    test.add_argument("-v", dest="verbose", action="store_true", help="say each test's outcome as it comes")
     test.add_argument("--inside", action="store_true", help="leave out the tests that need several hosts")
     test.add_argument("--optional", action="store_true",
                       help="where the lab cannot run for want of packages: exit status 0, said in capitals; "
@@ -144,7 +145,9 @@ def _test(options: argparse.Namespace) -> int:
     sets = {"quick": testing.QUICK, "full": testing.FULL}
     names = sets.get(options.kinds) or tuple(name for name in options.kinds.split(",") if name)
     begin = time.monotonic()
-    outcomes = testing.run(names, options.expression, outside=not options.inside, jobs=options.jobs, say=_say)
+    outcomes = testing.run(
+        names, options.expression, outside=not options.inside, jobs=options.jobs, say=_say, verbose=options.verbose
+    )
     if options.junit:
         Path(options.junit).write_bytes(testing.as_junit(outcomes))
     if options.json:

@@ -12,7 +12,8 @@ from pathlib import Path
 from . import cache, image
 from .errors import LabError
 
-PROJECT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parents[1]
 #: What the wheel is made of. Nothing that a build leaves in these folders is taken.
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "pyhv", "guest_images")
 _BUILT = shutil.ignore_patterns("__pycache__", "*.so", "*.o", "*.elf", "_features.py", "_pyhv.c", "gen", "build")
@@ -76,6 +77,13 @@ def pyhv(say: image.Say = image.say_nothing) -> Path:
 
 
 def files(say: image.Say = image.say_nothing) -> dict[str, Path | bytes]:
-    """What Host.put() takes to bring pyhv into a host, under INSIDE."""
+    """What Host.put() takes to bring pyhv and the tests for it into a host, under INSIDE."""
     start = b"#!/usr/bin/python3\nimport sys\nfrom pyhv.cli import main\nsys.exit(main())\n"
-    return {"site": pyhv(say) / "site", "bin/pyhv": start}
+    return {
+        "site": pyhv(say) / "site",
+        "bin/pyhv": start,
+        "tests/__init__.py": b"",
+        "tests/inside": HERE / "inside",
+        # pyhv's tests for this machine's KVM; many are skipped where that does not honour its CPUID table.
+        "tests/host": PROJECT / "tests" / "host",
+    }

@@ -112,13 +112,17 @@ class Command:
         if text not in self.stdout:
             raise LabError(f"{self._what()}: ended without having printed {text!r}{self._output()}")
 
-    def wait(self, timeout: float = 60) -> Result:
-        """The result, once the command has ended.
+    def wait(self, timeout: float = 60, on_line: Callable[[str], None] | None = None) -> Result:
+        """The result, once the command has ended. `on_line` gets each line of its standard output as it comes.
 
         Raises CommandTimeout after `timeout` seconds (the command is killed, the host goes on), HostFailed when the
         host dies or does not even answer to that, OSError when the command could not be started."""
         limit = timeout * patience()
+        if on_line is not None:
+            self._watch(on_line, limit)
+            limit = max(0.0, limit - (time.monotonic() - self._started))
         if not self._host._wait(lambda: self.ended, limit):
+            limit = timeout * patience()
             self.kill()
             if not self._host._wait(lambda: self.ended, 20 * patience()):
                 what = f"hangs: a command did not end within {limit:.0f} s, nor when killed"
@@ -131,6 +135,22 @@ class Command:
             error.filename = self.argv[0]
             raise
         return Result(status, bytes(self.stdout), bytes(self.stderr), self._ended - self._started)
+
+    def _watch(self, on_line: Callable[[str], None], limit: float) -> None:
+        """Passes on the lines of the standard output until the command ends or `limit` seconds are over."""
+        passed, deadline = 0, time.monotonic() + limit
+
+        def came() -> bool:
+            return self.ended or self.stdout.find(b"\n", passed) >= 0
+
+        while self._host._wait(came, max(0.0, deadline - time.monotonic())):
+            ended = self.ended
+            *lines, _ = bytes(self.stdout[passed:]).split(b"\n")
+            for line in lines:
+                on_line(line.decode(errors="replace"))
+                passed += len(line) + 1
+            if ended:
+                return
 
     def _what(self) -> str:
         return f"{self._host.name}: {' '.join(self.argv)}"

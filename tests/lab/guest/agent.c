@@ -57,9 +57,9 @@ enum {
 
 enum { RUN_STDIN = 1, RUN_TERMINAL = 2 };
 
-#define MAX_PAYLOAD 65536
+#define MAX_PAYLOAD  65536
 #define MAX_COMMANDS 32
-#define MAX_STRINGS 1024
+#define MAX_STRINGS  1024
 
 struct header {
     char magic[4];

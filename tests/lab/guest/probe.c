@@ -30,11 +30,11 @@ static int check(int result, const char *what)
 int main(void)
 {
     static const uint8_t code[] = {
-        0x66, 0xb8, 1, 0, 0, 0,             /* mov eax, 1 */
-        0x0f, 0xa2,                         /* cpuid */
-        0x66, 0x89, 0x0e, 0x00, 0x05,       /* mov [0x500], ecx */
-        0x66, 0x89, 0x16, 0x04, 0x05,       /* mov [0x504], edx */
-        0xf4,                               /* hlt */
+        0x66, 0xb8, 1,    0,    0,    0, /* mov eax, 1 */
+        0x0f, 0xa2,                      /* cpuid */
+        0x66, 0x89, 0x0e, 0x00, 0x05,    /* mov [0x500], ecx */
+        0x66, 0x89, 0x16, 0x04, 0x05,    /* mov [0x504], edx */
+        0xf4,                            /* hlt */
     };
     struct kvm_userspace_memory_region region = {.memory_size = 0x10000};
     struct kvm_cpuid2 *table = calloc(1, sizeof *table + ENTRIES * sizeof table->entries[0]);
