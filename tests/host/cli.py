@@ -23,10 +23,10 @@ TIMEOUT = 60  # seconds; everything here takes well under one, on a machine with
 
 COMMAND = [sys.executable, "-m", "pyhv"]
 
-# For modules that start many processes: Python takes 1 s to start on an emulated AMD host and 7 s on an Intel one.
-NOT_IN_THE_LAB = pytest.mark.skipif(
-    "PYHV_LAB_KIND" in os.environ, reason="hundreds of processes are too many for an emulated host; they run outside it"
-)
+# For what starts processes: Python takes 1 s to start on an emulated AMD host and 7 s on an Intel one.
+IN_THE_LAB = "PYHV_LAB_KIND" in os.environ
+LAB_REASON = "starts too many processes for an emulated host; runs outside it"
+NOT_IN_THE_LAB = pytest.mark.skipif(IN_THE_LAB, reason=LAB_REASON)
 
 
 def call(*words: str, stdin: Any = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:

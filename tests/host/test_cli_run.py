@@ -13,9 +13,10 @@ import pytest
 
 from pyhv.cpu.table import CpuidTable
 
-from .cli import COMMAND, NOT_IN_THE_LAB, TIMEOUT, call, call_json, environment
+from .cli import COMMAND, IN_THE_LAB, LAB_REASON, TIMEOUT, call, call_json, environment
 
-pytestmark = NOT_IN_THE_LAB
+if IN_THE_LAB:
+    pytest.skip(LAB_REASON, allow_module_level=True)
 
 # The published list of what compatibility mode hides, and what came with it (names of features.toml).
 PUBLISHED = {

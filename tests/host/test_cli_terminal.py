@@ -11,9 +11,10 @@ import time
 
 import pytest
 
-from .cli import COMMAND, NOT_IN_THE_LAB, Terminal
+from .cli import COMMAND, IN_THE_LAB, LAB_REASON, Terminal
 
-pytestmark = NOT_IN_THE_LAB
+if IN_THE_LAB:
+    pytest.skip(LAB_REASON, allow_module_level=True)
 
 ECHO = ("run", "faults", "--append", "echo")
 
