@@ -71,10 +71,10 @@ _kinds: dict[type, _Kind] = {}
 
 
 def record(name: str, version: int, upgrade: Upgrade | None = None) -> Callable[[type[R]], type[R]]:
-    """Makes a NamedTuple a record. name: ASCII, at most 16 characters; version: from 1, one more with each change of
-    the fields, of its own or of those within it."""
+    """Makes a NamedTuple a record. name: at most 16 letters, digits and -; version: from 1, one more with each change
+    of the fields, of its own or of those within it."""
 
-    if not (name.isascii() and 0 < len(name) <= 16 and version >= 1):
+    if not (name.isascii() and name.replace("-", "").isalnum() and len(name) <= 16 and version >= 1):
         raise TypeError(f"{name}, version {version}: cannot be a record's")
 
     def mark(cls: type[R]) -> type[R]:
