@@ -62,7 +62,7 @@ struct pyhv_cpuid_dynamic {
 };
 
 /* Copies `count` entries into `table`, sorted by leaf and subleaf. Fails on more than PYHV_CPUID_MAX_ENTRIES, on two
- * entries for one leaf and subleaf, and without leaf 0. */
+ * entries for one leaf and subleaf, on a leaf that both obeys and ignores ECX, and without leaf 0. */
 int pyhv_cpuid_table_init(struct pyhv_cpuid_table *table, const struct pyhv_cpuid_entry *entries, size_t count,
                           struct pyhv_error *error);
 

@@ -30,3 +30,10 @@ def check(result: Any, error: Any) -> Any:
     if result == ffi.NULL if isinstance(result, ffi.CData) else result < 0:
         raise to_exception(error)
     return result
+
+
+def cpuid(leaf: int, subleaf: int = 0) -> tuple[int, int, int, int]:
+    """EAX, EBX, ECX, EDX as the processor that runs this code answers."""
+    out = ffi.new("uint32_t[4]")
+    lib.pyhv_cpuid_host(leaf, subleaf, out)
+    return out[0], out[1], out[2], out[3]

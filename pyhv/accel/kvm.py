@@ -6,7 +6,7 @@ import errno
 from collections.abc import Sequence
 from typing import Any, cast
 
-from pyhv._native import check, ffi, lib, new_error
+from pyhv._native import check, cpuid, ffi, lib, new_error
 from pyhv.accel.protocol import AccelVcpu, CpuidRecord, Exit, Regs, Segment, Sregs, Stop
 from pyhv.errors import HostError, NotAvailable
 
@@ -187,9 +187,9 @@ class Kvm:
 
     def supported_cpuid(self) -> CpuidTable:
         """KVM_GET_SUPPORTED_CPUID, and what KVM gives without listing it: the hypervisor bit, which is user space's to
-        set, and TSC_DEADLINE, which older kernels offer by a capability only."""
+        set; TSC_DEADLINE, which older kernels offer by a capability only; and the processor's name."""
         from pyhv.cpu import features
-        from pyhv.cpu.table import CpuidTable
+        from pyhv.cpu.table import NAME_LEAVES, CpuidTable, Registers
 
         entries = ffi.new("struct pyhv_cpuid_entry[]", _MAX_ENTRIES)
         error = new_error()
@@ -198,7 +198,8 @@ class Kvm:
         ecx = table.get(1).ecx | features.find("hypervisor").mask
         if self.check_extension(CAP_TSC_DEADLINE_TIMER):
             ecx |= features.find("tsc_deadline_timer").mask
-        return table.replace({(1, 0): table.get(1)._replace(ecx=ecx)})
+        names = {(leaf, 0): Registers(*cpuid(leaf, 0)) for leaf in NAME_LEAVES if leaf <= table.max_extended}
+        return table.replace({(1, 0): table.get(1)._replace(ecx=ecx), **names})
 
     def msr_list(self, features: bool = False) -> tuple[int, ...]:
         """The MSRs that make up a vCPU's state, or with `features` those that describe the processor."""

@@ -110,22 +110,22 @@ def test_the_published_list_is_hidden_and_the_rest_is_kept(vendor: str, kind: st
 
 
 def test_trap_and_kernel_give_the_same_answers() -> None:
-    by_kernel, _ = run("cpuid", compat=True, intercept="kernel")
     for level in ("", "cpl3"):
         by_kernel, _ = run("cpuid", compat=True, intercept="kernel", append=level)
-        by_trap, machine = run("cpuid", compat=True, intercept="trap", append=level)
+        by_trap, _ = run("cpuid", compat=True, intercept="trap", append=level)
         assert by_trap.console == by_kernel.console
-        assert by_trap.counters["cpuid_answered"] > 20
-        assert machine.choice.sites
+        assert by_trap.counters["cpuid_answered"] > 10
+        assert by_kernel.counters["cpuid_answered"] == 0
 
 
-def test_stepping_gives_the_same_answers(vendor: str) -> None:
-    by_kernel, _ = run("refuse", cpu="host", intercept="kernel")
+def test_stepping_gives_the_same_answers() -> None:
+    with pyhv.Machine("refuse", intercept="kernel") as machine:
+        by_kernel = machine.run(timeout=300)
     records: list[CpuidRecord] = []
-    with pyhv.Machine("refuse", cpu="host", on_cpuid=records.append) as machine:
+    with pyhv.Machine("refuse", on_cpuid=records.append) as machine:
         machine.vm.vcpus[0].trap(machine.guest.table, (), 64)
         by_steps = machine.run(timeout=300)
-    assert by_steps.console == by_kernel.console and by_steps.status == by_kernel.status
+    assert (by_steps.console, by_steps.status) == (by_kernel.console, by_kernel.status)
     assert [r.leaf for r in records] and {r.rip for r in records} == set(machine.image.cpuid_sites)
 
 
