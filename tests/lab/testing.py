@@ -102,7 +102,8 @@ def run_inside(
     outcome as it comes. Raises LabError."""
     host.put(files, code.INSIDE)
     command = ["python3", "-m", "pytest", *_PYTEST, "-v", "--junitxml", f"{code.INSIDE}/junit.xml", "-c", "/dev/null",
-               "--rootdir", code.INSIDE, *(f"{code.INSIDE}/tests/{name}" for name in SUITES[host.kind.vendor])]  # fmt: skip
+               "--rootdir", code.INSIDE]  # fmt: skip
+    command += [f"{code.INSIDE}/tests/{name}" for name in SUITES[host.kind.vendor]]
     if expression:
         command += ["-k", expression]
     environment = {**code.ENVIRONMENT, "PYHV_LAB_KIND": host.kind.name,"PYHV_LAB_VENDOR": host.kind.vendor}
