@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pyhv import outcome
 from pyhv.accel import choose
-from pyhv.accel.protocol import CpuidRecord, Exit, Stop
+from pyhv.accel.data import CpuidRecord, Exit, Stop
 from pyhv.boot import image as boot_image
 from pyhv.boot import start64
 from pyhv.cpu import policy, profiles
@@ -25,7 +25,8 @@ MAX_VCPUS = 254
 MIN_MEMORY = 2 << 20
 MAX_MEMORY = 16 << 40  # no host has more; a number beyond it is a slip of the hand
 
-_LOG_CAPACITY = 4096
+# Each CPUID is handed over before the next one is answered: a trace is read while it happens.
+_LOG_CAPACITY = 1
 
 
 class RunResult(NamedTuple):
@@ -82,7 +83,7 @@ class Machine:
         most = min(MAX_VCPUS, accelerator.max_vcpus)
         if not 1 <= cpus <= most:
             raise BadInput(f"{cpus} vCPUs", "cannot be had", f"choose 1 to {most}")
-        self.host = accelerator.describe()
+        self.host = accelerator.describe(whole=False)
         self.guest = policy.guest_table(self.host, profile, policy.Topology(cpus))
         facts = choose.GuestFacts(image, self.image.cpuid_sites, self.image.enters_user_mode(append))
         self.choice = choose.choose(accelerator, self.guest, facts, "trap" if on_cpuid else intercept)
@@ -91,7 +92,7 @@ class Machine:
         if console_out is None:
             console_out = self._captured = os.memfd_create("pyhv-console", os.MFD_CLOEXEC)
         try:
-            self.vm = self._build(size, cpus, append, console_in, console_out, on_cpuid)
+            self.vm = self._build(size, memory, cpus, append, console_in, console_out, on_cpuid)
         except BaseException:
             self._close_console()
             raise
@@ -99,6 +100,7 @@ class Machine:
     def _build(
         self,
         size: int,
+        label: object,
         cpus: int,
         append: str,
         console_in: int,
@@ -107,7 +109,7 @@ class Machine:
     ) -> Vm:
         memory = GuestMemory(size)
         try:
-            check_address_width(memory, self.guest)
+            check_address_width(memory, self.guest, label)
             devices = Devices(memory.low_size, size - memory.low_size, console_in, console_out)
         except BaseException:
             memory.close()
@@ -237,12 +239,13 @@ def parse_memory(memory: int | str) -> int:
     return size
 
 
-def check_address_width(memory: GuestMemory, guest: policy.GuestCpu) -> None:
-    """Raises BadInput where RAM lies beyond the physical addresses that the guest's processor has."""
+def check_address_width(memory: GuestMemory, guest: policy.GuestCpu, label: object) -> None:
+    """Raises BadInput, naming the size as the user gave it, where RAM lies beyond the physical addresses that the
+    guest's processor has."""
     bits = guest.physical_address_bits
     if memory.highest_address >> bits:
         raise BadInput(
-            f"memory {memory.size >> 20}M",
+            f"memory {label}",
             f"reaches beyond the {bits} physical address bits that profile {guest.profile} shows",
             f"the most is {(1 << bits - 20) - 1024}M",
         )

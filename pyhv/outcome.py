@@ -6,7 +6,7 @@ from a timeout; the cause, which `--json` and RunResult carry, can.
 
 from __future__ import annotations
 
-from pyhv.accel.protocol import Stop
+from pyhv.accel.data import Stop
 
 # cause: (exit status, what it means)
 CAUSES: dict[str, tuple[int, str]] = {

@@ -176,5 +176,5 @@ enum pyhv_trap_result pyhv_trap_answer(struct pyhv_vcpu *vcpu, uint64_t linear, 
     if (pyhv_vcpu_set_regs(vcpu, &regs, error) < 0)
         return PYHV_TRAP_FAILED;
     vcpu->counters.cpuid_answered++;
-    return PYHV_TRAP_ANSWERED;
+    return trap->log && trap->log_count == trap->log_capacity ? PYHV_TRAP_LOG_FULL : PYHV_TRAP_ANSWERED;
 }

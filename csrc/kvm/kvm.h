@@ -81,7 +81,7 @@ enum pyhv_trap_result {
     PYHV_TRAP_FAILED = -1,
     PYHV_TRAP_NOT_CPUID = 0, /* nothing was done */
     PYHV_TRAP_ANSWERED = 1,  /* the answer is in the registers, RIP stands after the instruction */
-    PYHV_TRAP_LOG_FULL = 2,  /* nothing was done: the log must be drained first */
+    PYHV_TRAP_LOG_FULL = 2,  /* the log must be drained before the vCPU goes on, be this CPUID answered or not */
 };
 
 /* If the instruction at `linear`, where the vCPU stands, is CPUID: answers it from the table. No I/O may be

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pyhv.accel.protocol import Accelerator
 from pyhv.errors import BadInput, NotFaithful
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyhv.accel.protocol import Accelerator
     from pyhv.cpu.host import Verdict
     from pyhv.cpu.policy import GuestCpu
     from pyhv.cpu.table import CpuidTable

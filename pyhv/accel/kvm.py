@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from pyhv._native import check, cpuid, ffi, lib, new_error
-from pyhv.accel.protocol import AccelVcpu, CpuidRecord, Exit, Regs, Segment, Sregs, Stop
+from pyhv.accel.data import CpuidRecord, Exit, Regs, Segment, Sregs, Stop
 from pyhv.errors import HostError, NotAvailable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyhv.accel.protocol import AccelVcpu
     from pyhv.accel.state import ProcessorsState
     from pyhv.cpu.host import HostDescription
     from pyhv.cpu.table import CpuidTable
@@ -217,16 +218,15 @@ class Kvm:
                 values[index] = value[0]
         return values
 
-    def describe(self) -> HostDescription:
+    def describe(self, whole: bool = True) -> HostDescription:
         if self._description is None:
             import os
 
             from pyhv.cpu.host import HostDescription
 
-            self._description = HostDescription(
-                table=self.supported_cpuid(),
-                kernel=os.uname().release,
-                accelerator=self.name,
+            self._description = HostDescription(self.supported_cpuid(), os.uname().release, self.name)
+        if whole and not self._description.msrs:
+            self._description = self._description._replace(
                 feature_msrs=self.feature_msrs(),
                 msrs=tuple(sorted(self.msr_list())),
                 tsc_khz=self._read_tsc_khz(),

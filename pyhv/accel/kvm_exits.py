@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyhv.accel.protocol import Exit, Stop
+from pyhv.accel.data import Exit, Stop
 
 EXIT_NAMES = [
     "UNKNOWN",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 
-from pyhv.accel.protocol import Segment, Sregs
+from pyhv.accel.data import Segment, Sregs
 
 CODE, DATA, USER_DATA, USER_CODE, TSS = 0x08, 0x10, 0x1B, 0x23, 0x28
 

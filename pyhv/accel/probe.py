@@ -12,12 +12,16 @@ import threading
 
 from pyhv._native.memory import Memory
 from pyhv.accel import long_mode
-from pyhv.accel.protocol import Accelerator, Regs, Stop
+from pyhv.accel.data import Regs, Stop
 from pyhv.cpu import features
 from pyhv.cpu.features import Word
 from pyhv.cpu.host import Verdict
 from pyhv.cpu.table import CpuidTable, Registers
 from pyhv.errors import HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyhv.accel.protocol import Accelerator
 
 # For each of R8 pairs (leaf, subleaf) at RSI: CPUID, its four registers to RDI. Ends with #UD, whose handler halts.
 _CODE = bytes.fromhex(

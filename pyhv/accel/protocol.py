@@ -1,133 +1,18 @@
 """The contract between pyhv and whatever executes a guest's instructions.
 
 An accelerator offers a processor (describe) and makes VMs; a VM takes memory and makes vCPUs; a vCPU runs until
-something stops it. The types here are the accelerators' common language, so that devices, memory, results and state
-look the same under each of them.
+something stops it. Only type checkers import this module: at run time an accelerator is what has these methods.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import IntEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from pyhv.accel.state import ProcessorsState
-    from pyhv.cpu.host import HostDescription
-    from pyhv.cpu.table import CpuidTable
-
-
-class Stop(IntEnum):
-    """Why a vCPU's run came back (enum pyhv_stop in csrc/pyhv.h, which explains each)."""
-
-    KICKED = 1
-    GUEST_EXIT = 2
-    RESET = 3
-    POWER_OFF = 4
-    HALTED = 5
-    TRIPLE_FAULT = 6
-    DEBUG = 7
-    INTERNAL_ERROR = 8
-    FAIL_ENTRY = 9
-    SYSTEM_EVENT = 10
-    UNHANDLED = 11
-    FAILED = 12
-    TRAP_LOG_FULL = 13
-    TRAP_LOST = 14
-
-
-class Exit(NamedTuple):
-    """What stopped a vCPU (struct pyhv_exit)."""
-
-    stop: Stop
-    exit_reason: int
-    """The accelerator's own number of the last exit (KVM_EXIT_*)."""
-    status: int
-    """With GUEST_EXIT: the byte that the guest wrote."""
-    suberror: int
-    hardware_reason: int
-    rip: int
-    """Linear address where the vCPU stands."""
-    data: tuple[int, ...]
-    instruction: bytes
-    """The guest's memory at rip, up to 16 bytes; empty where it cannot be read."""
-    error: str
-    """With FAILED: the system call and what it said."""
-
-
-class Regs(NamedTuple):
-    """General registers, RIP and RFLAGS."""
-
-    rax: int = 0
-    rbx: int = 0
-    rcx: int = 0
-    rdx: int = 0
-    rsi: int = 0
-    rdi: int = 0
-    rsp: int = 0
-    rbp: int = 0
-    r8: int = 0
-    r9: int = 0
-    r10: int = 0
-    r11: int = 0
-    r12: int = 0
-    r13: int = 0
-    r14: int = 0
-    r15: int = 0
-    rip: int = 0
-    rflags: int = 2
-
-
-class Segment(NamedTuple):
-    """A segment register with its hidden part; `attributes` as in struct pyhv_segment."""
-
-    selector: int
-    base: int
-    limit: int
-    attributes: int
-
-
-class Sregs(NamedTuple):
-    """Segment, descriptor-table and control registers."""
-
-    cs: Segment
-    ds: Segment
-    es: Segment
-    fs: Segment
-    gs: Segment
-    ss: Segment
-    tr: Segment
-    ldt: Segment
-    gdt_base: int
-    gdt_limit: int
-    idt_base: int
-    idt_limit: int
-    cr0: int
-    cr2: int
-    cr3: int
-    cr4: int
-    cr8: int
-    efer: int
-    apic_base: int
-    pdptrs: tuple[int, ...]
-    """The four page-directory-pointer entries that the processor holds in PAE paging outside long mode."""
-    pdptrs_valid: int
-
-
-class CpuidRecord(NamedTuple):
-    """One CPUID instruction that `trap` answered."""
-
-    vcpu: int
-    rip: int
-    """Linear address of the instruction."""
-    cpl: int
-    leaf: int
-    subleaf: int
-    hardware: tuple[int, int, int, int]
-    """EAX, EBX, ECX, EDX as this host's processor answers."""
-    guest: tuple[int, int, int, int]
-    """EAX, EBX, ECX, EDX as the guest got them."""
+from pyhv.accel.data import CpuidRecord, Exit, Regs, Sregs
+from pyhv.accel.state import ProcessorsState
+from pyhv.cpu.host import HostDescription
+from pyhv.cpu.table import CpuidTable
 
 
 class AccelVcpu(Protocol):
@@ -204,8 +89,9 @@ class Accelerator(Protocol):
     name: str
     max_vcpus: int
 
-    def describe(self) -> HostDescription:
-        """The processor that it offers to guests. Raises HostError."""
+    def describe(self, whole: bool = True) -> HostDescription:
+        """The processor that it offers to guests; not `whole`: without MSRs and TSC rate, which take time to find and
+        which no guest's table depends on. Raises HostError."""
 
     def create_vm(self, bus: Any = None, irqchip: bool = True) -> AccelVm:
         """A VM whose port accesses go to `bus` (struct pyhv_bus *). Without `irqchip` HLT ends a run. Raises

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pyhv.accel.protocol import Regs, Sregs
+from pyhv.accel.data import Regs, Sregs
 
 
 class Events(NamedTuple):

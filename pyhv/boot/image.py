@@ -52,7 +52,8 @@ def read(path: str, memory_size: int) -> Image:
 
 def _read_file(path: str, memory_size: int) -> bytes:
     try:
-        with open(path, "rb") as file:
+        # Not blocking: opening a FIFO would wait for a writer.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise BadInput(path, "is not a regular file", "give an image file or the name of a bundled guest")

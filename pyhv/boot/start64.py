@@ -7,7 +7,7 @@ import struct
 from array import array
 
 from pyhv.accel import long_mode
-from pyhv.accel.protocol import Regs, Sregs
+from pyhv.accel.data import Regs, Sregs
 from pyhv.boot.image import Image
 from pyhv.errors import BadInput
 

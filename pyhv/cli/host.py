@@ -73,13 +73,10 @@ def describe(probed: bool = False) -> HostDescription:
 
 def native_table() -> CpuidTable:
     """CPUID as the processor that runs this program answers it: vendor, version, name and every feature word."""
-    from pyhv._native import ffi, lib
-
-    out = ffi.new("uint32_t[4]")
+    from pyhv._native import cpuid
 
     def ask(leaf: int, subleaf: int) -> Registers:
-        lib.pyhv_cpuid_host(leaf, subleaf, out)
-        return Registers(*out)
+        return Registers(*cpuid(leaf, subleaf))
 
     entries = {(leaf, 0): ask(leaf, 0) for leaf in (0, EXTENDED)}
     if not EXTENDED <= entries[EXTENDED, 0].eax <= EXTENDED + 0xFFFF:  # there are no extended leaves

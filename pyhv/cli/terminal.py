@@ -154,8 +154,9 @@ class Console:
             end = self._attend(wait.done, signals)
         finally:
             self._restore()
-        if end == "ended":
-            wait.finish()
+        if end != "ended":
+            machine.vm.interrupt()
+        wait.finish()
         machine.pause()
         if end == "broken-pipe":
             raise BrokenPipeError
@@ -250,8 +251,7 @@ class Console:
 
 
 class _Wait:
-    """Waits, on a thread of its own, for the machine's guest to end. Where the user ends the run the thread is left
-    behind, waiting for a guest that is paused for good; it ends with the process."""
+    """Waits, on a thread of its own, for the machine's guest to end, or for Vm.interrupt()."""
 
     def __init__(self, machine: Machine, timeout: float | None) -> None:
         self.done = os.eventfd(0, os.EFD_CLOEXEC)
@@ -265,7 +265,7 @@ class _Wait:
         self._thread.start()
 
     def finish(self) -> None:
-        """Once it is done: raises what a vCPU's thread failed with, if one did."""
+        """Once it is done or interrupted: raises what a vCPU's thread failed with, if one did."""
         self._thread.join()
         os.close(self.done)
         if self._failure is not None:

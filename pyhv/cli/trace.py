@@ -7,7 +7,8 @@ import threading
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from pyhv.accel.protocol import CpuidRecord
+from pyhv._native import cpuid
+from pyhv.accel.data import CpuidRecord
 from pyhv.accel.tracepoint import Traced, Tracepoint
 from pyhv.cli import complain, output, run
 from pyhv.cli.options import Command, Option
@@ -93,7 +94,7 @@ class Trace:
 
     def add_traced(self, traced: Traced) -> None:
         """An entry that the tracepoint made; what the hardware has is asked here and now."""
-        hardware = _ask_hardware(traced.leaf, traced.subleaf)
+        hardware = cpuid(traced.leaf, traced.subleaf)
         hidden = self._hidden(traced.leaf, traced.subleaf, hardware, traced.guest)
         vcpu = traced.vcpu if traced.vcpu is not None else self._vcpu_of(traced.thread)
         self.add(Entry(vcpu, traced.rip, None, traced.leaf, traced.subleaf, hardware, traced.guest, hidden))
@@ -201,15 +202,6 @@ def _lineage() -> str:
     from pyhv.cli import host
 
     return host.native_table().lineage
-
-
-def _ask_hardware(leaf: int, subleaf: int) -> tuple[int, int, int, int]:
-    from pyhv._native import ffi, lib
-
-    out = ffi.new("uint32_t[4]")
-    lib.pyhv_cpuid_host(leaf, subleaf, out)
-    eax, ebx, ecx, edx = out
-    return eax, ebx, ecx, edx
 
 
 # ---------------------------------------------------------------------------------------------------- printing

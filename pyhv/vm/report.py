@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from pyhv.accel.protocol import Accelerator, AccelVcpu, Exit, Stop
+from pyhv.accel.data import Exit, Stop
 from pyhv.vm.vm import Stopped, Vm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyhv.accel.protocol import Accelerator, AccelVcpu
 
 
 def message(accelerator: Accelerator, vm: Vm, cause: str, stopped: Stopped | None) -> str:

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pyhv.accel.protocol import Accelerator, AccelVcpu, AccelVm, CpuidRecord, Exit, Stop
+from pyhv.accel.data import CpuidRecord, Exit, Stop
 from pyhv.vm.devices import Devices
 from pyhv.vm.memory import GuestMemory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyhv.accel.protocol import Accelerator, AccelVcpu, AccelVm
     from pyhv.accel.state import ProcessorsState
     from pyhv.cpu.table import CpuidTable
 
@@ -68,6 +69,7 @@ class Vm:
         self._result = threading.Lock()
         self._ended = threading.Event()
         self._pausing = False
+        self._interrupted = False
         self._failure: BaseException | None = None
         try:
             self._vm = accelerator.create_vm(devices.bus, irqchip)
@@ -119,7 +121,7 @@ class Vm:
                 raise failure
 
     def wait(self, timeout: float | None = None) -> Stopped | None:
-        """Waits until the guest comes to its end, at most `timeout` seconds; None if it has not.
+        """Waits until the guest comes to its end, at most `timeout` seconds; None if it has not, or after interrupt().
 
         A guest whose vCPUs are all halted with interrupts off has come to its end: Stop.HALTED.
         """
@@ -133,6 +135,10 @@ class Vm:
                 break
             if self._sleeps() and not self._halted_for_good():
                 idle_check = min(2 * idle_check, _LAST_IDLE_CHECK)
+        if self._interrupted and self.stopped is None and self._failure is None:
+            self._interrupted = False
+            self._ended.clear()
+            return None
         self.pause()
         return self.stopped
 
@@ -146,6 +152,11 @@ class Vm:
         good for nothing but close()."""
         assert self._vm is not None and not self._threads
         self._vm.apply(self.vcpus, self.tables, state)
+
+    def interrupt(self) -> None:
+        """Makes the current or the next wait() return at once. Any thread."""
+        self._interrupted = True
+        self._ended.set()
 
     def close(self) -> None:
         """Ends the VM, whatever it is doing, and gives everything back."""

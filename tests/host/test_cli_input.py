@@ -33,7 +33,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    return {name: str(folder / name) for name in [*contents, "missing"]} | {"folder": str(folder)}
+    os.mkfifo(folder / "fifo")
+    return {name: str(folder / name) for name in [*contents, "missing", "fifo"]} | {"folder": str(folder)}
 
 
 def assert_refused(done: Any, subject: str, *words: str) -> None:
@@ -56,6 +57,7 @@ def assert_refused(done: Any, subject: str, *words: str) -> None:
         ("i386.elf", ["not an x86-64 image"]),
         ("arm64.elf", ["not an x86-64 image"]),
         ("linux", ["is a Linux kernel"]),
+        ("fifo", ["not a regular file"]),
     ],
 )
 def test_images(files: dict[str, str], name: str, words: list[str]) -> None:

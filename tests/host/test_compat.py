@@ -7,7 +7,8 @@ import pytest
 import pyhv
 from pyhv._native import check, ffi, lib, new_error
 from pyhv.accel import choose, probe
-from pyhv.accel.protocol import Accelerator, CpuidRecord
+from pyhv.accel.data import CpuidRecord
+from pyhv.accel.protocol import Accelerator
 from pyhv.cpu import dumps, features
 from pyhv.cpu.host import Verdict
 from pyhv.cpu.table import CpuidTable, Registers

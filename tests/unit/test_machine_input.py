@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyhv import machine, outcome
-from pyhv.accel.protocol import Stop
+from pyhv.accel.data import Stop
 from pyhv.errors import BadInput
 
 

@@ -7,7 +7,7 @@ import pytest
 import pyhv
 from pyhv._native import check, ffi, lib, new_error
 from pyhv.accel import choose, probe
-from pyhv.accel.protocol import CpuidRecord
+from pyhv.accel.data import CpuidRecord
 from pyhv.cpu import dumps, features, profiles
 from pyhv.cpu.table import CpuidTable, Registers
 
