@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from . import kinds
+from . import kinds, process
 from .errors import LabError, Missing
 from .host import Host
 from .lab import Lab, prepare
@@ -25,7 +25,8 @@ def _say(text: str) -> None:
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    # As an exception, so that everything on the way out stops its hosts.
+    # First the hosts, or the exception would wait for threads that wait for them.
+    process.end()
     raise SystemExit(128 + number)
 
 
@@ -64,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         at = given.index("--")
         given, command = given[:at], given[at + 1 :]
     options = parser.parse_args(given)
-    signal.signal(signal.SIGTERM, _terminated)
-    signal.signal(signal.SIGHUP, _terminated)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminated)
     try:
         if options.command == "kinds":
             return _kinds()
@@ -88,8 +89,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LabError as error:
         print(f"pyhv-lab: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     raise AssertionError(options.command)
 
 

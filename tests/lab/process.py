@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_lock = threading.Lock()
+from .errors import LabError
+
+_lock = threading.RLock()  # stop_all() may interrupt its holder, in a signal's handler
+_ending = False
 _spawner: ThreadPoolExecutor | None = None
 _running: set[Process] = set()
 
@@ -35,6 +38,8 @@ class Process:
         if setpriv := shutil.which("setpriv"):
             guarded = [setpriv, "--pdeathsig", "KILL", "--", *argv]
         with _lock:
+            if _ending:
+                raise LabError("the lab is being ended")
             if _spawner is None:
                 # The kernel sends the signal when the *thread* that forked ends: so one thread forks them all, and
                 # lives as long as the lab.
@@ -51,6 +56,8 @@ class Process:
             ).result()
         with _lock:
             _running.add(self)
+        if _ending:
+            self.stop()
 
     @property
     def pid(self) -> int:
@@ -76,8 +83,15 @@ class Process:
 
 
 @atexit.register
+def end() -> None:
+    """Ends every process that still runs, and lets no other start: threads that wait for hosts fail and come back."""
+    global _ending
+    _ending = True
+    stop_all()
+
+
 def stop_all() -> None:
-    """Ends every emulator that still runs."""
+    """Ends every process that still runs."""
     with _lock:
         left = list(_running)
     for process in left:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -18,8 +16,9 @@ from typing import NamedTuple
 
 from . import code, image, kinds
 from .errors import CommandTimeout, HostFailed, LabError
-from .host import Host
+from .host import Host, patience
 from .lab import Lab, prepare
+from .process import Process
 
 HERE = Path(__file__).resolve().parent
 
@@ -144,27 +143,21 @@ def _outside(expression: str, names: Sequence[str]) -> Outcome:
                    "--junitxml", str(junit), str(HERE / "outside")]  # fmt: skip
         if expression:
             command += ["-k", expression]
-        environment = {**os.environ, "PYTHONPATH": str(code.PROJECT), "PYHV_LAB_KINDS": ",".join(names)}
+        command = ["env", f"PYTHONPATH={code.PROJECT}", f"PYHV_LAB_KINDS={','.join(names)}", *command]
+        log = Path(folder) / "output"
         error = ""
         cases: tuple[Case, ...] = ()
-        with subprocess.Popen(
-            command, cwd=code.PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        ) as process:  # fmt: skip
-            try:
-                output = process.communicate(timeout=OUTSIDE_LIMIT)[0].decode(errors="replace")
-            except subprocess.TimeoutExpired:
-                # Its own exit stops its hosts.
-                process.terminate()
-                output = process.communicate()[0].decode(errors="replace")
-                error = f"did not end within {OUTSIDE_LIMIT:.0f} s"
-            except BaseException:
-                process.terminate()
-                raise
-        if not error and process.returncode not in (0, 1, 5):
-            error = f"pytest exited with status {process.returncode}"
+        running = Process(command, log)
+        try:
+            status = running.wait(OUTSIDE_LIMIT * patience())
+        finally:
+            running.stop()  # and with it, by the kernel's hand, the hosts that it started
+        if status is None:
+            error = f"did not end within {OUTSIDE_LIMIT * patience():.0f} s"
+        elif status not in (0, 1, 5):
+            error = f"pytest exited with status {status}"
         if error:
-            error += ":\n" + "\n".join(output.splitlines()[-30:])
+            error += ":\n" + "\n".join(log.read_text(errors="replace").splitlines()[-30:])
         with contextlib.suppress(FileNotFoundError):
             cases = read_junit(junit.read_bytes())
     return Outcome(OUTSIDE, cases, error, 0.0, time.monotonic() - begin)

@@ -93,7 +93,7 @@ def test_a_command_that_could_not_be_started() -> None:
 
 
 def test_the_agent_knows_the_same_types() -> None:
-    types = re.search(r"^enum \{\s(HELLO.*?)\};", AGENT.read_text(), re.MULTILINE | re.DOTALL)
+    types = re.search(r"^enum \{\s+(HELLO.*?)\};", AGENT.read_text(), re.MULTILINE | re.DOTALL)
     assert types is not None
     found = dict(re.findall(r"([A-Z_]+) = (\d+)", types[1]))
     assert {name: int(number) for name, number in found.items()} == {kind.name: kind.value for kind in wire.Type}

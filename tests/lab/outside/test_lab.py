@@ -165,16 +165,19 @@ def test_a_host_that_cannot_start_is_named(lab: Lab, amd: list[str], monkeypatch
     assert "unsupported machine type" in str(caught.value)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_nothing_is_left_when_the_lab_is_killed(amd: list[str], number: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("what", ["run", "test"])
+def test_nothing_is_left_when_the_lab_is_killed(amd: list[str], what: str, number: int) -> None:
     before = emulators()
-    command = [sys.executable, "-m", "tests.lab", "run", amd[0], "--", "sleep", "1000"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as victim:
+    command = [sys.executable, "-m", "tests.lab", what]
+    command += [amd[0], "--", "sleep", "1000"] if what == "run" else ["--inside", "--kinds", amd[0]]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as victim:
         deadline = time.monotonic() + 60
         while not emulators() - before:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         victim.send_signal(number)
+        assert victim.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
     deadline = time.monotonic() + 20
     while emulators() - before:
         assert time.monotonic() < deadline, "an emulator outlives the lab"
