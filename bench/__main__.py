@@ -36,7 +36,7 @@ def main() -> int:
         names.append("pykvm")
 
     print(machine_line(), end="\n\n", flush=True)
-    start = time.monotonic()
+    start, busy = time.monotonic(), busy_seconds()
     lines: list[tuple[str, ...]] = [_COLUMNS]
     notes: list[str] = []
     report: list[dict[str, Any]] = []
@@ -57,7 +57,9 @@ def main() -> int:
     widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    print("", *notes, f"{time.monotonic() - start:.0f} s, load average {os.getloadavg()[0]:.1f} at the end", sep="\n")
+    took = time.monotonic() - start
+    others = max(0.0, busy_seconds() - busy) / (took * (os.cpu_count() or 1))
+    print("", *notes, f"{took:.0f} s; others kept the CPUs {others:.0%} busy meanwhile", sep="\n")
     if options.json:
         options.json.write_text(json.dumps({"machine": machine_line(), "rows": report}, indent=1) + "\n")
     return 0
@@ -72,7 +74,8 @@ def cells(row: Row, pairs: Pairs | None) -> tuple[str, ...]:
     if row.goal:
         verdict = "met" if row.goal.met(pairs) else "missed"
         if row.goal.of == "difference":
-            verdict += f": {pairs.difference():+.3g} {row.unit}"
+            differences = [ours - peer for ours, peer in zip(pairs.ours, pairs.peer, strict=True)]
+            verdict += f": +{spread(differences, row.unit)}"
     return (
         row.name,
         spread(pairs.ours, row.unit),
@@ -104,6 +107,19 @@ def as_json(row: Row, pairs: Pairs | None, note: str) -> dict[str, Any]:
     if row.goal:
         result |= {"reached": row.goal.reached(pairs), "met": row.goal.met(pairs)}
     return result | {"ratio": pairs.ratio(), "noise": pairs.noise(), "pyhv": pairs.ours, "peer_samples": pairs.peer}
+
+
+def busy_seconds() -> float:
+    """The seconds that this machine's processors have spent on anybody but this process and what it has started (as far
+    as that has ended)."""
+    try:
+        with open("/proc/stat", encoding="ascii") as stat:
+            user, nice, system, _, _, irq, softirq, steal = map(int, stat.readline().split()[1:9])
+    except OSError:
+        return 0.0
+    mine = os.times()
+    own = mine.user + mine.system + mine.children_user + mine.children_system
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own
 
 
 def machine_line() -> str:

@@ -144,8 +144,8 @@ def _exits_guest(accesses: int) -> bytes:
 
 def _exits_by_pyhv(code: bytes, accesses: int) -> Callable[[], float]:
     """A function that runs the guest in a fresh VM by the engine's loop, with all its devices on the bus; exits/s."""
+    from pyhv.accel.data import Stop
     from pyhv.accel.kvm import Kvm
-    from pyhv.accel.protocol import Stop
     from pyhv.boot import flat, start64
     from pyhv.vm.devices import Devices
     from pyhv.vm.memory import GuestMemory
