@@ -148,14 +148,23 @@ uint8_t pyhv_bus_exit_status(const struct pyhv_bus *bus);
 
 /* -------------------------------------------------------------------------------------------- guest memory -- */
 
-/* A mapping of guest RAM, backed by a memfd so that others can map it too. */
+/* A mapping of guest RAM: of a memfd, or private and of a part of a file. */
 struct pyhv_memory {
-    uint8_t *host; /* where it is mapped in this process */
-    uint64_t size; /* bytes, a multiple of 4096 */
-    int32_t fd;
+    uint8_t *host;     /* where it is mapped in this process */
+    uint64_t size;     /* bytes, a multiple of 4096 */
+    uint64_t offset;   /* in fd */
+    int32_t fd;        /* the memory's own */
+    int32_t of_a_file; /* 1: what the guest writes stays in this process, and the file as it is */
 };
 int pyhv_memory_create(struct pyhv_memory *memory, uint64_t size, struct pyhv_error *error);
+/* `size` bytes at `offset` (both multiples of 4096) of the file `fd`, which stays the caller's. */
+int pyhv_memory_map_file(struct pyhv_memory *memory, int fd, uint64_t offset, uint64_t size, struct pyhv_error *error);
 void pyhv_memory_destroy(struct pyhv_memory *memory);
+
+/* Copying into and out of memory that may be gone: a file that was cut short behind a mapping is an error here, where an
+ * access would be a SIGBUS. */
+int pyhv_memory_read(const uint8_t *host, void *buffer, size_t size, struct pyhv_error *error);
+int pyhv_memory_write(uint8_t *host, const void *buffer, size_t size, struct pyhv_error *error);
 
 /* --------------------------------------------------------------------------------------------------- pages -- */
 

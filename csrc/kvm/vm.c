@@ -7,7 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include "kvm/kvm.h"
@@ -173,41 +172,8 @@ bool pyhv_vm_read(const struct pyhv_vm *vm, uint64_t gpa, void *buffer, size_t s
     for (uint32_t i = 0; i < vm->slot_count; i++) {
         const struct pyhv_slot *slot = &vm->slots[i];
         if (gpa >= slot->gpa && gpa - slot->gpa < slot->size && size <= slot->size - (gpa - slot->gpa)) {
-            memcpy(buffer, slot->host + (gpa - slot->gpa), size);
-            return true;
+            return pyhv_memory_read(slot->host + (gpa - slot->gpa), buffer, size, NULL) == 0;
         }
     }
     return false;
-}
-
-int pyhv_memory_create(struct pyhv_memory *memory, uint64_t size, struct pyhv_error *error)
-{
-    *memory = (struct pyhv_memory){.fd = -1};
-    if (size == 0 || size % 4096 != 0 || size > INT64_MAX)
-        return pyhv_fail(error, EINVAL, "pyhv_memory_create", "0x%llx bytes", (unsigned long long)size);
-    int fd = memfd_create("pyhv-ram", MFD_CLOEXEC);
-    if (fd < 0)
-        return pyhv_fail_errno(error, "memfd_create");
-    void *host = MAP_FAILED;
-    const char *what = "ftruncate";
-    if (ftruncate(fd, (off_t)size) == 0) {
-        what = "mmap";
-        host = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
-    }
-    if (host == MAP_FAILED) {
-        pyhv_fail(error, errno, what, "guest memory of 0x%llx bytes", (unsigned long long)size);
-        close(fd);
-        return -1;
-    }
-    *memory = (struct pyhv_memory){.host = host, .size = size, .fd = fd};
-    return 0;
-}
-
-void pyhv_memory_destroy(struct pyhv_memory *memory)
-{
-    if (memory->fd < 0)
-        return;
-    munmap(memory->host, memory->size);
-    close(memory->fd);
-    *memory = (struct pyhv_memory){.fd = -1};
 }

@@ -8,23 +8,36 @@ from . import check, ffi, lib, new_error
 
 
 class Memory:
-    """`size` bytes (a multiple of 4096) of zeros, backed by a memfd; pages take memory when they are first touched.
+    """`size` bytes (a multiple of 4096), fd the descriptor behind them, offset where they stand in it.
 
-    Raises HostError when the host refuses.
+    Without `file` they are zeros in a memfd; pages take memory when they are first touched. With `file`, a descriptor
+    and an offset, they are that part of the file, mapped privately. Raises HostError when the host refuses.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, file: tuple[int, int] | None = None) -> None:
         self._memory: Any = ffi.new("struct pyhv_memory *")
         error = new_error()
-        check(lib.pyhv_memory_create(self._memory, size, error), error)
+        if file is None:
+            check(lib.pyhv_memory_create(self._memory, size, error), error)
+        else:
+            check(lib.pyhv_memory_map_file(self._memory, *file, size, error), error)
         self.size = size
         self.fd: int = self._memory.fd
-        self.view: Any = ffi.buffer(self._memory.host, size)
-
-    @property
-    def host(self) -> Any:
+        self.offset: int = self._memory.offset
+        self.of_a_file = file is not None
+        self.host: Any = self._memory.host
         """Where it is mapped in this process (uint8_t *)."""
-        return self._memory.host
+
+    def read(self, offset: int, size: int) -> bytes:
+        """A part of it. Raises HostError where the file behind it has become shorter."""
+        buffer, error = ffi.new("uint8_t[]", size), new_error()
+        check(lib.pyhv_memory_read(self.host + offset, buffer, size, error), error)
+        return bytes(ffi.buffer(buffer))
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Changes a part of it. Raises HostError likewise."""
+        error = new_error()
+        check(lib.pyhv_memory_write(self.host + offset, ffi.from_buffer(data), len(data), error), error)
 
     def close(self) -> None:
         """Unmaps it. No VM may use it any more; closing twice is allowed."""

@@ -117,9 +117,8 @@ class _Probe:
         self.vcpu = self.vm.create_vcpu(0)
         self.vcpu.set_cpuid(table)
         self._reset = self.vcpu.get_sregs()
-        _write_tables(self.memory.view)
-        asked = b"".join(struct.pack("<2I", *question) for question in questions)
-        self.memory.view[_QUESTIONS : _QUESTIONS + len(asked)] = asked
+        _write_tables(self.memory)
+        self.memory.write(_QUESTIONS, b"".join(struct.pack("<2I", *question) for question in questions))
 
     def ask(self, cpl: int) -> dict[tuple[int, int], Registers]:
         """What the guest reads at this privilege level."""
@@ -137,7 +136,7 @@ class _Probe:
         if exit.stop != Stop.HALTED:
             where = f"the guest at CPL {cpl} stopped with {exit.stop.name} at 0x{exit.rip:x}"
             raise HostError("CPUID probe", 0, where + (f": {exit.error}" if exit.error else ""))
-        values = struct.iter_unpack("<4I", bytes(self.memory.view[_ANSWERS : _ANSWERS + 16 * count]))
+        values = struct.iter_unpack("<4I", self.memory.read(_ANSWERS, 16 * count))
         return {question: Registers(*value) for question, value in zip(self.questions, values, strict=True)}
 
     def __enter__(self) -> _Probe:
@@ -176,10 +175,8 @@ def _leaks(answers: dict[tuple[int, int], Registers], table: CpuidTable, words: 
     return leaks
 
 
-def _write_tables(view: memoryview) -> None:
-    def put(address: int, data: bytes) -> None:
-        view[address : address + len(data)] = data
-
+def _write_tables(memory: Memory) -> None:
+    put = memory.write
     table = long_mode.PRESENT | long_mode.WRITABLE | long_mode.USER
     put(_PML4, struct.pack("<Q", _PDPT | table))
     put(_PDPT, struct.pack("<Q", _PD | table))

@@ -16,13 +16,14 @@ HIGH_RAM_BASE = 4 << 30
 class GuestMemory:
     """`size` bytes of guest RAM (a positive multiple of 4096): from 0 up to 3 GiB, what is more from 4 GiB on.
 
-    Raises HostError when the host refuses.
+    file: a descriptor and an offset in it, where the RAM's content stands; it is mapped privately. Without it RAM is
+    zeros. ram: what is behind it. Raises HostError when the host refuses.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, file: tuple[int, int] | None = None) -> None:
         self.size = size
         self.low_size = min(size, LOW_RAM_LIMIT)
-        self._ram = Memory(size)
+        self.ram = Memory(size, file)
         self.regions: list[tuple[int, int, int]] = [(0, self.low_size, 0)]
         """(gpa, bytes, offset in the backing memory) of each piece."""
         if size > self.low_size:
@@ -36,21 +37,19 @@ class GuestMemory:
 
     def host_address(self, offset: int) -> object:
         """Where the byte at `offset` of the backing memory is mapped in this process (uint8_t *)."""
-        return self._ram.host + offset
+        return self.ram.host + offset
 
     def read(self, gpa: int, size: int) -> bytes:
-        """`size` bytes at `gpa`. Raises BadInput where that is not RAM."""
-        offset = self._offset(gpa, size)
-        return bytes(self._ram.view[offset : offset + size])
+        """`size` bytes at `gpa`. Raises BadInput where that is not RAM, HostError where it has gone away."""
+        return self.ram.read(self._offset(gpa, size), size)
 
     def write(self, gpa: int, data: bytes) -> None:
         """Puts `data` at `gpa`; every write to guest RAM from the host goes through here. Raises BadInput where
-        that is not RAM."""
-        offset = self._offset(gpa, len(data))
-        self._ram.view[offset : offset + len(data)] = data
+        that is not RAM, HostError where it has gone away."""
+        self.ram.write(self._offset(gpa, len(data)), data)
 
     def close(self) -> None:
-        self._ram.close()
+        self.ram.close()
 
     def _offset(self, gpa: int, size: int) -> int:
         for start, length, offset in self.regions:
