@@ -53,3 +53,11 @@ class NotFaithful(BadInput):
     def __init__(self, subject: str, problem: str, advice: str, leaks: Sequence[str]) -> None:
         self.leaks = tuple(leaks)
         super().__init__(subject, problem, advice)
+
+
+class Incompatible(BadInput):
+    """A guest cannot go on on a host. reasons: every one of them, typed (cpu/compare.py)."""
+
+    def __init__(self, subject: str, problem: str, reasons: Sequence[object]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(subject, f"{problem}: {'; '.join(map(str, reasons))}")

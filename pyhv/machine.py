@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
 from pyhv import outcome
 from pyhv.accel import choose
-from pyhv.accel.data import CpuidRecord, Exit, Stop
+from pyhv.accel.data import CpuidRecord
 from pyhv.boot import image as boot_image
 from pyhv.boot import start64
 from pyhv.cpu import policy, profiles
 from pyhv.errors import BadInput
 from pyhv.vm.devices import Devices
-from pyhv.vm.memory import PAGE_SIZE, GuestMemory
+from pyhv.vm.memory import HIGH_RAM_BASE, LOW_RAM_LIMIT, PAGE_SIZE, GuestMemory
 from pyhv.vm.vm import Stopped, Trap, Vm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyhv.cpu.table import CpuidTable
+    from pyhv.state.records import MachineState
 
 # APIC ids have 8 bits where the guest does not use the x2APIC, and 255 is the broadcast.
 MAX_VCPUS = 254
@@ -78,58 +84,148 @@ class Machine:
         if compat and cpu is not None:
             raise BadInput(f"cpu={cpu}", "cannot be combined with compatibility mode, which is a profile of its own")
         profile = profiles.load("hyperv-r2" if compat else cpu or "host")
-        self.image = boot_image.read(find_image(image), size)
+        self.image: boot_image.Image | None = boot_image.read(find_image(image), size)
+        """What was loaded; None for a restored VM."""
         accelerator = choose.open_accelerator()
         most = min(MAX_VCPUS, accelerator.max_vcpus)
         if not 1 <= cpus <= most:
             raise BadInput(f"{cpus} vCPUs", "cannot be had", f"choose 1 to {most}")
         self.host = accelerator.describe(whole=False)
         self.guest = policy.guest_table(self.host, profile, policy.Topology(cpus))
-        facts = choose.GuestFacts(image, self.image.cpuid_sites, self.image.enters_user_mode(append))
-        self.choice = choose.choose(accelerator, self.guest, facts, "trap" if on_cpuid else intercept)
+        self.facts = choose.GuestFacts(image, self.image.cpuid_sites, self.image.enters_user_mode(append))
+        self.choice = choose.choose(accelerator, self.guest, self.facts, "trap" if on_cpuid else intercept)
+        self.command_line = append
+        self.uuid = _new_uuid()
+        check_address_width(size, self.guest, memory)
+        tables = [self.guest.table_for(index) for index in range(cpus)]
+        self._build(GuestMemory(size), tables, self._boot, console_in, console_out, on_cpuid)
 
-        self._captured = -1
-        if console_out is None:
-            console_out = self._captured = os.memfd_create("pyhv-console", os.MFD_CLOEXEC)
+    @classmethod
+    def restore(
+        cls,
+        path: str,
+        *,
+        verify: bool = False,
+        strict_tsc: bool = False,
+        intercept: str = "auto",
+        console_in: int = -1,
+        console_out: int | None = None,
+        on_cpuid: Callable[[CpuidRecord], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Machine:
+        """A VM that goes on where the one that was saved to `path` stood; paused. The file is not changed, and must not
+        be while the VM lives: its memory is mapped from there. Each VM restored from a file is a clone: it has a UUID
+        of its own.
+
+        verify: check every byte of the memory first; progress: is then called with the bytes done and all that there
+        are. strict_tsc: refuse a host whose time-stamp counter has another rate and cannot be scaled, even where the
+        guest was never promised one. The others as in Machine().
+
+        Raises BadInput for a file that is damaged or no snapshot, Incompatible with every reason why this host cannot
+        run the guest, NotFaithful, HostError. Nothing is left behind then.
+        """
+        from pyhv.snapshot import file
+        from pyhv.state import capture
+
+        accelerator = choose.open_accelerator()
+        with file.open_snapshot(path) as snapshot:
+            if verify:
+                snapshot.reader.verify(progress)
+            machine = cls.__new__(cls)
+            saved = snapshot.state.machine
+            machine.host = accelerator.describe()
+            file.check_compatible(snapshot, machine.host, strict_tsc)
+            tables = snapshot.tables
+            machine.image = None
+            machine.guest = file.guest_cpu(snapshot, machine.host)
+            machine.facts = choose.GuestFacts(saved.image, saved.cpuid_sites, saved.enters_user_mode)
+            machine.choice = choose.choose(accelerator, machine.guest, machine.facts, "trap" if on_cpuid else intercept)
+            machine.command_line = saved.command_line
+            machine.uuid = _new_uuid()
+            memory = GuestMemory(saved.memory, (snapshot.reader.memory_fd, snapshot.reader.memory_offset))
+            prepare = functools.partial(capture.apply, state=snapshot.state, where=path)
+            machine._build(memory, tables, prepare, console_in, console_out, on_cpuid)
+        return machine
+
+    def save(self, path: str, progress: Callable[[int, int], None] | None = None) -> None:
+        """Writes the VM's whole state to `path`, in place of a file that is there.
+
+        Needs: a VM that has not come to its end. Does: pauses a running VM until its memory is written, and lets it
+        run on; a paused VM stays paused. progress: is called with the bytes of memory done and all that there are. On
+        failure: the VM is as it was, and so is what was at `path`.
+
+        Raises BadInput, HostError.
+        """
+        from pyhv.snapshot import file
+
+        running = self.vm.running
+        self.vm.pause()
         try:
-            self.vm = self._build(size, memory, cpus, append, console_in, console_out, on_cpuid)
-        except BaseException:
-            self._close_console()
-            raise
+            if self.vm.stopped is not None:
+                raise BadInput("this VM", "has come to its end: there is nothing to save")
+            writer = file.begin(path, self._capture(), self.vm.memory, progress)
+        finally:
+            if running:
+                self.vm.start()
+        writer.commit()
+
+    def _capture(self) -> MachineState:
+        """The state of the paused VM."""
+        from pyhv.state import capture
+        from pyhv.state.records import MachineRecord
+
+        record = MachineRecord(
+            uuid=self.uuid,
+            image=self.facts.name,
+            command_line=self.command_line,
+            profile=self.guest.profile,
+            hides=self.guest.hides,
+            memory=self.vm.memory.size,
+            cpuid_sites=self.facts.cpuid_sites,
+            enters_user_mode=self.facts.enters_user_mode,
+        )
+        return capture.capture(self.vm, record, self.host)
 
     def _build(
         self,
-        size: int,
-        label: object,
-        cpus: int,
-        append: str,
+        memory: GuestMemory,
+        tables: Sequence[CpuidTable],
+        prepare: Callable[[Vm], None],
         console_in: int,
-        console_out: int,
+        console_out: int | None,
         on_cpuid: Callable[[CpuidRecord], None] | None,
-    ) -> Vm:
-        memory = GuestMemory(size)
+    ) -> None:
+        """Makes the VM and its console. memory: given over. prepare: puts the guest into the VM."""
+        self._captured = -1
         try:
-            check_address_width(memory, self.guest, label)
-            devices = Devices(memory.low_size, size - memory.low_size, console_in, console_out)
+            if console_out is None:
+                console_out = self._captured = os.memfd_create("pyhv-console", os.MFD_CLOEXEC)
+            devices = Devices(memory.low_size, memory.size - memory.low_size, console_in, console_out)
         except BaseException:
             memory.close()
+            self._close_console()
             raise
         trap = None
         if self.choice.intercept == "trap":
             trap = Trap(self.choice.sites, _LOG_CAPACITY if on_cpuid else 0, on_cpuid)
-        tables = [self.guest.table_for(index) for index in range(cpus)]
-        vm = Vm(self.choice.accelerator, memory, devices, tables, trap)
         try:
+            self.vm = Vm(self.choice.accelerator, memory, devices, tables, trap)
             if self.choice.intercept == "kernel" and self.guest.hides:
-                choose.check_read_back(self.guest, vm.vcpus[0].get_cpuid())
-            boot = vm.vcpus[0]
-            regs, sregs = start64.load(self.image, memory, append, cpus, boot.get_sregs())
-            boot.set_sregs(sregs)
-            boot.set_regs(regs)
+                choose.check_read_back(self.guest, self.vm.vcpus[0].get_cpuid())
+            prepare(self.vm)
         except BaseException:
-            vm.close()
+            if hasattr(self, "vm"):
+                self.vm.close()
+            self._close_console()
             raise
-        return vm
+
+    def _boot(self, vm: Vm) -> None:
+        """Loads the image."""
+        assert self.image is not None
+        boot = vm.vcpus[0]
+        regs, sregs = start64.load(self.image, vm.memory, self.command_line, len(vm.vcpus), boot.get_sregs())
+        boot.set_sregs(sregs)
+        boot.set_regs(regs)
 
     def run(self, timeout: float | None = None) -> RunResult:
         """Runs the guest until it ends, at most `timeout` seconds; then it is paused and can be run on."""
@@ -239,16 +335,20 @@ def parse_memory(memory: int | str) -> int:
     return size
 
 
-def check_address_width(memory: GuestMemory, guest: policy.GuestCpu, label: object) -> None:
+def check_address_width(size: int, guest: policy.GuestCpu, label: object) -> None:
     """Raises BadInput, naming the size as the user gave it, where RAM lies beyond the physical addresses that the
     guest's processor has."""
     bits = guest.physical_address_bits
-    if memory.highest_address >> bits:
+    highest = size - 1 if size <= LOW_RAM_LIMIT else HIGH_RAM_BASE + size - LOW_RAM_LIMIT - 1
+    if highest >> bits:
         raise BadInput(
             f"memory {label}",
             f"reaches beyond the {bits} physical address bits that profile {guest.profile} shows",
-            f"the most is {(1 << bits - 20) - 1024}M",
+            f"the most is {(1 << bits) - (HIGH_RAM_BASE - LOW_RAM_LIMIT) >> 20}M",
         )
 
 
-__all__ = ["Exit", "Machine", "RunResult", "Stop"]
+def _new_uuid() -> str:
+    """A random UUID (RFC 9562, version 4). The module uuid would cost start-up time."""
+    digits = f"{int.from_bytes(os.urandom(16), 'big') & ~(0xF << 76 | 3 << 62) | 4 << 76 | 2 << 62:032x}"
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))

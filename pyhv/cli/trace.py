@@ -182,7 +182,7 @@ def _run(given: SimpleNamespace, console: Console, trace: Trace) -> tuple[RunRes
             if machine.choice.intercept == "kernel":
                 signals = stack.enter_context(Signals())
                 try:
-                    tracepoint = stack.enter_context(Tracepoint(trace.add_traced, machine.image.cpuid_sites))
+                    tracepoint = stack.enter_context(Tracepoint(trace.add_traced, machine.facts.cpuid_sites))
                 except NotAvailable as error:
                     if given.via == "tracepoint":
                         raise

@@ -6,10 +6,13 @@ compared is what a table may say on any host: family, model, stepping, names, ca
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from pyhv.cpu.features import BY_NAME, FEATURES, XSAVE_COMPONENTS
 from pyhv.cpu.host import HostDescription
+from pyhv.cpu.msrs import NAMES as MSR_NAMES
+from pyhv.cpu.msrs import missing as missing_msrs
 from pyhv.cpu.table import CpuidTable, XsaveArea
 
 
@@ -68,12 +71,53 @@ class ClflushSizeDiffers(NamedTuple):
         return f"CLFLUSH flushes {self.guest} bytes for the guest and {self.host} bytes on the host"
 
 
-#: Why a guest cannot run on a host. Reasons that need more of the guest's state than its CPUID table join here.
-Reason = OtherVendor | MissingFeature | XsaveDiffers | TooManyAddressBits | ClflushSizeDiffers
+class MissingMsr(NamedTuple):
+    """The guest's state holds an MSR that the host does not have."""
+
+    number: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"the host does not have MSR {self.name} ({self.number:#x})"
 
 
-def problems(guest: CpuidTable, host: HostDescription) -> list[Reason]:
+class TscDiffers(NamedTuple):
+    """The guest counts on the rate of its time-stamp counter (kHz), and the host cannot give it that rate."""
+
+    guest: int
+    host: int
+    why: str
+
+    def __str__(self) -> str:
+        rates = f"the guest's TSC runs at {self.guest} kHz, the host's at {self.host} kHz"
+        return f"{rates} and cannot be scaled; {self.why}"
+
+
+#: Why a guest cannot run on a host.
+Reason = OtherVendor | MissingFeature | XsaveDiffers | TooManyAddressBits | ClflushSizeDiffers | MissingMsr | TscDiffers
+
+# Two rates that differ by less are one (KVM's own tolerance without scaling, tsc_tolerance_ppm, arch/x86/kvm/x86.c).
+_TSC_TOLERANCE_PPM = 250
+
+
+def tsc_differs(guest_khz: int, host: HostDescription) -> bool:
+    """Whether the guest's TSC would run at another rate on this host; not where a rate is unknown (0)."""
+    if not guest_khz or not host.tsc_khz or host.tsc_scaling:
+        return False
+    return abs(guest_khz - host.tsc_khz) * 1_000_000 > guest_khz * _TSC_TOLERANCE_PPM
+
+
+def problems(
+    guest: CpuidTable,
+    host: HostDescription,
+    msrs: Iterable[int] = (),
+    tsc_khz: int = 0,
+    strict_tsc: bool = False,
+) -> list[Reason]:
     """Every reason why a guest that sees the table `guest` cannot run on `host`; none: it can.
+
+    msrs: numbers of the MSRs in its state. tsc_khz: its TSC's rate, 0 where it is not known. strict_tsc: another rate
+    is a reason even where the guest was not promised a steady one.
 
     A feature is required where its bit is set and means that something is there. Not required are bits that say that
     something is absent or wants care (the table's value holds wherever the guest runs), those that follow the vCPU's
@@ -108,6 +152,15 @@ def problems(guest: CpuidTable, host: HostDescription) -> list[Reason]:
         reasons.append(TooManyAddressBits(guest.physical_bits, host.physical_bits))
     if guest.has(BY_NAME["clflush"]) and guest.clflush_bytes != host.table.clflush_bytes:
         reasons.append(ClflushSizeDiffers(guest.clflush_bytes, host.table.clflush_bytes))
+    if host.msrs:  # a description made of a processor dump has none
+        for number in sorted(missing_msrs(msrs, host.msrs)):
+            reasons.append(MissingMsr(number, MSR_NAMES.get(number, "of an unknown name")))
+    if tsc_differs(tsc_khz, host):
+        promised = [name for name in ("invtsc", "tsc_deadline_timer") if name in shown]
+        if promised:
+            reasons.append(TscDiffers(tsc_khz, host.tsc_khz, f"the guest was shown {' and '.join(promised)}"))
+        elif strict_tsc:
+            reasons.append(TscDiffers(tsc_khz, host.tsc_khz, "a strict TSC was asked for"))
     return reasons
 
 

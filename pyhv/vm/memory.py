@@ -29,12 +29,6 @@ class GuestMemory:
         if size > self.low_size:
             self.regions.append((HIGH_RAM_BASE, size - self.low_size, self.low_size))
 
-    @property
-    def highest_address(self) -> int:
-        """The last guest-physical address that is RAM."""
-        gpa, size, _ = self.regions[-1]
-        return gpa + size - 1
-
     def host_address(self, offset: int) -> object:
         """Where the byte at `offset` of the backing memory is mapped in this process (uint8_t *)."""
         return self.ram.host + offset

@@ -1,0 +1,44 @@
+"""From a paused VM to records, and from records into a VM that has never run."""
+
+from __future__ import annotations
+
+import time
+
+from pyhv import __version__
+from pyhv.cpu.host import HostDescription
+from pyhv.errors import BadInput
+from pyhv.state.records import DeviceRecord, MachineRecord, MachineState, PlatformRecord, VcpuRecord, WriterRecord
+from pyhv.vm.vm import Vm
+
+
+def capture(vm: Vm, machine: MachineRecord, host: HostDescription) -> MachineState:
+    """All of a paused VM's state but its memory. machine: what its owner knows of it. Raises HostError."""
+    processors = vm.capture()
+    vcpus = tuple(
+        VcpuRecord(tuple(table.as_entries()), *vcpu[1:])
+        for table, vcpu in zip(vm.tables, processors.vcpus, strict=True)
+    )
+    return MachineState(
+        WriterRecord(__version__, host.processor, host.kernel, host.accelerator, int(time.time())),
+        machine,
+        vcpus,
+        PlatformRecord(*processors[1:]),
+        tuple(DeviceRecord(name, state) for name, state in vm.devices.save().items()),
+    )
+
+
+def apply(vm: Vm, state: MachineState, where: str) -> None:
+    """Puts the state into a VM that has the state's tables and memory and has never run. where: what errors call it.
+
+    Raises BadInput for a state that no VM can have, HostError for what the host refuses; the VM is then good for
+    nothing but close().
+    """
+    devices = {device.name: device.state for device in state.devices}
+    if len(devices) != len(state.devices):
+        raise BadInput(where, "has two states of one device")
+    vm.devices.load(devices)
+    try:
+        vm.apply(state.processors())
+    except (OverflowError, IndexError, TypeError) as error:
+        # The codec knows types and ranges; that a field of the C engine is narrower still shows here.
+        raise BadInput(where, f"holds a state that no VM can have: {error}") from None
