@@ -94,6 +94,8 @@ class Machine:
         self.guest = policy.guest_table(self.host, profile, policy.Topology(cpus))
         self.facts = choose.GuestFacts(image, self.image.cpuid_sites, self.image.enters_user_mode(append))
         self.choice = choose.choose(accelerator, self.guest, self.facts, "trap" if on_cpuid else intercept)
+        self.notes = [self.choice.note] if self.choice.note else []
+        """What the user should know, a line each."""
         self.command_line = append
         self.uuid = _new_uuid()
         check_address_width(size, self.guest, memory)
@@ -135,11 +137,14 @@ class Machine:
             saved = snapshot.state.machine
             machine.host = accelerator.describe()
             file.check_compatible(snapshot, machine.host, strict_tsc)
+            machine.notes = file.notes_for(snapshot, machine.host)
             tables = snapshot.tables
             machine.image = None
             machine.guest = file.guest_cpu(snapshot, machine.host)
             machine.facts = choose.GuestFacts(saved.image, saved.cpuid_sites, saved.enters_user_mode)
             machine.choice = choose.choose(accelerator, machine.guest, machine.facts, "trap" if on_cpuid else intercept)
+            if machine.choice.note:
+                machine.notes.append(machine.choice.note)
             machine.command_line = saved.command_line
             machine.uuid = _new_uuid()
             memory = GuestMemory(saved.memory, (snapshot.reader.memory_fd, snapshot.reader.memory_offset))

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 # Name of the command, and of its module -> what it does.
 COMMANDS = {
     "run": "boot a guest; its console is this terminal",
+    "restore": "let a saved VM go on",
+    "inspect": "what is inside a snapshot",
+    "verify": "check every byte of a snapshot",
+    "check": "could a saved VM go on on this host, or on another?",
     "trace": "boot a guest and show each CPUID that it executes",
     "host": "what this host is and can do, and whether features can be hidden on it",
     "profiles": "the processors that a guest can be shown",

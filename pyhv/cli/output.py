@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Sequence
 
 TYPE_CHECKING = False
@@ -84,3 +85,47 @@ def bits_with_carets(values: Sequence[tuple[str, int]]) -> list[str]:
 def _groups(digits: str) -> str:
     """32 characters in groups of four."""
     return " ".join(digits[i : i + 4] for i in range(0, 32, 4))
+
+
+def size(count: int) -> str:
+    """A number of bytes in the unit that suits it: "64 MiB", "4.2 KiB"."""
+    value, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.4g} {unit}"
+
+
+class Progress:
+    """Shows how far some work over bytes is, on stderr: a bar on a terminal, a line of JSON a second elsewhere, and
+    nothing for work that is over in a second. Call it with the bytes done and all that there are. A context manager."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._terminal = os.isatty(2)
+        self._start = self._last = time.monotonic()
+        self._drawn = False
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last < (0.1 if self._terminal and self._drawn else 1):
+            return
+        self._last = now
+        rate = done / (now - self._start)
+        if self._terminal:
+            filled = 30 * done // max(total, 1)
+            bar = "#" * filled + "." * (30 - filled)
+            text = f"\r{self._title} [{bar}] {100 * done // max(total, 1):3}%  {size(int(rate))}/s\x1b[K"
+            self._drawn = True
+        else:
+            numbers = f'"done": {done}, "total": {total}, "bytes_per_second": {rate:.0f}'
+            text = f'{{"progress": "{self._title}", {numbers}}}\n'
+        os.write(2, text.encode())
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._drawn:
+            os.write(2, b"\r\x1b[K")

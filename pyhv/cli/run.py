@@ -120,8 +120,8 @@ def _run(given: SimpleNamespace) -> int:
         contextlib.closing(Console(None if given.json else 1)) as console,
         Machine(**machine_arguments(given), console_in=console.input, console_out=console.output) as machine,
     ):
-        if machine.choice.note:
-            complain(machine.choice.note)
+        for note in machine.notes:
+            complain(note)
         with Signals() as signals:
             result = console.run(machine, given.timeout, signals)
         description = describe(machine, result) if given.json else {}

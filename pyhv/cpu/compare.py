@@ -135,7 +135,7 @@ def problems(
         and f.name not in offered
         and f.sense == "plain"
         and not (f.topology or f.dynamic)
-        and not (f.mirrors and f.mirrors in shown and f.mirrors not in offered)
+        and not (f.mirrors and f.mirrors in shown and (f.mirrors not in offered or guest.vendor != host.vendor))
     ]
     reasons += [MissingFeature(f.name, f.title) for f in missing]
 

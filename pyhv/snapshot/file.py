@@ -95,6 +95,15 @@ def reasons_against(snapshot: Snapshot, host: HostDescription, strict_tsc: bool 
     )
 
 
+def notes_for(snapshot: Snapshot, host: HostDescription) -> list[str]:
+    """What a user should know about the guest on this host though it is no reason against it."""
+    khz = snapshot.state.platform.tsc_khz
+    if not compare.tsc_differs(khz, host):
+        return []
+    rates = f"the guest's TSC will run at {host.tsc_khz} kHz instead of {khz}, which cannot be scaled here"
+    return [f"{rates}; kvmclock is right, a guest that counts TSC cycles is not"]
+
+
 def check_compatible(snapshot: Snapshot, host: HostDescription, strict_tsc: bool = False) -> None:
     """Raises Incompatible with every reason against running the guest on this host."""
     if reasons := reasons_against(snapshot, host, strict_tsc):

@@ -1,0 +1,78 @@
+"""`pyhv check FILE`: would this snapshot run on that host? Neither is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from pyhv.cli import output
+from pyhv.cli.options import Command, Option
+from pyhv.cpu import compare
+from pyhv.cpu.host import HostDescription, as_kvm_host
+from pyhv.errors import BadInput
+from pyhv.snapshot import file
+
+_COMMAND = Command(
+    "check",
+    "Say whether a saved VM could go on on a host, with every reason why not. Status 0: it could; 1: it could not.",
+    (
+        Option("FILE", "a snapshot, as pyhv save writes it"),
+        Option(
+            "--on", "what pyhv host --json wrote there, or a dump of its processor (default: this host)", "HOST"
+        ),
+        Option("--strict-tsc", "another TSC rate is a reason even if the guest was promised none"),
+        Option("--json", "print one JSON object: runs, reasons, notes"),
+    ),
+    """
+A dump tells only about the processor: MSRs and the TSC's rate are not compared then.
+
+example:
+  pyhv check t.pyhv --on older-host.json
+""",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """The command. Returns the exit status."""
+    given = _COMMAND.parse(arguments)
+    host = _this_host() if given.on is None else read_host(given.on)
+    where = given.on or "this host"
+    with file.open_snapshot(given.file) as snapshot:
+        reasons = file.reasons_against(snapshot, host, given.strict_tsc)
+        notes = file.notes_for(snapshot, host)
+    if given.json:
+        output.print_json({"runs": not reasons, "reasons": [_as_json(r) for r in reasons], "notes": notes})
+        return 1 if reasons else 0
+    print(f"{given.file} {'cannot run' if reasons else 'can run'} on {where}")
+    for line in (*reasons, *notes):
+        print(f"  {line}")
+    return 1 if reasons else 0
+
+
+def read_host(path: str) -> HostDescription:
+    """The host of a description or a dump. Raises BadInput."""
+    from pyhv.cpu import dumps
+
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
+            data = stream.read(dumps.MAX_BYTES + 1)
+    except OSError as error:
+        raise BadInput(path, error.strerror or "cannot be read") from None
+    if len(data) <= dumps.MAX_BYTES and data.lstrip()[:1] == b"{":
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(path, f"is no JSON: {error}") from None
+        if isinstance(value, dict) and str(value.get("format", "")).startswith("pyhv-host/"):
+            return HostDescription.from_json(value, path)
+    return as_kvm_host(dumps.load(path), name=path)
+
+
+def _this_host() -> HostDescription:
+    from pyhv.accel import choose
+
+    return choose.open_accelerator().describe()
+
+
+def _as_json(reason: compare.Reason) -> dict[str, object]:
+    return {"kind": type(reason).__name__, "text": str(reason)}

@@ -1,0 +1,60 @@
+"""`pyhv restore FILE`: a saved VM goes on, its console on stdin and stdout."""
+
+from __future__ import annotations
+
+import contextlib
+
+from pyhv.accel.choose import INTERCEPTS
+from pyhv.cli import complain, options, output, run
+from pyhv.cli.options import Command, Option
+from pyhv.cli.terminal import HELP, Console, Signals
+from pyhv.machine import Machine
+
+_COMMAND = Command(
+    "restore",
+    "Let a saved VM go on, and end with its guest's exit status.",
+    (
+        Option("FILE", "a snapshot, as pyhv save writes it"),
+        Option("--verify", "check every byte of the memory first; without it, everything but the memory is checked"),
+        Option("--strict-tsc", "refuse a host whose TSC runs at another rate, even if the guest was promised none"),
+        Option("--intercept", "who answers CPUID (see pyhv run --help)", default="auto", choices=INTERCEPTS),
+        Option("--timeout", "end the VM after S seconds, with status 124", "S", convert=options.seconds),
+        Option("--json", "capture the console and print one JSON object, as pyhv run does"),
+    ),
+    f"""
+The guest's processor is compared with this host before anything else; if it cannot go on here, all reasons are listed
+(pyhv check FILE asks without restoring). The file is not changed, and must stay as it is while the VM runs: its memory
+is read from there when it is needed. Every restored VM is a clone with a UUID of its own.
+
+The console is stdin and stdout. Is stdin a terminal, then
+  {HELP}
+
+example:
+  pyhv restore t.pyhv
+""",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """The command. Returns the exit status."""
+    given = _COMMAND.parse(arguments)
+    with (
+        contextlib.closing(Console(None if given.json else 1)) as console,
+        Machine.restore(
+            given.file,
+            verify=given.verify,
+            strict_tsc=given.strict_tsc,
+            intercept=given.intercept,
+            console_in=console.input,
+            console_out=console.output,
+        ) as machine,
+    ):
+        for note in machine.notes:
+            complain(note)
+        with Signals() as signals:
+            result = console.run(machine, given.timeout, signals)
+        description = run.describe(machine, result) if given.json else {}
+    run.tell(result)
+    if given.json:
+        output.print_json(description)
+    return result.status
