@@ -66,14 +66,19 @@ size_t pyhv_vcpu_trap_log(struct pyhv_vcpu *vcpu, struct pyhv_cpuid_record *reco
 
 static int set_guest_debug(struct pyhv_vcpu *vcpu, const struct kvm_guest_debug *debug, struct pyhv_error *error)
 {
-    return ioctl(vcpu->fd, KVM_SET_GUEST_DEBUG, debug) < 0 ? pyhv_fail_errno(error, "KVM_SET_GUEST_DEBUG") : 0;
+    if (ioctl(vcpu->fd, KVM_SET_GUEST_DEBUG, debug) < 0)
+        return pyhv_fail_errno(error, "KVM_SET_GUEST_DEBUG");
+    vcpu->debugged = debug->control != 0;
+    return 0;
 }
 
 int pyhv_trap_arm(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
 {
     const struct pyhv_trap *trap = &vcpu->trap;
-    if (!trap->table)
-        return 0;
+    if (!trap->table) {
+        const struct kvm_guest_debug nothing = {0};
+        return vcpu->debugged ? set_guest_debug(vcpu, &nothing, error) : 0;
+    }
     struct kvm_guest_debug debug = {.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP};
     debug.arch.debugreg[7] = DR7_FIXED;
     for (uint32_t i = 0; i < trap->site_count; i++) {

@@ -48,6 +48,7 @@ struct pyhv_vcpu {
     size_t run_size;
     struct pyhv_trap trap;
     struct pyhv_counters counters;
+    bool debugged;   /* KVM_SET_GUEST_DEBUG is in force */
     bool io_pending; /* the last exit's port or memory access is finished by the next KVM_RUN only */
 
     /* The kick. `lock` covers thread and running, so that no signal goes to a thread that has ended. */
@@ -71,7 +72,7 @@ size_t pyhv_vcpu_read_linear(struct pyhv_vcpu *vcpu, uint64_t linear, void *buff
 /* Where the vCPU stands: CS base + RIP. */
 int pyhv_vcpu_linear_rip(struct pyhv_vcpu *vcpu, uint64_t *linear, struct pyhv_error *error);
 
-/* KVM_SET_GUEST_DEBUG for what the vCPU's trap needs: breakpoints at its sites, or nothing. */
+/* KVM_SET_GUEST_DEBUG for what the vCPU's trap needs: breakpoints at its sites, or nothing, also after steps. */
 int pyhv_trap_arm(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
 
 /* KVM_SET_GUEST_DEBUG for one step of one instruction. */

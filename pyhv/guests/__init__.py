@@ -16,6 +16,7 @@ _GUESTS = {
     "refuse": "demands SSE4.2; without it it ends with status 42",
     "spin": "loops for ever without an exit",
     "ticker": "stamps all memory, round after round, and ends when memory, CPUID or the TSC is not what it was",
+    "timer": "arms the local APIC's timer, waits for its interrupt, and ends with status 0",
 }
 
 

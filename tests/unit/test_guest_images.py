@@ -112,6 +112,7 @@ EXTRA = {
     "dispatch": {"crc32", "popcnt"},  # paths that it takes only where CPUID shows them
     "faults": {"fninit", "fld1", "faddp", "fstp"},  # on purpose: `fpu`
     "cpuid": {"iretq"},  # to CPL 3
+    "timer": {"iretq", "sti", "wrmsr", "mfence"},  # it takes interrupts
     "instructions": {"emms", "bts", *INSTRUCTION_SETS.split()},  # one of each, which is what it is for
 }
 
