@@ -76,12 +76,43 @@ def pyhv(say: image.Say = image.say_nothing) -> Path:
     return cache.artefact("pyhv", inputs, build)
 
 
+def engine_tests(say: image.Say = image.say_nothing) -> Path:
+    """The folder with the C engine's own test of KVM (tests/c), built with AddressSanitizer and
+    UndefinedBehaviorSanitizer, the run-time libraries of both linked in. The other tests there need no KVM."""
+    own = PROJECT / "tests" / "c"
+    sources = sorted([*own.glob("*.[ch]"), own / "Makefile"])
+    programs = ["test_kvm"]
+
+    def build(folder: Path) -> None:
+        say("building the engine's tests with sanitizers")
+        source = folder / "source"
+        _copy(source)
+        (source / "tests" / "c").mkdir(parents=True)
+        for path in sources:
+            shutil.copy2(path, source / "tests" / "c")
+        command = ["make", "-s", "-C", str(source / "tests" / "c"), f"PYTHON={sys.executable}",
+                   "CFLAGS=-O1 -g -march=x86-64 -static-libasan -static-libubsan -static-libgcc",
+                   *(f"build/sanitize/{name}" for name in programs)]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            lines = (done.stdout + done.stderr).strip().splitlines()[-30:]
+            raise LabError("the engine's tests cannot be built:\n" + "\n".join(f"    {line}" for line in lines))
+        for name in programs:
+            shutil.copy2(source / "tests" / "c" / "build" / "sanitize" / name, folder)
+        shutil.rmtree(source)
+
+    inputs = {"sources": _digest(), "tests": [cache.file_digest(path) for path in sources],
+              "recipe": cache.file_digest(Path(__file__))}  # fmt: skip
+    return cache.artefact("engine-tests", inputs, build)
+
+
 def files(say: image.Say = image.say_nothing) -> dict[str, Path | bytes]:
     """What Host.put() takes to bring pyhv and the tests for it into a host, under INSIDE."""
     start = b"#!/usr/bin/python3\nimport sys\nfrom pyhv.cli import main\nsys.exit(main())\n"
     return {
         "site": pyhv(say) / "site",
         "bin/pyhv": start,
+        "engine": engine_tests(say),
         "tests/__init__.py": b"",
         "tests/inside": HERE / "inside",
         # pyhv's tests for this machine's KVM; many are skipped where that does not honour its CPUID table.

@@ -89,8 +89,10 @@ def read_junit(text: bytes) -> tuple[Case, ...]:
             if (element := item.find(kind)) is not None:
                 outcome = meaning
                 message = element.text or element.get("message") or ""
-        module = item.get("classname", "").rpartition(".")[2]
-        cases.append(Case(module, item.get("name", ""), outcome, float(item.get("time", 0)), message))
+        # Without a class it is a whole module, skipped or not importable.
+        whole = item.get("classname") or item.get("name", "")
+        name = item.get("name", "") if item.get("classname") else "(all)"
+        cases.append(Case(whole.rpartition(".")[2], name, outcome, float(item.get("time", 0)), message))
     return tuple(cases)
 
 
