@@ -46,6 +46,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -119,11 +120,12 @@ struct registers {
     uint8_t transmit[TRANSMIT_SIZE];
 };
 
-/* How to write to out_fd so that the thread cannot miss a kick. A signal that lands just before a write(2) that will
- * block is lost on it. */
+/* How to write to out_fd so that the thread cannot miss a kick: a signal that lands just before a write(2) that will
+ * block is lost on it. That leaves one narrow place: a REP OUTS to a terminal with room for a part of it. */
 enum output_way {
-    OUTPUT_NOWAIT, /* pwritev2(RWF_NOWAIT), where the kernel can do it for this file */
-    OUTPUT_POLL,   /* write(2) when poll(2) has seen room */
+    OUTPUT_NOWAIT, /* pwritev2(RWF_NOWAIT), where the kernel can do it for this file: pipes since Linux 6.5 */
+    OUTPUT_POLL,   /* write(2) when poll(2) has seen room: terminals, pipes before */
+    OUTPUT_SOCKET, /* send(2) without waiting */
     OUTPUT_PLAIN,  /* write(2): a regular file does not block */
 };
 
@@ -197,20 +199,24 @@ static ssize_t write_unguarded(struct uart *uart, int way, const uint8_t *bytes,
     struct iovec part = {.iov_base = (void *)bytes, .iov_len = count};
     if (way == OUTPUT_NOWAIT) /* offset -1: at the file's position, like write */
         return pwritev2(uart->out_fd, &part, 1, -1, RWF_NOWAIT);
+    if (way == OUTPUT_SOCKET)
+        return send(uart->out_fd, bytes, count, MSG_DONTWAIT | MSG_NOSIGNAL);
     return write(uart->out_fd, bytes, count);
 }
 
-/* write(2), or pwritev2(2), without a SIGPIPE. */
+/* The same without a SIGPIPE. */
 static ssize_t write_once(struct uart *uart, int way, const uint8_t *bytes, size_t count)
 {
-    if (!uart->guard_sigpipe)
+    if (!uart->guard_sigpipe || way == OUTPUT_SOCKET)
         return write_unguarded(uart, way, bytes, count);
 
     sigset_t sigpipe, before, pending;
     sigemptyset(&sigpipe);
     sigaddset(&sigpipe, SIGPIPE);
     pthread_sigmask(SIG_BLOCK, &sigpipe, &before);
-    sigpending(&pending);
+    sigemptyset(&pending);
+    if (sigismember(&before, SIGPIPE)) /* then one may be waiting that is not ours */
+        sigpending(&pending);
     ssize_t written = write_unguarded(uart, way, bytes, count);
     int errnum = errno;
     if (written < 0 && errnum == EPIPE && !sigismember(&pending, SIGPIPE)) {
@@ -227,19 +233,20 @@ static ssize_t write_once(struct uart *uart, int way, const uint8_t *bytes, size
  * wait, or the thread was asked to stop; -1 with errno where output has ended. */
 static ssize_t send_some(struct uart *uart, const uint8_t *bytes, size_t count, bool wait)
 {
-    bool room = false; /* poll has just seen some */
+    bool room = false;    /* poll has just seen some */
+    bool refused = false; /* and yet it was not enough */
     for (;;) {
         int way = atomic_load_explicit(&uart->output_way, memory_order_relaxed);
-        if (way == OUTPUT_NOWAIT && room)
-            way = OUTPUT_POLL; /* RWF_NOWAIT may refuse for reasons that poll does not know: no endless loop */
+        if (way == OUTPUT_NOWAIT && refused) /* for a reason that poll does not know: no endless loop */
+            way = OUTPUT_POLL;
         if (way != OUTPUT_POLL || room) {
-            /* A write that finds less room than it needs blocks, and a kick that has come already will not come again.
-             * Room for one byte is there. */
-            if (way == OUTPUT_POLL && pyhv_cancelled())
-                count = 1;
-            ssize_t sent = write_once(uart, way, bytes, count);
+            /* A write that finds room for a part of its bytes sends that and blocks. Who must not block (a kick that
+             * has come already will not come again) writes one byte: poll saw room for it. */
+            bool may_block = wait && !refused && !pyhv_cancelled();
+            ssize_t sent = write_once(uart, way, bytes, way != OUTPUT_POLL || may_block ? count : 1);
             if (sent > 0)
                 return sent;
+            refused = room && sent < 0 && errno == EAGAIN;
             if (sent < 0 && errno != EAGAIN && errno != EINTR) {
                 if (way != OUTPUT_NOWAIT)
                     return -1;
@@ -799,8 +806,8 @@ struct pyhv_device *pyhv_uart16550_create(uint16_t port, uint32_t gsi, int in_fd
     if (out_fd >= 0) {
         struct stat out;
         struct sigaction sigpipe;
-        bool regular = fstat(out_fd, &out) == 0 && S_ISREG(out.st_mode);
-        atomic_init(&uart->output_way, regular ? OUTPUT_PLAIN : OUTPUT_NOWAIT);
+        mode_t mode = fstat(out_fd, &out) == 0 ? out.st_mode : 0;
+        atomic_init(&uart->output_way, S_ISREG(mode) ? OUTPUT_PLAIN : S_ISSOCK(mode) ? OUTPUT_SOCKET : OUTPUT_NOWAIT);
         uart->guard_sigpipe = sigaction(SIGPIPE, NULL, &sigpipe) < 0 || sigpipe.sa_handler != SIG_IGN;
     }
     return &uart->device;

@@ -983,6 +983,28 @@ static void test_uart_partial_output(void)
         sleep_ms(1);
     CHECK(read_exactly(sink.reader, got, sizeof got));
     CHECK(memcmp(got, text, sizeof text) == 0);
+
+    /* A look at LSR, and a thread that is kicked already, send what fits and do not block in the rest. */
+    filler = sink_fill(sink);
+    writer_start(&writer, rig.bus, text, sizeof text);
+    writer_kick(&writer, true);
+    pthread_join(writer.thread, NULL);
+    kept = pyhv_device_save(rig.device, state, sizeof state, &error) - 46;
+    for (int kicked = 0; kicked < 2; kicked++) {
+        for (; poll(&room, 1, 20) == 0 && filler > 256; filler -= 256)
+            sink_skip(sink, 256);
+        _Atomic int stop = 1;
+        pyhv_cancel = &stop;
+        if (kicked)
+            pyhv_bus_flush(rig.bus);
+        pyhv_cancel = NULL;
+        if (!kicked)
+            CHECK_EQUAL(in(rig.bus, COM1 + LSR), 0x00);
+        int64_t still = pyhv_device_save(rig.device, state, sizeof state, &error) - 46;
+        CHECK(still > 0 && still < kept);
+        CHECK(memcmp(state + 46, text + sizeof text - still, (size_t)still) == 0);
+        kept = still;
+    }
     rig_down(&rig);
     sink_close(sink);
 }
