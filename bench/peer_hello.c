@@ -58,7 +58,6 @@ static uint64_t load(uint8_t *ram)
     return header->e_entry;
 }
 
-/* The memory goes in before the irqchip: see pyhv_vm_complete() in csrc/kvm/kvm.h. */
 static int create_vm(uint8_t *ram)
 {
     int vm = need(ioctl(kvm, KVM_CREATE_VM, 0), "KVM_CREATE_VM");
@@ -69,11 +68,9 @@ static int create_vm(uint8_t *ram)
         struct kvm_enable_cap payload = {.cap = KVM_CAP_EXCEPTION_PAYLOAD, .args[0] = 1};
         need(ioctl(vm, KVM_ENABLE_CAP, &payload), "KVM_ENABLE_CAP");
     }
+    need(ioctl(vm, KVM_CREATE_IRQCHIP, 0), "KVM_CREATE_IRQCHIP");
     struct kvm_userspace_memory_region region = {.memory_size = ram_size, .userspace_addr = (uintptr_t)ram};
     need(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION");
-    need(ioctl(vm, KVM_CREATE_IRQCHIP, 0), "KVM_CREATE_IRQCHIP");
-    struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
-    need(ioctl(vm, KVM_CREATE_PIT2, &pit), "KVM_CREATE_PIT2");
     return vm;
 }
 

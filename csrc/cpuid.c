@@ -53,19 +53,44 @@ static uint64_t entry_key(const struct pyhv_cpuid_entry *entry)
     return key_of(entry->leaf, entry->subleaf);
 }
 
-/* The last entry whose key is not above (leaf, subleaf). Every table has leaf 0, so there is always an entry to stand
- * on. The comparison is a conditional move, not a branch: guests ask in an order that no predictor knows. */
-static const struct pyhv_cpuid_entry *nearest(const struct pyhv_cpuid_table *table, uint32_t leaf, uint32_t subleaf)
+/* The last of the `left` entries from `entry` on whose key is not above (leaf, subleaf); the first one's is known not to
+ * be. The comparison is a conditional move, not a branch: guests ask in an order that no predictor knows. */
+static const struct pyhv_cpuid_entry *nearest_of(const struct pyhv_cpuid_entry *entry, uint32_t left, uint32_t leaf,
+                                                 uint32_t subleaf)
 {
-    const struct pyhv_cpuid_entry *entry = table->entries;
     uint64_t key = key_of(leaf, subleaf);
 
-    for (uint32_t left = table->count; left > 1;) {
+    while (left > 1) {
         uint32_t half = left / 2;
         entry = entry_key(entry + half) <= key ? entry + half : entry;
         left -= half;
     }
     return entry;
+}
+
+/* The last entry whose key is not above (leaf, subleaf). Every table has leaf 0, so there is always an entry to stand
+ * on. */
+static const struct pyhv_cpuid_entry *nearest(const struct pyhv_cpuid_table *table, uint32_t leaf, uint32_t subleaf)
+{
+    uint32_t number = leaf & ~RANGE_EXTENDED;
+
+    if (number >= PYHV_CPUID_PLACES)
+        return nearest_of(table->entries, table->count, leaf, subleaf);
+    const struct pyhv_cpuid_place *place = &table->places[leaf >= RANGE_EXTENDED][number];
+    return nearest_of(table->entries + place->first, place->last - place->first + 1u, leaf, subleaf);
+}
+
+static void find_places(struct pyhv_cpuid_table *table)
+{
+    for (uint32_t range = 0; range < 2; range++) {
+        for (uint32_t number = 0; number < PYHV_CPUID_PLACES; number++) {
+            uint32_t leaf = range * RANGE_EXTENDED + number;
+            const struct pyhv_cpuid_entry *first = nearest_of(table->entries, table->count, leaf, 0);
+            const struct pyhv_cpuid_entry *last = nearest_of(table->entries, table->count, leaf, UINT32_MAX);
+            table->places[range][number].first = (uint8_t)(first - table->entries);
+            table->places[range][number].last = (uint8_t)(last - table->entries);
+        }
+    }
 }
 
 static int answers(const struct pyhv_cpuid_entry *entry, uint32_t leaf, uint32_t subleaf)
@@ -129,6 +154,7 @@ int pyhv_cpuid_table_init(struct pyhv_cpuid_table *table, const struct pyhv_cpui
         return pyhv_fail(error, EINVAL, "CPUID table", "leaf 0 is missing");
 
     table->count = (uint32_t)count;
+    find_places(table);
     table->max_basic = table->entries[0].eax;
     table->repeats_basic = !vendor_answers_zeros(&table->entries[0]);
     const struct pyhv_cpuid_entry *extended = find(table, RANGE_EXTENDED, 0);

@@ -32,6 +32,9 @@ struct pyhv_error {
 /* KVM takes no more entries than this (KVM_MAX_CPUID_ENTRIES, arch/x86/include/asm/kvm_host.h). */
 #define PYHV_CPUID_MAX_ENTRIES 256
 
+/* Leaves of the basic and of the extended range that are found without a search; processors have about 36. */
+#define PYHV_CPUID_PLACES 64
+
 /* One CPUID answer. `indexed` is 1 where ECX selects the answer, 0 where the leaf ignores ECX (then subleaf = 0). */
 struct pyhv_cpuid_entry {
     uint32_t leaf;
@@ -51,6 +54,11 @@ struct pyhv_cpuid_table {
     uint32_t max_extended;  /* leaf 0x80000000 EAX, 0 where that leaf is absent */
     uint32_t repeats_basic; /* 1: an out-of-range leaf answers as the highest basic leaf (Intel); 0: zeros (AMD) */
     struct pyhv_cpuid_entry entries[PYHV_CPUID_MAX_ENTRIES];
+    /* Where the leaves of the basic and of the extended range are: the place of the entry nearest to (leaf, 0), and of
+     * the leaf's last one. */
+    struct pyhv_cpuid_place {
+        uint8_t first, last;
+    } places[2][PYHV_CPUID_PLACES];
 };
 
 /* The state of a vCPU that CPUID's answer depends on beyond the table. */
@@ -178,12 +186,12 @@ uint64_t pyhv_xxh64(const void *data, size_t size, uint64_t seed);
 /* 1 where all `size` bytes are zero, else 0. Pure. */
 int pyhv_is_zero(const void *data, size_t size);
 
-/* A piece of guest RAM: `size` bytes (whole pages) at `offset` of the file or memfd behind it. `mapped` is NULL where
- * the file itself holds them. Where the guest runs on a private mapping of the file, it is the place in this process
- * where the piece is mapped: pages that were written since are taken from there. */
+/* A piece of guest RAM: `size` bytes (whole pages) at `offset` of the memfd or file behind it, mapped in this process at
+ * `mapped`. Without a mapping (NULL) it is read through the descriptor, which takes a copy more. is_private: the guest
+ * runs on a private mapping of a file; pages that were written since are the process's own, and are taken from there. */
 struct pyhv_pages {
     int32_t fd;
-    uint32_t reserved;
+    uint32_t is_private;
     uint64_t offset;
     uint64_t size;
     const uint8_t *mapped;
@@ -191,8 +199,9 @@ struct pyhv_pages {
 
 /* Writes guest RAM to `out_offset` of a file, which is extended to hold all of it; pages of zeros are not written, so
  * that place must be a hole before. sums: gets the XXH64 of each PYHV_CHUNK_SIZE bytes (the last may be shorter).
- * Nobody may write the memory meanwhile. What was never touched is neither read nor allocated. The file is not synced.
- * On failure parts of the file are written, and `sums` means nothing. Uses a second thread; call without the GIL. */
+ * Nobody may write the memory meanwhile. What was never touched is neither read nor allocated. Writing to the disk is
+ * begun, but the file is not synced. On failure parts of the file are written, and `sums` means nothing. Takes a second
+ * thread where it can have one; call without the GIL. */
 int pyhv_pages_save(const struct pyhv_pages *ram, int out_fd, uint64_t out_offset, uint64_t *sums,
                     struct pyhv_error *error);
 
@@ -293,7 +302,10 @@ int pyhv_kvm_msr_list(int kvm_fd, int features, uint32_t *indices, size_t capaci
 int pyhv_kvm_feature_msr(int kvm_fd, uint32_t index, uint64_t *value, struct pyhv_error *error);
 
 struct pyhv_vm_config {
-    uint32_t irqchip; /* 1: LAPICs, I/O APIC, PICs and PIT in the kernel */
+    uint32_t irqchip; /* 1: LAPICs, I/O APIC and PICs in the kernel */
+    uint32_t pit;     /* 1: the 8254 too. To take it down again may cost 15 ms (measured on Linux 6.18) */
+    uint32_t late;    /* 1: make them after the memory. The kernel waits for a grace period once: with 0 when memory is
+                       * mapped (6.5 ms), with 1 when the VM is destroyed (15 ms); but then the VM starts at once */
 };
 struct pyhv_vm;
 /* The devices on `bus` (NULL: none) raise their interrupts in the VM's irqchip, if it has one. */
@@ -415,7 +427,7 @@ struct pyhv_pit_channel {
 struct pyhv_irqchip {
     struct pyhv_pic pic[2]; /* master, slave */
     struct pyhv_ioapic ioapic;
-    struct pyhv_pit_channel pit[3];
+    struct pyhv_pit_channel pit[3]; /* zeros without a PIT */
     uint32_t pit_flags, reserved;
 };
 int pyhv_vm_get_irqchip(struct pyhv_vm *vm, struct pyhv_irqchip *irqchip, struct pyhv_error *error);

@@ -52,6 +52,16 @@ class RunResult(NamedTuple):
     """Exits of all vCPUs by kind."""
 
 
+class _Plan(NamedTuple):
+    """What a VM is made of; see Vm."""
+
+    memory: GuestMemory
+    tables: Sequence[CpuidTable]
+    irqchip: bool = True
+    pit: bool = False
+    quick: bool = False
+
+
 class Machine:
     """A VM with its guest loaded, paused in front of its first instruction.
 
@@ -100,7 +110,9 @@ class Machine:
         self.uuid = _new_uuid()
         check_address_width(size, self.guest, memory)
         tables = [self.guest.table_for(index) for index in range(cpus)]
-        self._build(GuestMemory(size), tables, self._boot, console_in, console_out, on_cpuid)
+        # An image with notes is written for pyhv and has no use for a PIT, which takes long to take down.
+        plan = _Plan(GuestMemory(size), tables, pit=not self.image.declares_itself)
+        self._build(plan, self._boot, console_in, console_out, on_cpuid)
 
     @classmethod
     def restore(
@@ -138,7 +150,6 @@ class Machine:
             machine.host = accelerator.describe()
             file.check_compatible(snapshot, machine.host, strict_tsc)
             machine.notes = file.notes_for(snapshot, machine.host)
-            tables = snapshot.tables
             machine.image = None
             machine.guest = file.guest_cpu(snapshot, machine.host)
             machine.facts = choose.GuestFacts(saved.image, saved.cpuid_sites, saved.enters_user_mode)
@@ -148,8 +159,10 @@ class Machine:
             machine.command_line = saved.command_line
             machine.uuid = _new_uuid()
             memory = GuestMemory(saved.memory, (snapshot.reader.memory_fd, snapshot.reader.memory_offset))
+            irqchip = snapshot.state.platform.irqchip
+            plan = _Plan(memory, snapshot.tables, irqchip is not None, irqchip is not None and bool(irqchip.pit), True)
             prepare = functools.partial(capture.apply, state=snapshot.state, where=path)
-            machine._build(memory, tables, prepare, console_in, console_out, on_cpuid)
+            machine._build(plan, prepare, console_in, console_out, on_cpuid)
         return machine
 
     def save(self, path: str, progress: Callable[[int, int], None] | None = None) -> None:
@@ -193,14 +206,14 @@ class Machine:
 
     def _build(
         self,
-        memory: GuestMemory,
-        tables: Sequence[CpuidTable],
+        plan: _Plan,
         prepare: Callable[[Vm], None],
         console_in: int,
         console_out: int | None,
         on_cpuid: Callable[[CpuidRecord], None] | None,
     ) -> None:
-        """Makes the VM and its console. memory: given over. prepare: puts the guest into the VM."""
+        """Makes the VM and its console. plan: its memory is given over. prepare: puts the guest into the VM."""
+        memory = plan.memory
         self._captured = -1
         try:
             if console_out is None:
@@ -214,7 +227,9 @@ class Machine:
         if self.choice.intercept == "trap":
             trap = Trap(self.choice.sites, _LOG_CAPACITY if on_cpuid else 0, on_cpuid)
         try:
-            self.vm = Vm(self.choice.accelerator, memory, devices, tables, trap)
+            self.vm = Vm(
+                self.choice.accelerator, memory, devices, plan.tables, trap, plan.irqchip, plan.pit, plan.quick
+            )
             if self.choice.intercept == "kernel" and self.guest.hides:
                 choose.check_read_back(self.guest, self.vm.vcpus[0].get_cpuid())
             prepare(self.vm)

@@ -23,6 +23,7 @@ struct pyhv_vm {
     int kvm_fd;
     int fd;
     bool irqchip;  /* wanted */
+    bool pit;      /* wanted with it */
     bool complete; /* see pyhv_vm_complete() */
     struct pyhv_bus *bus;
     uint32_t slot_count;
@@ -58,9 +59,7 @@ struct pyhv_vcpu {
     atomic_int kicked;
 };
 
-/* Creates the irqchip, if one is wanted: after the memory and before the first vCPU, which gets its LAPIC from it.
- * A memory slot that is set after KVM_CREATE_IRQCHIP waits for a grace period that the irqchip's routing started:
- * 6.5 ms were measured instead of 0.1. */
+/* Creates the irqchip, if one is wanted: before the first vCPU, which gets its LAPIC from it. */
 int pyhv_vm_complete(struct pyhv_vm *vm, struct pyhv_error *error);
 
 /* Reads guest memory by guest-physical address; false where it is not RAM. */

@@ -576,6 +576,8 @@ int pyhv_vm_get_irqchip(struct pyhv_vm *vm, struct pyhv_irqchip *irqchip, struct
         for (int pin = 0; pin < KVM_IOAPIC_NUM_PINS; pin++)
             irqchip->ioapic.redirection[pin] = from->redirtbl[pin].bits;
     }
+    if (!vm->pit)
+        return 0;
     struct kvm_pit_state2 pit;
     if (ioctl(vm->fd, KVM_GET_PIT2, &pit) < 0)
         return pyhv_fail_errno(error, "KVM_GET_PIT2");
@@ -602,6 +604,8 @@ int pyhv_vm_set_irqchip(struct pyhv_vm *vm, const struct pyhv_irqchip *from, str
         if (ioctl(vm->fd, KVM_SET_IRQCHIP, &chip) < 0)
             return pyhv_fail(error, errno, "KVM_SET_IRQCHIP", "chip %u", id);
     }
+    if (!vm->pit)
+        return 0;
     struct kvm_pit_state2 pit = {.flags = from->pit_flags};
     for (int i = 0; i < 3; i++)
         pit.channels[i] = pit_to_kvm(&from->pit[i]);

@@ -86,6 +86,7 @@ struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, 
     vm->kvm_fd = kvm_fd;
     vm->bus = bus;
     vm->irqchip = config->irqchip != 0;
+    vm->pit = vm->irqchip && config->pit;
     do { /* a signal may interrupt it while KVM waits for other VMs */
         vm->fd = ioctl(kvm_fd, KVM_CREATE_VM, 0);
     } while (vm->fd < 0 && errno == EINTR);
@@ -113,6 +114,8 @@ struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, 
             goto fail;
         }
     }
+    if (!config->late && pyhv_vm_complete(vm, error) < 0)
+        goto fail;
     return vm;
 
 fail:
@@ -129,7 +132,7 @@ int pyhv_vm_complete(struct pyhv_vm *vm, struct pyhv_error *error)
         return pyhv_fail_errno(error, "KVM_CREATE_IRQCHIP");
     /* The kernel takes port 0x61 too: guests calibrate the TSC with the PIT's second channel there. */
     struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
-    if (ioctl(vm->fd, KVM_CREATE_PIT2, &pit) < 0)
+    if (vm->pit && ioctl(vm->fd, KVM_CREATE_PIT2, &pit) < 0)
         return pyhv_fail_errno(error, "KVM_CREATE_PIT2");
     if (vm->bus)
         pyhv_bus_set_irq_sink(vm->bus, (struct pyhv_irq_sink){.raise = raise_irq, .opaque = vm});

@@ -140,9 +140,10 @@ class KvmVcpu:
 class KvmVm:
     """One VM (struct pyhv_vm); see AccelVm."""
 
-    def __init__(self, kvm_fd: int, bus: Any, irqchip: bool) -> None:
+    def __init__(self, kvm_fd: int, bus: Any, irqchip: bool, pit: bool, quick: bool) -> None:
         self.irqchip = irqchip
-        config = ffi.new("struct pyhv_vm_config *", {"irqchip": irqchip})
+        self.pit = irqchip and pit
+        config = ffi.new("struct pyhv_vm_config *", {"irqchip": irqchip, "pit": pit, "late": quick})
         error = new_error()
         self.handle: Any = check(lib.pyhv_vm_create(kvm_fd, config, bus or ffi.NULL, error), error)
 
@@ -246,8 +247,8 @@ class Kvm:
         finally:
             vm.close()
 
-    def create_vm(self, bus: Any = None, irqchip: bool = True) -> KvmVm:
-        return KvmVm(self.fd, bus, irqchip)
+    def create_vm(self, bus: Any = None, irqchip: bool = True, pit: bool = False, quick: bool = False) -> KvmVm:
+        return KvmVm(self.fd, bus, irqchip, pit, quick)
 
     def explain(self, exit: Exit) -> str:
         from pyhv.accel import kvm_exits

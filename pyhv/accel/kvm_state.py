@@ -193,13 +193,15 @@ def _capture_irqchip(vm: KvmVm) -> Irqchip | None:
     return Irqchip(
         pic=tuple(_record(Pic, pic) for pic in chip.pic),
         ioapic=_record(Ioapic, chip.ioapic)._replace(redirection=tuple(chip.ioapic.redirection)),
-        pit=tuple(_record(PitChannel, channel) for channel in chip.pit),
+        pit=tuple(_record(PitChannel, channel) for channel in chip.pit) if vm.pit else (),
         pit_flags=chip.pit_flags,
     )
 
 
 def _apply_irqchip(vm: KvmVm, irqchip: Irqchip) -> None:
     error = new_error()
+    if bool(irqchip.pit) != vm.pit:
+        raise HostError("KVM_SET_PIT2", 0, "one of the state and the VM has a PIT, the other has none")
     chip = ffi.new(
         "struct pyhv_irqchip *",
         {

@@ -118,7 +118,7 @@ class Irqchip(NamedTuple):
 
     pic: tuple[Pic, ...]
     ioapic: Ioapic
-    pit: tuple[PitChannel, ...]
+    pit: tuple[PitChannel, ...]  # empty without one
     pit_flags: int
 
 

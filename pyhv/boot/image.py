@@ -31,6 +31,11 @@ class Image(NamedTuple):
     """What the image says of CPL 3: "" it never goes there; a word: only with that word on the command line; None:
     nothing is said."""
 
+    @property
+    def declares_itself(self) -> bool:
+        """Whether it carries notes: then it is written for pyhv."""
+        return self.user_word is not None or bool(self.cpuid_sites)
+
     def enters_user_mode(self, command_line: str) -> bool:
         """Whether it may execute CPUID at CPL 3, as far as it says; an image that says nothing may."""
         return self.user_word is None or (self.user_word != "" and self.user_word in command_line.split())

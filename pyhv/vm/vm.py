@@ -44,7 +44,8 @@ class Vm:
     """A VM that is paused until start(). Several threads may start, pause and wait; close() is the last call.
 
     accelerator: what runs it. memory, devices: given over; close() closes them. tables: one CPUID table a vCPU.
-    trap: answer CPUID from the tables instead of letting the accelerator do it. irqchip: see Accelerator.create_vm.
+    trap: answer CPUID from the tables instead of letting the accelerator do it. irqchip, pit, quick: see
+    Accelerator.create_vm.
     Raises HostError; what was given over is closed then too.
     """
 
@@ -56,6 +57,8 @@ class Vm:
         tables: Sequence[CpuidTable],
         trap: Trap | None = None,
         irqchip: bool = True,
+        pit: bool = False,
+        quick: bool = False,
     ) -> None:
         self.memory = memory
         self.devices = devices
@@ -72,7 +75,7 @@ class Vm:
         self._interrupted = False
         self._failure: BaseException | None = None
         try:
-            self._vm = accelerator.create_vm(devices.bus, irqchip)
+            self._vm = accelerator.create_vm(devices.bus, irqchip, pit, quick)
             for gpa, size, offset in memory.regions:
                 self._vm.map(gpa, size, memory.host_address(offset))
             for index, table in enumerate(self.tables):

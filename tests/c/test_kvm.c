@@ -50,7 +50,7 @@ static void attach(struct machine *machine, struct pyhv_device *device, struct p
 static void build(struct machine *machine, const void *code, size_t size, int irqchip)
 {
     struct pyhv_error error = {0};
-    struct pyhv_vm_config config = {.irqchip = (uint32_t)irqchip};
+    struct pyhv_vm_config config = {.irqchip = (uint32_t)irqchip, .pit = 1};
     if (pipe(machine->console) < 0)
         abort();
     machine->bus = pyhv_bus_create(&error);
