@@ -40,6 +40,9 @@ OUTSIDE_LIMIT = 900.0
 #: which on Bochs takes minutes and means nothing.
 SUITES = {"amd": ("inside", "host"), "intel": ("inside",)}
 
+#: Of these, what cannot hold there: under QEMU a hardware breakpoint never stops a nested guest, so trap always steps.
+DESELECTED = ("tests/host/test_compat.py::test_stepping_gives_the_same_output_as_breakpoints",)
+
 #: Plugins of pytest that cost time under emulation and do nothing here.
 _PYTEST = ("-p", "no:cacheprovider", "-p", "no:doctest", "-p", "no:unittest", "-p", "no:pastebin", "--color=no", "-ra")
 
@@ -105,6 +108,7 @@ def run_inside(
     command = ["python3", "-m", "pytest", *_PYTEST, "-v", "--junitxml", f"{code.INSIDE}/junit.xml", "-c", "/dev/null",
                "--rootdir", code.INSIDE]  # fmt: skip
     command += [f"{code.INSIDE}/tests/{name}" for name in SUITES[host.kind.vendor]]
+    command += [f"--deselect={name}" for name in DESELECTED]
     if expression:
         command += ["-k", expression]
     environment = {**code.ENVIRONMENT, "PYHV_LAB_KIND": host.kind.name,"PYHV_LAB_VENDOR": host.kind.vendor}
