@@ -77,7 +77,7 @@ def test_version_and_help(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        ([], "command: none was given; there are run, trace, host, profiles, features, diff; see pyhv --help"),
+        ([], f"command: none was given; there are {', '.join(COMMANDS)}; see pyhv --help"),
         (["rum"], "rum: is no command; did you mean run?"),
         (["--verison"], "--verison: is no option of pyhv; "),
         (["features", "popcn"], "feature 'popcn': there is no such feature; did you mean popcnt"),

@@ -1,31 +1,23 @@
 """csrc/cpuid.c against an independent model of CPUID in Python, and against what real processors answered.
 
-The C file is built here, alone, so that what is tested is the file as it stands. tests/c/test_cpuid.c has the table of
-single cases and runs under the sanitizers.
+tests/c/test_cpuid.c has the table of single cases and runs under the sanitizers.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pyhv._native import ffi, lib, new_error
 from pyhv.cpu.features import BY_NAME
 from pyhv.cpu.table import CpuidTable, Registers
 
 from . import cpus
-
-ROOT = Path(__file__).resolve().parents[2]
 
 Row = tuple[int, int, int, int, int, int, int]
 
@@ -39,59 +31,25 @@ class Dynamic(NamedTuple):
     apic_base: int = 0
 
 
-class Entry(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint32) for name in ("leaf", "subleaf", "indexed", "eax", "ebx", "ecx", "edx")]
-
-
-class Table(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_uint32) for name in ("count", "max_basic", "max_extended", "repeats_basic")],
-        ("entries", Entry * 256),
-    ]
-
-
-class State(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in Dynamic._fields]
-
-
-class Error(ctypes.Structure):
-    _fields_ = [("errnum", ctypes.c_int32), ("what", ctypes.c_char * 48), ("detail", ctypes.c_char * 176)]
-
-
 class Engine:
     """The two functions of the C file, called as Python calls functions."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
-
-    def table(self, rows: list[Row]) -> Table:
-        """Raises ValueError with the engine's words."""
-        entries, table, error = (Entry * len(rows))(*rows), Table(), Error()
-        if self.library.pyhv_cpuid_table_init(
-            ctypes.byref(table), entries, ctypes.c_size_t(len(rows)), ctypes.byref(error)
-        ):
-            raise ValueError(error.detail.decode())
+    def table(self, rows: list[Row]) -> Any:
+        """A struct pyhv_cpuid_table. Raises ValueError with the engine's words."""
+        table, error = ffi.new("struct pyhv_cpuid_table *"), new_error()
+        if lib.pyhv_cpuid_table_init(table, rows, len(rows), error):
+            raise ValueError(ffi.string(error.detail).decode())
         return table
 
-    def answer(self, table: Table, dynamic: Dynamic, leaf: int, subleaf: int) -> Registers:
-        out, state = (ctypes.c_uint32 * 4)(), State(*dynamic)
-        self.library.pyhv_cpuid_answer(
-            ctypes.byref(table), ctypes.byref(state), ctypes.c_uint32(leaf), ctypes.c_uint32(subleaf), out
-        )
+    def answer(self, table: Any, dynamic: Dynamic, leaf: int, subleaf: int) -> Registers:
+        out, state = ffi.new("uint32_t[4]"), ffi.new("struct pyhv_cpuid_dynamic *", dynamic._asdict())
+        lib.pyhv_cpuid_answer(table, state, leaf, subleaf, out)
         return Registers(*out)
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("there is no C compiler here")
-    subprocess.run([sys.executable, str(ROOT / "pyhv/cpu/generate.py")], check=True, timeout=60)  # gen/cpuid_bits.h
-    built = tmp_path_factory.mktemp("engine") / "cpuid.so"
-    sources = [str(ROOT / "csrc" / name) for name in ("cpuid.c", "error.c")]
-    flags = ["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE", "-shared", "-fPIC"]
-    subprocess.run([*compiler.split(), *flags, "-o", str(built), *sources], check=True, timeout=60)
-    yield Engine(ctypes.CDLL(str(built)))
+def engine() -> Engine:
+    return Engine()
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -207,7 +165,7 @@ def test_order_of_entries_does_not_matter(engine: Engine, table: CpuidTable, ran
     rows = table.as_entries()
     made = engine.table(rows)
     random.shuffle(rows)  # type: ignore[attr-defined]
-    assert bytes(engine.table(rows)) == bytes(made)
+    assert bytes(ffi.buffer(engine.table(rows))) == bytes(ffi.buffer(made))
 
 
 @given(st.lists(st.tuples(cpus.leaves, st.integers(0, 3), st.integers(0, 2), *[cpus.words] * 4), max_size=20))
