@@ -4,10 +4,8 @@
  *
  * How RAM is read. Whether a page has content is asked of the kernel and never of the mapping: a mapping of a memfd
  * allocates the pages that are read through it, and one of a file raises SIGBUS when somebody truncates the file. So
- * what stands in the file is fetched by pread into a buffer, from one SEEK_DATA to the next SEEK_HOLE. Only pages that
- * are this process's own (written through a private mapping) are copied out of the mapping: they are in no file. The
- * copy is not wasted: checksum and file see the same bytes whatever happens to the memory meanwhile, and the buffers
- * stay in the processor's cache.
+ * SEEK_DATA and SEEK_HOLE tell where there is something. A chunk that is full of it is used where it is mapped; any
+ * other is put together in a buffer by pread, which names the truncated file instead of dying of it.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -145,57 +143,49 @@ static uint64_t sum_of_zeros(size_t size)
 
 /* Reads a piece of memory, front to back, as the comment at the top says. Offsets are the file's. */
 struct reader {
-    int fd;
-    uint64_t begin, end; /* the piece, in the file */
-    const uint8_t *mapped;
+    struct pyhv_pages piece; /* its data and data_end: the first stretch with content that ends behind what was read */
     int pagemap;             /* -1 without a private mapping */
-    uint64_t data, data_end; /* the first stretch of the file with content that ends behind what was read so far */
 };
 
-/* Looks up the first stretch with content that ends behind `from`, unless it is known already. */
-static int find_data(struct reader *reader, uint64_t from, struct pyhv_error *error)
+/* Looks up the first stretch with content that ends behind `from`, unless it is known already. Where it ends is asked
+ * once: the kernel looks at every page of a memfd on the way there (60 ns each). */
+static int find_data(struct pyhv_pages *piece, uint64_t from, struct pyhv_error *error)
 {
-    if (from < reader->data_end || reader->data >= reader->end)
+    if (from < piece->data_end)
         return 0;
-    reader->data = reader->data_end = reader->end;
-    if (from >= reader->end)
-        return 0;
-    off_t data = lseek(reader->fd, (off_t)from, SEEK_DATA);
-    if (data < 0) {
-        if (errno == ENXIO) /* nothing but a hole up to the end */
-            return 0;
-        if (errno != EINVAL)
-            return pyhv_fail(error, errno, "lseek SEEK_DATA", "at offset 0x%llx", (unsigned long long)from);
-        reader->data = from; /* a file system that knows no holes: all is content */
-        return 0;
-    }
-    if ((uint64_t)data >= reader->end)
-        return 0;
-    off_t hole = lseek(reader->fd, data, SEEK_HOLE);
-    if (hole < 0)
-        return pyhv_fail(error, errno, "lseek SEEK_HOLE", "at offset 0x%llx", (unsigned long long)data);
-    reader->data = (uint64_t)data;
-    if ((uint64_t)hole < reader->end)
-        reader->data_end = (uint64_t)hole;
+    off_t data = lseek(piece->fd, (off_t)from, SEEK_DATA), hole = INT64_MAX;
+    if (data >= 0)
+        hole = lseek(piece->fd, data, SEEK_HOLE);
+    else if (errno == ENXIO) /* nothing but a hole up to the end */
+        data = INT64_MAX;
+    else if (errno == EINVAL) /* a file system that knows no holes (no memfd's): all is content */
+        data = (off_t)from;
+    if (data < 0 || (hole <= data && data != INT64_MAX))
+        return pyhv_fail(error, errno, "lseek SEEK_DATA", "at offset 0x%llx", (unsigned long long)from);
+    piece->data = (uint64_t)data;
+    piece->data_end = (uint64_t)hole;
     return 0;
 }
 
-static int reader_open(struct reader *reader, int fd, uint64_t offset, uint64_t size, const uint8_t *mapped,
-                       struct pyhv_error *error)
+static int reader_open(struct reader *reader, const struct pyhv_pages *piece, struct pyhv_error *error)
 {
     struct stat file;
-    *reader = (struct reader){.fd = fd, .begin = offset, .end = offset + size, .mapped = mapped, .pagemap = -1};
-    /* As lseek and pread take offsets. The sum above may have gone round, but is not used before this. */
-    if (size > INT64_MAX || offset > INT64_MAX - size)
-        return pyhv_fail(error, EINVAL, "read memory", "0x%llx bytes at offset 0x%llx", (unsigned long long)size,
-                         (unsigned long long)offset);
-    if (fstat(fd, &file) < 0)
+    *reader = (struct reader){.piece = *piece, .pagemap = -1};
+    /* Whole pages, and offsets that lseek and pread can take. */
+    if (piece->size % PYHV_PAGE_SIZE || (uintptr_t)piece->mapped % PYHV_PAGE_SIZE || piece->size > INT64_MAX ||
+        piece->offset > INT64_MAX - piece->size || (piece->is_private && !piece->mapped))
+        return pyhv_fail(error, EINVAL, "read memory", "0x%llx bytes at offset 0x%llx, mapped at %p",
+                         (unsigned long long)piece->size, (unsigned long long)piece->offset,
+                         (const void *)piece->mapped);
+    if (fstat(piece->fd, &file) < 0)
         return pyhv_fail_errno(error, "fstat");
     /* Behind the end of a file there is nothing either, but that is no hole: it is a file cut short. */
-    if ((uint64_t)file.st_size < reader->end)
+    if ((uint64_t)file.st_size < piece->offset + piece->size)
         return pyhv_fail(error, 0, "read memory", "the file ends at offset 0x%llx, before 0x%llx",
-                         (unsigned long long)file.st_size, (unsigned long long)reader->end);
-    if (mapped) {
+                         (unsigned long long)file.st_size, (unsigned long long)(piece->offset + piece->size));
+    if (find_data(&reader->piece, piece->offset, error) < 0)
+        return -1;
+    if (piece->is_private) {
         reader->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
         if (reader->pagemap < 0)
             return pyhv_fail_errno(error, "open /proc/self/pagemap");
@@ -230,14 +220,14 @@ static int pread_all(int fd, uint8_t *buffer, size_t size, uint64_t offset, stru
 static int read_file(struct reader *reader, uint64_t from, uint64_t to, uint8_t *buffer, struct pyhv_error *error)
 {
     while (from < to) {
-        if (find_data(reader, from, error) < 0)
+        if (find_data(&reader->piece, from, error) < 0)
             return -1;
-        uint64_t until = reader->data < to ? reader->data : to; /* a hole up to there */
+        uint64_t until = reader->piece.data < to ? reader->piece.data : to; /* a hole up to there */
         if (from < until) {
             memset(buffer, 0, until - from);
         } else {
-            until = reader->data_end < to ? reader->data_end : to;
-            if (pread_all(reader->fd, buffer, until - from, from, error) < 0)
+            until = reader->piece.data_end < to ? reader->piece.data_end : to;
+            if (pread_all(reader->piece.fd, buffer, until - from, from, error) < 0)
                 return -1;
         }
         buffer += until - from;
@@ -256,147 +246,98 @@ static bool is_own(uint64_t entry)
     return (entry & (PAGEMAP_PRESENT | PAGEMAP_SWAPPED)) && !(entry & PAGEMAP_OF_FILE);
 }
 
-/* Fetches the chunk of `size` bytes that begins `at` bytes into the piece. *any: 0 where it is nothing but hole, and
- * `buffer` was not written to. */
-static int read_chunk(struct reader *reader, uint64_t at, size_t size, uint8_t *buffer, bool *any,
-                      struct pyhv_error *error)
+/* The parts of a chunk of a private mapping of the file: pages that were written since it was mapped are this process's
+ * own, all others are the file's still. */
+static int read_private(struct reader *reader, uint64_t at, const uint64_t *pagemap, size_t pages, uint8_t *buffer,
+                        struct pyhv_error *error)
 {
-    uint64_t pagemap[PAGES_IN_A_CHUNK];
-    uint64_t from = reader->begin + at;
-    size_t pages = size / PYHV_PAGE_SIZE;
-    if (find_data(reader, from, error) < 0)
-        return -1;
-    *any = reader->data < from + size;
-    if (!reader->mapped)
-        return *any ? read_file(reader, from, from + size, buffer, error) : 0;
-
-    /* A private mapping of the file: pages that were written since are this process's own, all others are the file's. */
-    const uint8_t *mapped = reader->mapped + at;
-    uint64_t place = (uintptr_t)mapped / PYHV_PAGE_SIZE * sizeof *pagemap;
-    if (pread_all(reader->pagemap, (uint8_t *)pagemap, pages * sizeof *pagemap, place, error) < 0)
-        return -1;
-    for (size_t page = 0; page < pages && !*any; page++)
-        *any = is_own(pagemap[page]);
-    for (size_t page = 0, first; page < pages && *any;) {
-        bool own = is_own(pagemap[page]);
-        for (first = page; page < pages && is_own(pagemap[page]) == own;)
+    uint64_t from = reader->piece.offset + at;
+    for (size_t page = 0; page < pages;) {
+        size_t first = page;
+        bool own = is_own(pagemap[first]);
+        while (page < pages && is_own(pagemap[page]) == own)
             page++;
-        size_t skip = first * PYHV_PAGE_SIZE, length = (page - first) * PYHV_PAGE_SIZE;
+        size_t skip = first * PYHV_PAGE_SIZE, size = (page - first) * PYHV_PAGE_SIZE;
         if (own)
-            memcpy(buffer + skip, mapped + skip, length);
-        else if (read_file(reader, from + skip, from + skip + length, buffer + skip, error) < 0)
+            memcpy(buffer + skip, reader->piece.mapped + at + skip, size);
+        else if (read_file(reader, from + skip, from + skip + size, buffer + skip, error) < 0)
             return -1;
     }
     return 0;
 }
 
-/* Moves *chunk on to the first one that may have content. */
-static int skip_chunks(struct reader *reader, uint64_t *chunk, struct pyhv_error *error)
+/* Finds the chunk of `size` bytes that begins `at` bytes into the piece: where it is mapped, or put into `buffer`.
+ * *data is NULL where it is nothing but hole. */
+static int read_chunk(struct reader *reader, uint64_t at, size_t size, uint8_t *buffer, const uint8_t **data,
+                      struct pyhv_error *error)
 {
-    if (reader->mapped)
-        return 0; /* the holes of the file may have been written to in the mapping */
-    if (find_data(reader, reader->begin + *chunk * PYHV_CHUNK_SIZE, error) < 0)
+    uint64_t pagemap[PAGES_IN_A_CHUNK];
+    uint64_t from = reader->piece.offset + at, to = from + size;
+    const uint8_t *mapped = reader->piece.mapped ? reader->piece.mapped + at : NULL;
+    size_t pages = size / PYHV_PAGE_SIZE, own = 0;
+
+    *data = NULL;
+    if (find_data(&reader->piece, from, error) < 0)
         return -1;
-    uint64_t next = (reader->data - reader->begin) / PYHV_CHUNK_SIZE;
-    if (next > *chunk)
-        *chunk = next;
+    if (!reader->piece.is_private) {
+        if (reader->piece.data >= to)
+            return 0;
+        *data = mapped && reader->piece.data <= from && reader->piece.data_end >= to ? mapped : buffer;
+        return *data == buffer ? read_file(reader, from, to, buffer, error) : 0;
+    }
+    uint64_t place = (uintptr_t)mapped / PYHV_PAGE_SIZE * sizeof *pagemap;
+    if (pread_all(reader->pagemap, (uint8_t *)pagemap, pages * sizeof *pagemap, place, error) < 0)
+        return -1;
+    for (size_t page = 0; page < pages; page++)
+        own += is_own(pagemap[page]);
+    if (own == 0 && reader->piece.data >= to)
+        return 0;
+    *data = own == pages ? mapped : buffer;
+    return *data == buffer ? read_private(reader, at, pagemap, pages, buffer, error) : 0;
+}
+
+/* Moves *at on to the first chunk that may have content, or to the end. */
+static int skip_holes(struct reader *reader, uint64_t *at, struct pyhv_error *error)
+{
+    struct pyhv_pages *piece = &reader->piece;
+    if (piece->is_private)
+        return 0; /* the holes of the file may have been written to in the mapping */
+    if (find_data(piece, piece->offset + *at, error) < 0)
+        return -1;
+    if (piece->data >= piece->offset + piece->size)
+        *at = piece->size;
+    else if (piece->data > piece->offset + *at)
+        *at = (piece->data - piece->offset) / PYHV_CHUNK_SIZE * PYHV_CHUNK_SIZE;
     return 0;
 }
 
-static size_t chunk_size(uint64_t size, uint64_t chunk)
+/* The bytes of the chunk that begins `at` bytes into `size`. */
+static size_t chunk_size(uint64_t size, uint64_t at)
 {
-    uint64_t left = size - chunk * PYHV_CHUNK_SIZE;
-    return left < PYHV_CHUNK_SIZE ? (size_t)left : PYHV_CHUNK_SIZE;
+    return size - at < PYHV_CHUNK_SIZE ? (size_t)(size - at) : PYHV_CHUNK_SIZE;
 }
 
 /* ------------------------------------------------------------------------------------------------- saving -- */
 
-/* One chunk between the two threads. */
-struct slot {
-    uint8_t *buffer;
-    uint64_t chunk;
-    uint64_t content[PAGES_IN_A_CHUNK / 64]; /* a bit for every page that is not zero */
-};
+/* The disk gets its work in pieces of this many bytes while the rest is still being written, so that the fsync that
+ * follows finds little left to do: the device and the processor work at the same time. */
+#define WRITEBACK_SIZE (UINT64_C(8) << 20)
 
-/* Two threads: a helper reads, looks for zeros and computes sums; the caller writes what is left. Neither waits for
- * the other but over a few slots, and a second processor hides all that the first does beyond what write() costs. */
-enum { SLOTS = 4 };
-struct pipeline {
-    struct reader reader;
-    uint64_t size;
-    uint64_t chunk; /* where the helper is */
+/* Two threads go over the memory: the caller writes what is not zero, a helper computes the sums. Neither waits for the
+ * other: the sums are done before the writing is, and cost no time where there is a second processor. */
+struct save {
+    uint64_t size; /* of the memory */
     uint64_t *sums;
+    int fd;
+    uint64_t offset;    /* of the memory in the file */
+    uint64_t writeback; /* up to here the file is on its way to the disk */
+    _Atomic bool stop;  /* one of the two has failed */
 
-    pthread_mutex_t lock;
-    pthread_cond_t changed;
-    /* Under the lock: */
-    uint64_t filled, emptied; /* how many so far; of the n-th the slot is n % SLOTS */
-    bool finished;            /* the helper fills no more */
-    bool stop;                /* the caller wants no more */
-    bool failed;              /* `error` says how the helper did */
-
-    struct pyhv_error error;
-    struct slot slots[SLOTS];
+    struct reader helper_reader;
+    uint8_t *helper_buffer;
+    int helper_result;
+    struct pyhv_error helper_error;
 };
-
-/* Marks the pages with content; whether there are any. */
-static bool find_content(struct slot *slot, size_t size)
-{
-    bool any = false;
-    memset(slot->content, 0, sizeof slot->content);
-    for (size_t page = 0; page * PYHV_PAGE_SIZE < size; page++)
-        if (!pyhv_is_zero(slot->buffer + page * PYHV_PAGE_SIZE, PYHV_PAGE_SIZE)) {
-            slot->content[page / 64] |= UINT64_C(1) << page % 64;
-            any = true;
-        }
-    return any;
-}
-
-/* Fills `slot` with the next chunk that has content, and moves past it. 1, or 0 if there is none, or -1. */
-static int fill(struct pipeline *pipeline, struct slot *slot)
-{
-    uint64_t chunks = (pipeline->size + PYHV_CHUNK_SIZE - 1) / PYHV_CHUNK_SIZE;
-    for (;;) {
-        bool any;
-        if (pipeline->chunk < chunks && skip_chunks(&pipeline->reader, &pipeline->chunk, &pipeline->error) < 0)
-            return -1;
-        if (pipeline->chunk >= chunks)
-            return 0;
-        slot->chunk = pipeline->chunk++;
-        size_t size = chunk_size(pipeline->size, slot->chunk);
-        if (read_chunk(&pipeline->reader, slot->chunk * PYHV_CHUNK_SIZE, size, slot->buffer, &any, &pipeline->error) <
-            0)
-            return -1;
-        if (!any || !find_content(slot, size))
-            continue; /* its sum is there already */
-        pipeline->sums[slot->chunk] = pyhv_xxh64(slot->buffer, size, 0);
-        return 1;
-    }
-}
-
-static void *helper(void *opaque)
-{
-    struct pipeline *pipeline = opaque;
-    int result = 1;
-    pthread_mutex_lock(&pipeline->lock);
-    while (result > 0) {
-        while (pipeline->filled - pipeline->emptied == SLOTS && !pipeline->stop)
-            pthread_cond_wait(&pipeline->changed, &pipeline->lock);
-        if (pipeline->stop)
-            break;
-        struct slot *slot = &pipeline->slots[pipeline->filled % SLOTS];
-        pthread_mutex_unlock(&pipeline->lock);
-        result = fill(pipeline, slot);
-        pthread_mutex_lock(&pipeline->lock);
-        pipeline->filled += result > 0;
-        pthread_cond_signal(&pipeline->changed);
-    }
-    pipeline->failed = result < 0;
-    pipeline->finished = true;
-    pthread_cond_signal(&pipeline->changed);
-    pthread_mutex_unlock(&pipeline->lock);
-    return NULL;
-}
 
 static int pwrite_all(int fd, const uint8_t *data, size_t size, uint64_t offset, struct pyhv_error *error)
 {
@@ -414,104 +355,76 @@ static int pwrite_all(int fd, const uint8_t *data, size_t size, uint64_t offset,
     return 0;
 }
 
-static bool has_content(const struct slot *slot, size_t page)
+static bool is_zero_page(const uint8_t *data, size_t at)
 {
-    return slot->content[page / 64] >> page % 64 & 1;
+    return pyhv_is_zero(data + at, PYHV_PAGE_SIZE);
 }
 
-/* Writes the pages of a chunk that have content, in runs; `offset` is the chunk's place in the file. */
-static int write_slot(const struct slot *slot, size_t size, int fd, uint64_t offset, struct pyhv_error *error)
+/* Writes what is not zero of the chunk that begins `at` bytes into the memory, in runs as long as they come. */
+static int write_chunk(struct save *save, uint64_t at, const uint8_t *data, size_t size, struct pyhv_error *error)
 {
-    size_t pages = size / PYHV_PAGE_SIZE;
-    for (size_t page = 0; page < pages;) {
-        size_t first = page;
-        while (page < pages && has_content(slot, page))
-            page++;
-        size_t skip = first * PYHV_PAGE_SIZE;
-        if (pwrite_all(fd, slot->buffer + skip, (page - first) * PYHV_PAGE_SIZE, offset + skip, error) < 0)
+    uint64_t place = save->offset + at, end = place + size;
+    for (size_t from, to = 0; to < size;) {
+        for (from = to; from < size && is_zero_page(data, from);)
+            from += PYHV_PAGE_SIZE;
+        for (to = from; to < size && !is_zero_page(data, to);)
+            to += PYHV_PAGE_SIZE;
+        if (pwrite_all(save->fd, data + from, to - from, place + from, error) < 0)
             return -1;
-        while (page < pages && !has_content(slot, page))
-            page++;
+    }
+    if (end - save->writeback >= WRITEBACK_SIZE) {
+        /* No more than a hint: where it fails, the fsync says why. */
+        sync_file_range(save->fd, (off_t)save->writeback, (off_t)(end - save->writeback), SYNC_FILE_RANGE_WRITE);
+        save->writeback = end;
     }
     return 0;
 }
 
-/* The disk gets its work in pieces of this many bytes while the rest is still being written, so that the fsync that
- * follows finds little left to do. It makes the device and the processor work at the same time: of the time of a
- * plain write and fsync the second half nearly disappears. */
-#define WRITEBACK_SIZE (UINT64_C(8) << 20)
-
-/* The caller's half. */
-static int write_all(struct pipeline *pipeline, int fd, uint64_t offset, struct pyhv_error *error)
+static int sum_chunk(struct save *save, uint64_t at, const uint8_t *data, size_t size, struct pyhv_error *error)
 {
-    int result = 0;
-    uint64_t writeback = offset; /* everything before it is on its way */
-    pthread_mutex_lock(&pipeline->lock);
-    for (;;) {
-        while (pipeline->filled == pipeline->emptied && !pipeline->finished)
-            pthread_cond_wait(&pipeline->changed, &pipeline->lock);
-        if (pipeline->filled == pipeline->emptied)
+    (void)error;
+    save->sums[at / PYHV_CHUNK_SIZE] = pyhv_xxh64(data, size, 0);
+    return 0;
+}
+
+typedef int chunk_handler(struct save *save, uint64_t at, const uint8_t *data, size_t size, struct pyhv_error *error);
+
+/* Has every chunk handled in which there is something. `buffer`: for a chunk. */
+static int for_each_chunk(struct save *save, struct reader *reader, uint8_t *buffer, chunk_handler *handle,
+                          struct pyhv_error *error)
+{
+    for (uint64_t at = 0; at < save->size && !save->stop; at += PYHV_CHUNK_SIZE) {
+        const uint8_t *data;
+        if (skip_holes(reader, &at, error) < 0)
+            return -1;
+        if (at >= save->size)
             break;
-        struct slot *slot = &pipeline->slots[pipeline->emptied % SLOTS];
-        pthread_mutex_unlock(&pipeline->lock);
-        size_t size = chunk_size(pipeline->size, slot->chunk);
-        uint64_t place = offset + slot->chunk * PYHV_CHUNK_SIZE;
-        result = write_slot(slot, size, fd, place, error);
-        if (place + size - writeback >= WRITEBACK_SIZE) {
-            /* A hint: where it fails, the fsync says why. */
-            sync_file_range(fd, (off_t)writeback, (off_t)(place + size - writeback), SYNC_FILE_RANGE_WRITE);
-            writeback = place + size;
-        }
-        pthread_mutex_lock(&pipeline->lock);
-        pipeline->emptied++;
-        pthread_cond_signal(&pipeline->changed);
-        if (result < 0) {
-            pipeline->stop = true;
-            break;
-        }
+        size_t size = chunk_size(save->size, at);
+        if (read_chunk(reader, at, size, buffer, &data, error) < 0 || (data && handle(save, at, data, size, error) < 0))
+            return -1;
     }
-    pthread_mutex_unlock(&pipeline->lock);
-    return result;
+    return 0;
+}
+
+static void *helper(void *opaque)
+{
+    struct save *save = opaque;
+    save->helper_result =
+        for_each_chunk(save, &save->helper_reader, save->helper_buffer, sum_chunk, &save->helper_error);
+    if (save->helper_result < 0)
+        save->stop = true;
+    return NULL;
 }
 
 /* Starts the helper. It takes no signals: those are for the threads that expect them. */
-static int start_helper(pthread_t *thread, struct pipeline *pipeline, struct pyhv_error *error)
+static bool start_helper(struct save *save, pthread_t *thread)
 {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int errnum = pthread_create(thread, NULL, helper, pipeline);
+    int errnum = pthread_create(thread, NULL, helper, save);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return errnum ? pyhv_fail(error, errnum, "pthread_create", NULL) : 0;
-}
-
-/* With the first chunk in its slot: writes it and all that follow. */
-static int run_pipeline(struct pipeline *pipeline, int fd, uint64_t offset, struct pyhv_error *error)
-{
-    pthread_t thread;
-    pthread_mutex_init(&pipeline->lock, NULL);
-    pthread_cond_init(&pipeline->changed, NULL);
-    int result = start_helper(&thread, pipeline, error);
-    if (result == 0) {
-        result = write_all(pipeline, fd, offset, error);
-        pthread_join(thread, NULL);
-        if (result == 0 && pipeline->failed) {
-            if (error)
-                *error = pipeline->error;
-            result = -1;
-        }
-    }
-    pthread_cond_destroy(&pipeline->changed);
-    pthread_mutex_destroy(&pipeline->lock);
-    return result;
-}
-
-static int check_piece(const char *what, uint64_t size, const uint8_t *mapped, struct pyhv_error *error)
-{
-    if (size % PYHV_PAGE_SIZE || (uintptr_t)mapped % PYHV_PAGE_SIZE)
-        return pyhv_fail(error, EINVAL, what, "0x%llx bytes at %p: not whole pages", (unsigned long long)size,
-                         (const void *)mapped);
-    return 0;
+    return errnum == 0;
 }
 
 /* Makes the file large enough; what is new in it is a hole. */
@@ -525,70 +438,71 @@ static int extend(int fd, uint64_t size, struct pyhv_error *error)
     return 0;
 }
 
-int pyhv_pages_save(const struct pyhv_pages *ram, int out_fd, uint64_t out_offset, uint64_t *sums,
-                    struct pyhv_error *error)
+/* The same as pyhv_pages_save(), with a reader that is open and a file that is long enough. */
+static int save_all(struct save *save, struct reader *reader, struct pyhv_error *error)
 {
-    if (check_piece("pyhv_pages_save", ram->size, ram->mapped, error) < 0)
-        return -1;
-    struct pipeline *pipeline = calloc(1, sizeof *pipeline);
-    uint8_t *buffers = malloc((size_t)SLOTS * PYHV_CHUNK_SIZE);
-    int result = -1;
-    if (!pipeline || !buffers) {
-        pyhv_fail(error, ENOMEM, "pyhv_pages_save", NULL);
-        goto out;
-    }
-    pipeline->size = ram->size;
-    pipeline->sums = sums;
-    for (int i = 0; i < SLOTS; i++)
-        pipeline->slots[i].buffer = buffers + (size_t)i * PYHV_CHUNK_SIZE;
-
-    uint64_t chunks = (ram->size + PYHV_CHUNK_SIZE - 1) / PYHV_CHUNK_SIZE;
-    for (uint64_t chunk = 0; chunk < chunks; chunk++)
-        sums[chunk] = sum_of_zeros(chunk_size(ram->size, chunk));
-    if (reader_open(&pipeline->reader, ram->fd, ram->offset, ram->size, ram->mapped, error) < 0)
-        goto out;
-    if (extend(out_fd, out_offset + ram->size, error) == 0) {
-        /* Most of an idle guest's memory needs no helper: there is nothing in it. */
-        result = fill(pipeline, &pipeline->slots[0]);
-        if (result < 0 && error)
-            *error = pipeline->error;
-        pipeline->filled = 1;
-        if (result > 0)
-            result = run_pipeline(pipeline, out_fd, out_offset, error);
-    }
-    reader_close(&pipeline->reader);
-out:
+    pthread_t thread;
+    uint8_t *buffers = malloc(2 * (size_t)PYHV_CHUNK_SIZE);
+    if (!buffers)
+        return pyhv_fail(error, ENOMEM, "pyhv_pages_save", NULL);
+    for (uint64_t at = 0; at < save->size; at += PYHV_CHUNK_SIZE)
+        save->sums[at / PYHV_CHUNK_SIZE] = sum_of_zeros(chunk_size(save->size, at));
+    save->helper_buffer = buffers + PYHV_CHUNK_SIZE;
+    save->helper_reader = *reader;
+    bool helped = start_helper(save, &thread);
+    int result = for_each_chunk(save, reader, buffers, write_chunk, error);
+    if (result < 0)
+        save->stop = true;
+    if (helped)
+        pthread_join(thread, NULL);
+    else
+        helper(save); /* no thread to be had: then one after the other */
     free(buffers);
-    free(pipeline);
+    if (result == 0 && save->helper_result < 0) {
+        if (error)
+            *error = save->helper_error;
+        result = -1;
+    }
     return result;
 }
 
-int pyhv_pages_verify(int fd, uint64_t offset, uint64_t size, const uint64_t *sums, uint64_t *bad_chunk,
-                      struct pyhv_error *error)
+int pyhv_pages_save(struct pyhv_pages *ram, int out_fd, uint64_t out_offset, uint64_t *sums, struct pyhv_error *error)
+{
+    struct save save = {.size = ram->size, .sums = sums, .fd = out_fd, .offset = out_offset, .writeback = out_offset};
+    struct reader reader;
+    if (reader_open(&reader, ram, error) < 0)
+        return -1;
+    int result = extend(out_fd, out_offset + ram->size, error);
+    if (result == 0)
+        result = save_all(&save, &reader, error);
+    reader_close(&reader);
+    *ram = reader.piece; /* with what is known of the next holes */
+    return result;
+}
+
+/* ---------------------------------------------------------------------------------------------- verifying -- */
+
+int pyhv_pages_verify(struct pyhv_pages *pages, const uint64_t *sums, uint64_t *bad_chunk, struct pyhv_error *error)
 {
     struct reader reader;
-    uint64_t chunks = (size + PYHV_CHUNK_SIZE - 1) / PYHV_CHUNK_SIZE;
-    if (check_piece("pyhv_pages_verify", size, NULL, error) < 0 ||
-        reader_open(&reader, fd, offset, size, NULL, error) < 0)
+    if (reader_open(&reader, pages, error) < 0)
         return -1;
-    int result = -1;
+    int result = 0;
     uint8_t *buffer = malloc(PYHV_CHUNK_SIZE);
-    if (!buffer) {
-        pyhv_fail(error, ENOMEM, "pyhv_pages_verify", NULL);
-        goto out;
-    }
-    result = 0;
-    for (uint64_t chunk = 0; chunk < chunks && result == 0; chunk++) {
-        bool any;
-        size_t length = chunk_size(size, chunk);
-        result = read_chunk(&reader, chunk * PYHV_CHUNK_SIZE, length, buffer, &any, error);
-        if (result == 0 && (any ? pyhv_xxh64(buffer, length, 0) : sum_of_zeros(length)) != sums[chunk]) {
+    if (!buffer)
+        result = pyhv_fail(error, ENOMEM, "pyhv_pages_verify", NULL);
+    for (uint64_t at = 0; at < pages->size && result == 0; at += PYHV_CHUNK_SIZE) {
+        const uint8_t *data;
+        uint64_t chunk = at / PYHV_CHUNK_SIZE;
+        size_t size = chunk_size(pages->size, at);
+        result = read_chunk(&reader, at, size, buffer, &data, error);
+        if (result == 0 && (data ? pyhv_xxh64(data, size, 0) : sum_of_zeros(size)) != sums[chunk]) {
             *bad_chunk = chunk;
             result = 1;
         }
     }
     free(buffer);
-out:
     reader_close(&reader);
+    *pages = reader.piece;
     return result;
 }

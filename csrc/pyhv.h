@@ -188,13 +188,16 @@ int pyhv_is_zero(const void *data, size_t size);
 
 /* A piece of guest RAM: `size` bytes (whole pages) at `offset` of the memfd or file behind it, mapped in this process at
  * `mapped`. Without a mapping (NULL) it is read through the descriptor, which takes a copy more. is_private: the guest
- * runs on a private mapping of a file; pages that were written since are the process's own, and are taken from there. */
+ * runs on a private mapping of a file; pages that were written since are the process's own, and are taken from there.
+ * data, data_end: the engine's notes about the file's holes, zero at first; whoever goes through a file piece by piece,
+ * front to back, leaves them as they are. */
 struct pyhv_pages {
     int32_t fd;
     uint32_t is_private;
     uint64_t offset;
     uint64_t size;
     const uint8_t *mapped;
+    uint64_t data, data_end;
 };
 
 /* Writes guest RAM to `out_offset` of a file, which is extended to hold all of it; pages of zeros are not written, so
@@ -202,13 +205,11 @@ struct pyhv_pages {
  * Nobody may write the memory meanwhile. What was never touched is neither read nor allocated. Writing to the disk is
  * begun, but the file is not synced. On failure parts of the file are written, and `sums` means nothing. Takes a second
  * thread where it can have one; call without the GIL. */
-int pyhv_pages_save(const struct pyhv_pages *ram, int out_fd, uint64_t out_offset, uint64_t *sums,
-                    struct pyhv_error *error);
+int pyhv_pages_save(struct pyhv_pages *ram, int out_fd, uint64_t out_offset, uint64_t *sums, struct pyhv_error *error);
 
-/* Reads `size` bytes (whole pages) at `offset` of a file and compares each chunk with its sum. Returns 0; or 1 at the
- * first that differs, whose number is put into *bad_chunk; or -1. Call without the GIL. */
-int pyhv_pages_verify(int fd, uint64_t offset, uint64_t size, const uint64_t *sums, uint64_t *bad_chunk,
-                      struct pyhv_error *error);
+/* Reads pages and compares each chunk with its sum. Returns 0; or 1 at the first that differs, whose number is put into
+ * *bad_chunk; or -1. Call without the GIL. */
+int pyhv_pages_verify(struct pyhv_pages *pages, const uint64_t *sums, uint64_t *bad_chunk, struct pyhv_error *error);
 
 /* ------------------------------------------------------------------------------------------- vCPU registers -- */
 

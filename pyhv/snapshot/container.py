@@ -24,7 +24,7 @@ R = TypeVar("R", bound=tuple[Any, ...])
 Progress = Callable[[int, int], None]
 
 # Bytes of memory between two calls of a Progress, and between two looks at Ctrl-C; whole chunks.
-_STEP = 64 << 20
+_STEP = 256 << 20
 
 _NONE_MADE = "no snapshot was made"
 
@@ -35,15 +35,15 @@ _SHOWN_RANGES = 4
 class Ram(NamedTuple):
     """Guest RAM to be saved: `size` bytes (whole pages) at `offset` of the memfd or file behind it.
 
-    mapped: None where the guest's pages are the file's own. Where the VM runs on a private mapping of the file, as a
-    restored one does: where in this process the piece is mapped (uint8_t *). What was written since is taken from
-    there.
+    mapped: where in this process they are mapped (uint8_t *); without it every page is copied once more. is_private:
+    the mapping is a private one of a file, as that of a restored VM; what was written since is taken from there.
     """
 
     fd: int
     size: int
     offset: int = 0
     mapped: Any = None
+    is_private: bool = False
 
 
 class Writer:
@@ -81,13 +81,13 @@ class Writer:
             raise ValueError("there is one memory")
         self._place(ram.size)
         sums = ffi.new("uint64_t[]", layout.chunks(ram.size))
+        piece = ffi.new("struct pyhv_pages *", {"fd": ram.fd, "is_private": ram.is_private})
         for at in range(0, ram.size, _STEP):
-            size = min(_STEP, ram.size - at)
-            mapped = ffi.NULL if ram.mapped is None else ram.mapped + at
-            piece = ffi.new("struct pyhv_pages *", (ram.fd, 0, ram.offset + at, size, mapped))
+            piece.offset, piece.size = ram.offset + at, min(_STEP, ram.size - at)
+            piece.mapped = ffi.NULL if ram.mapped is None else ram.mapped + at
             self._save(piece, self._sections[-1].offset + at, sums + at // layout.CHUNK_SIZE)
             if progress is not None:
-                progress(at + size, ram.size)
+                progress(at + piece.size, ram.size)
         self._sums = bytes(ffi.buffer(sums))
 
     def _save(self, piece: Any, offset: int, sums: Any) -> None:
@@ -243,13 +243,14 @@ class Reader:
         """Reads the memory and compares it with its checksums. Raises BadInput that names the ranges of bad pages."""
         section = next(s for s in self.sections if s.kind == SUMS)
         sums = ffi.from_buffer("uint64_t[]", self._content(section).tobytes())
+        pages = ffi.new("struct pyhv_pages *", {"fd": self.memory_fd})
         bad: list[tuple[int, int]] = []
         at = 0
         while at < self.memory_size:
-            size = min(_STEP, self.memory_size - at)
-            found = self._bad_chunk(at, size, sums + at // layout.CHUNK_SIZE)
+            pages.offset, pages.size = self.memory_offset + at, min(_STEP, self.memory_size - at)
+            found = self._bad_chunk(pages, sums + at // layout.CHUNK_SIZE)
             if found is None:
-                at += size
+                at += pages.size
             else:
                 start = at + found * layout.CHUNK_SIZE
                 at = min(start + layout.CHUNK_SIZE, self.memory_size)
@@ -261,12 +262,11 @@ class Reader:
         if bad:
             raise BadInput(self.path, f"is damaged: {self._describe(bad)}", "use another copy of it")
 
-    def _bad_chunk(self, at: int, size: int, sums: Any) -> int | None:
+    def _bad_chunk(self, pages: Any, sums: Any) -> int | None:
         """The number of the first bad chunk in a piece of the memory."""
         error, chunk = new_error(), ffi.new("uint64_t *")
-        offset = self.memory_offset + at
         try:
-            differs = check(lib.pyhv_pages_verify(self.memory_fd, offset, size, sums, chunk, error), error)
+            differs = check(lib.pyhv_pages_verify(pages, sums, chunk, error), error)
         except HostError as failure:
             if failure.errnum:
                 raise HostError(f"read {self.path}", failure.errnum, f"{failure.what} {failure.detail}") from None

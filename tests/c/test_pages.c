@@ -22,9 +22,9 @@
 /* What happens to one kind of call: from call number `from` on (0: the first), `times` of them fail or do less. */
 struct fault {
     int from, times;
-    int errnum;   /* fails with it, unless it is 0 */
-    size_t limit; /* otherwise: moves at most so many bytes */
-    int calls;
+    int errnum;        /* fails with it, unless it is 0 */
+    size_t limit;      /* otherwise: moves at most so many bytes */
+    _Atomic int calls; /* of both threads */
 };
 static struct fault pwrite_fault, pread_fault, lseek_fault, create_fault, ftruncate_fault;
 
@@ -178,24 +178,50 @@ static bool is_saved(int out, const uint8_t *expected, size_t size)
     return same;
 }
 
-/* Saves `size` bytes at `offset` of a file, and checks everything about it. Returns the bytes of disk that it took. */
-static uint64_t check_save(int ram, size_t offset, size_t size)
+static int verify(int fd, size_t offset, size_t size, uint64_t *bad)
 {
-    struct pyhv_pages pages = {.fd = ram, .offset = offset, .size = size};
+    struct pyhv_pages pages = {.fd = fd, .offset = offset, .size = size};
+    *bad = UINT64_MAX;
+    return pyhv_pages_verify(&pages, sums, bad, &error);
+}
+
+/* Saves `size` bytes at `offset` of a file, and checks everything about it: with and without a mapping, at once and in
+ * pieces. Returns the bytes of disk that it took. */
+static uint64_t check_save_as(int ram, size_t offset, size_t size, bool is_mapped, size_t step)
+{
+    uint8_t *mapped = is_mapped ? mmap(NULL, size, PROT_READ, MAP_SHARED, ram, (off_t)offset) : NULL;
+    struct pyhv_pages pages = {.fd = ram};
+    CHECK(mapped != MAP_FAILED);
     uint8_t *expected = malloc(size + 1);
     uint64_t before = blocks(ram), bad;
     int out = new_file(OUT_OFFSET), files = open_files();
 
     CHECK_EQUAL(pread(ram, expected, size, (off_t)offset), size);
     memset(sums, 0x5a, sizeof sums);
-    CHECK_EQUAL(pyhv_pages_save(&pages, out, OUT_OFFSET, sums, &error), 0);
+    for (size_t at = 0; at < size; at += step) {
+        pages.offset = offset + at;
+        pages.size = size - at < step ? size - at : step;
+        pages.mapped = mapped ? mapped + at : NULL;
+        CHECK_EQUAL(pyhv_pages_save(&pages, out, OUT_OFFSET + at, sums + at / CHUNK, &error), 0);
+    }
     CHECK(is_saved(out, expected, size));
     CHECK_EQUAL(blocks(ram), before); /* nothing was allocated by looking at it */
     CHECK_EQUAL(open_files(), files);
-    CHECK_EQUAL(pyhv_pages_verify(out, OUT_OFFSET, size, sums, &bad, &error), 0);
+    CHECK_EQUAL(verify(out, OUT_OFFSET, size, &bad), 0);
     uint64_t used = blocks(out);
+    if (mapped)
+        munmap(mapped, size);
     close(out);
     free(expected);
+    return used;
+}
+
+static uint64_t check_save(int ram, size_t offset, size_t size)
+{
+    uint64_t used = check_save_as(ram, offset, size, true, size);
+    CHECK_EQUAL(check_save_as(ram, offset, size, false, size), used);
+    CHECK_EQUAL(check_save_as(ram, offset, size, true, CHUNK), used);
+    CHECK_EQUAL(check_save_as(ram, offset, size, false, 3 * CHUNK), used);
     return used;
 }
 
@@ -278,17 +304,17 @@ static void test_save_sizes(void)
         check_save(ram, 0, size);
         close(ram);
     }
-    struct pyhv_pages none = {.fd = 0, .size = 0};
+    uint64_t bad;
     int out = new_file(0);
-    none.fd = out;
+    struct pyhv_pages none = {.fd = out};
     CHECK_EQUAL(pyhv_pages_save(&none, out, 0, sums, &error), 0);
-    CHECK_EQUAL(pyhv_pages_verify(out, 0, 0, sums, sums, &error), 0);
+    CHECK_EQUAL(verify(out, 0, 0, &bad), 0);
     close(out);
 }
 
 static void test_save_random_patterns(void)
 {
-    for (int round = 0; round < 60; round++) {
+    for (int round = 0; round < 30; round++) {
         size_t pages = 1 + random64() % (12 * PAGES_IN_A_CHUNK), first = random64() % 300, used = random64() % 100;
         int ram = new_file((first + pages + random64() % 300) * PAGE);
         for (size_t i = 0; i < used; i++) {
@@ -324,9 +350,11 @@ static void test_save_large_and_sparse(void)
     touch(ram, page, 0);
     CHECK_EQUAL(pyhv_pages_save(&pages, out, 0, many, &error), 0);
     CHECK(blocks(ram) == PAGE && blocks(out) == PAGE);
-    CHECK_EQUAL(pyhv_pages_verify(out, 0, size, many, &bad, &error), 0);
+    struct pyhv_pages saved = {.fd = out, .size = size};
+    CHECK_EQUAL(pyhv_pages_verify(&saved, many, &bad, &error), 0);
     many[12345]++;
-    CHECK_EQUAL(pyhv_pages_verify(out, 0, size, many, &bad, &error), 1);
+    saved = (struct pyhv_pages){.fd = out, .size = size};
+    CHECK_EQUAL(pyhv_pages_verify(&saved, many, &bad, &error), 1);
     CHECK_EQUAL(bad, 12345);
     close(ram);
     close(out);
@@ -355,7 +383,7 @@ static void test_save_private_mapping(void)
                 mapped[page * PAGE + random64() % PAGE] ^= 0x11;
         }
         uint64_t before = blocks(file);
-        struct pyhv_pages ram = {.fd = file, .offset = place, .size = size, .mapped = mapped};
+        struct pyhv_pages ram = {.fd = file, .offset = place, .size = size, .mapped = mapped, .is_private = 1};
         CHECK_EQUAL(pyhv_pages_save(&ram, out, OUT_OFFSET, sums, &error), 0);
         CHECK_EQUAL(blocks(file), before);
         CHECK(is_saved(out, mapped, size)); /* last, for it touches every page */
@@ -370,7 +398,7 @@ static void test_save_private_mapping(void)
     uint8_t *mapped = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
     mapped[CHUNK] = 1;
     CHECK_EQUAL(ftruncate(file, (off_t)PAGE), 0);
-    struct pyhv_pages ram = {.fd = file, .size = size, .mapped = mapped};
+    struct pyhv_pages ram = {.fd = file, .size = size, .mapped = mapped, .is_private = 1};
     CHECK_EQUAL(pyhv_pages_save(&ram, out, 0, sums, &error), -1);
     CHECK(strcmp(error.what, "read memory") == 0 && strstr(error.detail, "ends at offset 0x1000"));
     munmap(mapped, size);
@@ -395,7 +423,7 @@ static void test_save_leaves_signals_alone(void)
 
 /* ------------------------------------------------------------------------------------------------- faults -- */
 
-/* Fourteen chunks with something in each: more than there are slots, so that both threads come to wait. */
+/* Fourteen chunks with something in each. */
 static int full_ram(size_t *size)
 {
     *size = 14 * CHUNK;
@@ -420,7 +448,11 @@ static void test_calls_that_do_less(void)
     check_save(ram, 0, size);
     no_faults();
     lseek_fault = (struct fault){.from = 0, .times = INT_MAX, .errnum = EINVAL}; /* a file system that knows no holes */
+    check_save_as(ram, 0, size, false, size);
+    no_faults();
+    create_fault = (struct fault){.from = 0, .times = INT_MAX, .errnum = EAGAIN}; /* no second thread: then by one */
     check_save(ram, 0, size);
+    CHECK(create_fault.calls > 0);
     no_faults();
     close(ram);
 }
@@ -431,8 +463,8 @@ static void fail_each(struct fault *fault, int errnum, const char *what, int str
 {
     size_t size;
     int ram = full_ram(&size), struck = 0;
-    struct pyhv_pages pages = {.fd = ram, .size = size};
     for (int call = 0;; call += stride) {
+        struct pyhv_pages pages = {.fd = ram, .size = size};
         int out = new_file(0), files = open_files();
         *fault = (struct fault){.from = call, .times = 1, .errnum = errnum};
         error = (struct pyhv_error){0};
@@ -461,7 +493,6 @@ static void test_calls_that_fail(void)
     fail_each(&pwrite_fault, EIO, "pwrite", 401);
     fail_each(&pread_fault, EIO, "pread", 97);
     fail_each(&lseek_fault, EIO, "lseek", 193);
-    fail_each(&create_fault, EAGAIN, "pthread_create", 1);
     fail_each(&ftruncate_fault, EFBIG, "ftruncate", 1);
 
     size_t size;
@@ -476,11 +507,19 @@ static void test_calls_that_fail(void)
     CHECK_EQUAL(pyhv_pages_save(&pages, out, 0, sums, &error), -1);
     CHECK(error.errnum == 0 && strstr(error.detail, "the file ends at offset"));
     no_faults();
-    pages.size += 1;
-    CHECK_EQUAL(pyhv_pages_save(&pages, out, 0, sums, &error), -1);
-    pages.size = UINT64_MAX & ~(uint64_t)(PAGE - 1);
-    CHECK_EQUAL(pyhv_pages_verify(out, PAGE, pages.size, sums, sums, &error), -1);
-    CHECK_EQUAL(error.errnum, EINVAL);
+
+    struct pyhv_pages wrong[] = {
+        {.fd = ram, .size = size + 1},                                               /* no whole pages */
+        {.fd = ram, .size = UINT64_MAX - 4095},                                      /* no file is as large */
+        {.fd = ram, .size = PAGE, .offset = UINT64_MAX - 4095},                      /* goes round */
+        {.fd = ram, .size = PAGE, .is_private = 1},                                  /* but mapped where? */
+        {.fd = ram, .size = PAGE, .is_private = 1, .mapped = (uint8_t *)4096 + 100}, /* not at a page */
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        CHECK_EQUAL(pyhv_pages_save(&wrong[i], out, 0, sums, &error), -1);
+        CHECK_EQUAL(error.errnum, EINVAL);
+        CHECK_EQUAL(pyhv_pages_verify(&wrong[i], sums, sums, &error), -1);
+    }
     close(ram);
     close(out);
 }
@@ -512,17 +551,17 @@ static void test_verify(void)
         size_t at = random64() % size;
         int bit = (int)(random64() % 8);
         flip(out, OUT_OFFSET + at, bit);
-        CHECK_EQUAL(pyhv_pages_verify(out, OUT_OFFSET, size, sums, &bad, &error), 1);
+        CHECK_EQUAL(verify(out, OUT_OFFSET, size, &bad), 1);
         CHECK_EQUAL(bad, at / CHUNK);
         if (i == 0)
             CHECK(!is_saved(out, expected, size)); /* the other checker of these tests can fail too */
         flip(out, OUT_OFFSET + at, bit);
     }
-    CHECK_EQUAL(pyhv_pages_verify(out, OUT_OFFSET, size, sums, &bad, &error), 0);
+    CHECK_EQUAL(verify(out, OUT_OFFSET, size, &bad), 0);
     for (size_t chunk = 0; chunk <= size / CHUNK; chunk++) {
         sums[chunk] ^= 1;
         CHECK(!is_saved(out, expected, size));
-        CHECK_EQUAL(pyhv_pages_verify(out, OUT_OFFSET, size, sums, &bad, &error), 1);
+        CHECK_EQUAL(verify(out, OUT_OFFSET, size, &bad), 1);
         CHECK_EQUAL(bad, chunk);
         sums[chunk] ^= 1;
     }
@@ -531,12 +570,12 @@ static void test_verify(void)
     CHECK_EQUAL(pread(out, one, PAGE, (off_t)(OUT_OFFSET + 3 * PAGE)), PAGE);
     CHECK_EQUAL(pwrite(out, other, PAGE, (off_t)(OUT_OFFSET + 3 * PAGE)), PAGE);
     CHECK_EQUAL(pwrite(out, one, PAGE, (off_t)(OUT_OFFSET + 4 * PAGE)), PAGE);
-    CHECK_EQUAL(pyhv_pages_verify(out, OUT_OFFSET, size, sums, &bad, &error), 1);
+    CHECK_EQUAL(verify(out, OUT_OFFSET, size, &bad), 1);
 
     CHECK_EQUAL(ftruncate(out, (off_t)(OUT_OFFSET + size - PAGE)), 0);
-    CHECK_EQUAL(pyhv_pages_verify(out, OUT_OFFSET, size, sums, &bad, &error), -1);
+    CHECK_EQUAL(verify(out, OUT_OFFSET, size, &bad), -1);
     CHECK(error.errnum == 0 && strstr(error.detail, "the file ends at offset"));
-    CHECK_EQUAL(pyhv_pages_verify(-1, 0, size, sums, &bad, &error), -1);
+    CHECK_EQUAL(verify(-1, 0, size, &bad), -1);
     CHECK_EQUAL(error.errnum, EBADF);
     close(ram);
     close(out);
