@@ -55,7 +55,7 @@ def begin(
         for number, device in enumerate(state.devices):
             writer.add(device, number)
         ram = memory.ram
-        writer.write_memory(Ram(ram.fd, ram.size, ram.offset, ram.host if ram.of_a_file else None), progress)
+        writer.write_memory(Ram(ram.fd, ram.size, ram.offset, ram.host, ram.of_a_file), progress)
     except BaseException:
         writer.close()
         raise
