@@ -93,7 +93,7 @@ def read_junit(text: bytes) -> tuple[Case, ...]:
                 outcome = meaning
                 message = element.text or element.get("message") or ""
         # Without a class it is a whole module, skipped or not importable.
-        whole = item.get("classname") or item.get("name", "")
+        whole = item.get("classname") or item.get("name") or ""
         name = item.get("name", "") if item.get("classname") else "(all)"
         cases.append(Case(whole.rpartition(".")[2], name, outcome, float(item.get("time", 0)), message))
     return tuple(cases)

@@ -17,17 +17,24 @@ from tests.lab.lab import Lab
 from tests.lab.qemu import QemuHost
 
 
-def emulators() -> set[int]:
-    """The process ids of all emulators on this machine."""
+def emulators(parent: int) -> set[int]:
+    """The process ids of the emulators that a process has started: others may use the lab at the same time."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            name = (folder / "comm").read_text().strip()
+            # pid (comm) state ppid ...
+            head, _, tail = (folder / "stat").read_text().rpartition(")")
         except OSError:
             continue
-        if name.startswith(("qemu-system", "bochs")):
+        if int(tail.split()[1]) == parent and head.partition("(")[2].startswith(("qemu-system", "bochs")):
             found.add(int(folder.name))
     return found
+
+
+def alive(pids: set[int]) -> set[int]:
+    """Which of these still are the emulators they were."""
+    names = {pid: Path(f"/proc/{pid}/comm") for pid in pids}
+    return {pid for pid, comm in names.items() if comm.exists() and comm.read_text()[:4] in ("qemu", "boch")}
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +139,6 @@ def test_intel_hosts_talk_over_their_cable(lab: Lab, intel: list[str], probe: Pa
 
 
 def test_a_host_that_dies_says_so_and_leaves_nothing(lab: Lab, amd: list[str]) -> None:
-    before = emulators()
     host = lab.start_one(amd[0])
     command = host.start(["sh", "-c", "echo 'last words' > /dev/console; echo c > /proc/sysrq-trigger"])
     with pytest.raises(HostFailed) as caught:
@@ -142,19 +148,18 @@ def test_a_host_that_dies_says_so_and_leaves_nothing(lab: Lab, amd: list[str]) -
     assert "Kernel panic" in text or "</TASK>" in text, text
     log = Path(caught.value.log).read_text(errors="replace")
     assert "last words" in log and "sysrq triggered crash" in log
-    assert emulators() <= before
+    assert not emulators(os.getpid())
     with pytest.raises(HostFailed):
         host.run(["true"])
 
 
 def test_a_host_that_hangs_is_ended(lab: Lab, amd: list[str]) -> None:
-    before = emulators()
     host = lab.start_one(amd[0])
     assert isinstance(host, QemuHost)
     host.pause()
     with pytest.raises(HostFailed, match="hangs: a command did not end within"):
         host.run(["true"], timeout=0.5)
-    assert emulators() <= before
+    assert not emulators(os.getpid())
 
 
 def test_a_host_that_cannot_start_is_named(lab: Lab, amd: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,18 +173,17 @@ def test_a_host_that_cannot_start_is_named(lab: Lab, amd: list[str], monkeypatch
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("what", ["run", "test"])
 def test_nothing_is_left_when_the_lab_is_killed(amd: list[str], what: str, number: int) -> None:
-    before = emulators()
     command = [sys.executable, "-m", "tests.lab", what]
     command += [amd[0], "--", "sleep", "1000"] if what == "run" else ["--inside", "--kinds", amd[0]]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as victim:
         deadline = time.monotonic() + 60
-        while not emulators() - before:
+        while not (started := emulators(victim.pid)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         victim.send_signal(number)
         assert victim.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
     deadline = time.monotonic() + 20
-    while emulators() - before:
+    while alive(started):
         assert time.monotonic() < deadline, "an emulator outlives the lab"
         time.sleep(0.05)
 
@@ -207,7 +211,7 @@ def test_an_interrupted_snapshot_is_not_taken_for_one(amd: list[str], tmp_path: 
 
 
 def test_stop_all_is_thorough(lab: Lab, amd: list[str]) -> None:
-    before = emulators()
     lab.start(amd[0], amd[1])
+    assert len(emulators(os.getpid())) == 2
     process.stop_all()
-    assert emulators() <= before
+    assert not emulators(os.getpid())
