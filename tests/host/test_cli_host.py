@@ -85,6 +85,9 @@ def test_a_feature_here(name: str, capfd: Capture) -> None:
 
 def test_a_profile_here(capfd: Capture) -> None:
     value = call_json(capfd, "profiles", "hyperv-r2")
-    assert value["host"]["levelled"]["highest basic leaf"]["guest"] == 0xB
+    # What is levelled depends on the host: a small one may have nothing above the profile's numbers.
+    for what, level in value["host"]["levelled"].items():
+        assert level["guest"] != level["host"]
+        assert level["guest"] == {"highest basic leaf": 0xB, "highest extended leaf": 0x80000008}.get(what, level["guest"])
     assert all("hyperv-r2" in reason or "never shown" in reason for reason in value["host"]["hidden"].values())
     assert call_json(capfd, "host", "--profile", "hyperv-r2")["guest"]["hidden"] == value["host"]["hidden"]
