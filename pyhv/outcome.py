@@ -14,6 +14,7 @@ CAUSES: dict[str, tuple[int, str]] = {
     "power-off": (0, "the guest switched itself off"),
     "reset": (0, "the guest reset itself; pyhv does not start it again"),
     "halted": (0, "all vCPUs halted with interrupts off: nothing can wake them"),
+    "stopped": (0, "pyhv stop or pyhv save --stop ended it"),
     "usage": (2, "bad input or usage: nothing was run"),
     "triple-fault": (121, "an exception in the guest that it had no handler for, three deep"),
     "not-executable": (122, "the accelerator cannot execute an instruction, or refuses the vCPU's state"),

@@ -17,11 +17,19 @@ from pyhv.errors import BadInput, PyhvError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import NoReturn
 
 # Name of the command, and of its module -> what it does.
 COMMANDS = {
     "run": "boot a guest; its console is this terminal",
+    "ls": "the VMs that run under a name",
+    "status": "what a running VM is and does",
+    "console": "attach this terminal to a running VM's console",
+    "pause": "stop a running VM between two instructions",
+    "resume": "let a paused VM run on",
+    "save": "save a running VM to a file",
+    "stop": "end a running VM",
     "restore": "let a saved VM go on",
     "inspect": "what is inside a snapshot",
     "verify": "check every byte of a snapshot",
@@ -67,12 +75,17 @@ def program() -> NoReturn:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command. arguments: without the program's name; sys.argv's by default. Returns the exit status, with
     everything flushed."""
-    if arguments is None:
-        arguments = sys.argv[1:]
+    words = sys.argv[1:] if arguments is None else arguments
     _occupy_standard_descriptors()
+    return guard(lambda: _command(words))
+
+
+def guard(work: Callable[[], int]) -> int:
+    """Does the work, whose result is an exit status. Makes a line on stderr and a status of what it raises, and flushes
+    what was printed."""
     try:
         try:
-            return _command(arguments)
+            return work()
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ examples:
   pyhv run hello --append "some words"      boot a guest with a command line
   pyhv run cpuid --compat                   what a guest sees in compatibility mode
   pyhv run cpuid --compat --json | jq -r '.features[]'
+  pyhv run ticker --name t --detach; pyhv console t; pyhv stop t
 
 exit status:
 {{statuses}}
@@ -71,11 +73,17 @@ MACHINE_OPTIONS = (
 )
 MACHINE_EITHER = ("--compat", "--cpu")
 
+NAME_OPTIONS = (
+    Option("--name", "give the VM a name, by which pyhv ls, status, console, pause, save, stop ... find it", "NAME"),
+    Option("--detach", "return once the VM runs, and leave it in the background; needs --name"),
+)
+
 _COMMAND = Command(
     "run",
     "Boot a guest and end with its exit status.",
     (
         *MACHINE_OPTIONS,
+        *NAME_OPTIONS,
         Option(
             "--json",
             "capture the console and print one JSON object: cause, status, message, registers, profile, intercept, "
@@ -116,6 +124,10 @@ def machine_arguments(given: SimpleNamespace) -> dict[str, Any]:
 
 
 def _run(given: SimpleNamespace) -> int:
+    if given.name is not None or given.detach:
+        from pyhv.cli import named
+
+        return named.run(given, functools.partial(Machine, **machine_arguments(given)))
     with (
         contextlib.closing(Console(None if given.json else 1)) as console,
         Machine(**machine_arguments(given), console_in=console.input, console_out=console.output) as machine,
@@ -135,7 +147,7 @@ def tell(result: RunResult) -> None:
     """Says on stderr what became of a guest that did not end by itself."""
     if result.message:
         complain(result.message)
-    if result.registers and result.cause != "interrupted":
+    if result.registers and result.cause not in ("interrupted", "stopped"):
         os.write(2, result.registers.encode() + b"\n")
 
 

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from pyhv.machine import Machine, RunResult
 
 ESCAPE = 0x01  # Ctrl-A, as QEMU has it
-_INTERRUPT = 0x03  # Ctrl-C
+INTERRUPT = 0x03  # Ctrl-C
 HELP = "Ctrl-A x: end the VM    Ctrl-A Ctrl-A: send Ctrl-A to the guest    Ctrl-A h: this help"
 _INTERRUPT_HINT = "Ctrl-C went to the guest; Ctrl-A x ends the VM"
 
 # What ends a run from outside. SIGKILL cannot be caught.
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
-_CHUNK = 4096
+CHUNK = 4096
 
 
 class Signals:
@@ -55,7 +55,7 @@ class Signals:
         for end in self._pipe:
             os.set_blocking(end, False)
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        for number in (*_ENDING, signal.SIGCONT):
+        for number in (*ENDING, signal.SIGCONT):
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, _do_nothing)
         return self
@@ -72,7 +72,7 @@ class Signals:
     def take(self) -> bytes:
         """The numbers of the signals that came since the last call."""
         with contextlib.suppress(BlockingIOError):
-            return os.read(self._pipe[0], _CHUNK)
+            return os.read(self._pipe[0], CHUNK)
         return b""
 
 
@@ -107,6 +107,52 @@ class EscapeKey:
         return bytes(to_guest), commands
 
 
+class RawMode:
+    """Puts the terminal on stdin into raw mode, but for output processing (a lone newline starts a line), and gives it
+    its settings back."""
+
+    def __init__(self) -> None:
+        self._settings: list[Any] | None = None  # the terminal's, while it is in raw mode
+
+    def enter(self) -> None:
+        import termios
+
+        self._settings = termios.tcgetattr(0)
+        self.enter_again()
+
+    def enter_again(self) -> None:
+        """Whoever stops a program (kill -STOP, then fg) gives it its terminal back as a shell likes it: makes it raw
+        again. Nothing happens outside raw mode."""
+        import termios
+
+        if self._settings is None or not in_foreground():
+            return
+        iflag, oflag, cflag, lflag, ispeed, ospeed, control = self._settings
+        iflag &= ~(
+            termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP
+            | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON
+        )  # fmt: skip
+        lflag &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
+        control = list(control)
+        control[termios.VMIN], control[termios.VTIME] = 1, 0
+        termios.tcsetattr(0, termios.TCSANOW, [iflag, oflag, cflag, lflag, ispeed, ospeed, control])
+
+    def leave(self) -> None:
+        """Gives the terminal its settings back; nothing happens outside raw mode."""
+        if self._settings is None:
+            return
+        import termios
+
+        # A background process that does this is stopped by SIGTTOU unless it blocks it.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+        try:
+            with contextlib.suppress(termios.error):  # the terminal has gone away
+                termios.tcsetattr(0, termios.TCSANOW, self._settings)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self._settings = None
+
+
 class Console:
     """Descriptors for the guest's serial port, and the terminal behind them. output: where the guest's output goes, a
     descriptor or None if the VM is to capture it.
@@ -119,14 +165,14 @@ class Console:
         self.output = output
         self.input = 0
         self._keys = -1  # where the keys go: the other end of the pipe
-        self._settings: list[Any] | None = None  # the terminal's, while it is in raw mode
+        self._raw = RawMode()
         self._escape = EscapeKey()
         self._hinted = False
         if os.isatty(0):
             self.input = -1
             # A terminal that others use at the moment (a background job) is left alone. Nobody can use the keys of a
             # guest whose output is captured.
-            if output is not None and _in_foreground():
+            if output is not None and in_foreground():
                 self.input, self._keys = os.pipe()
                 # A guest that reads nothing must not keep us from seeing the escape key.
                 os.set_blocking(self._keys, False)
@@ -141,64 +187,33 @@ class Console:
     def run(self, machine: Machine, timeout: float | None, signals: Signals) -> RunResult:
         """Runs the machine until it or the user ends; the machine is paused then.
 
-        A terminal on stdin is in raw mode meanwhile, but for output processing: a lone newline of the guest starts a
-        line. It has its settings back when this returns or raises. Raises BrokenPipeError when nobody reads stdout any
-        more, and what Machine.run raises.
+        A terminal on stdin is in raw mode meanwhile, and has its settings back when this returns or raises. Raises
+        BrokenPipeError when nobody reads stdout any more, and what Machine.run raises.
         """
         wait = _Wait(machine, timeout)
         try:
             if self._keys >= 0:
-                self._enter_raw_mode()
-            machine.start()
+                self._raw.enter()
+            self.begin(machine)
             wait.start()
             end = self._attend(wait.done, signals)
         finally:
-            self._restore()
+            self._raw.leave()
         if end != "ended":
             machine.vm.interrupt()
         wait.finish()
-        machine.pause()
+        self.end(machine)
         if end == "broken-pipe":
             raise BrokenPipeError
         return machine.result(machine.vm.stopped, "timeout" if end == "ended" else end)
 
-    # ------------------------------------------------------------------------------------------ raw mode
+    def begin(self, machine: Machine) -> None:
+        """Lets the machine run; a subclass may do more."""
+        machine.start()
 
-    def _enter_raw_mode(self) -> None:
-        import termios
-
-        self._settings = termios.tcgetattr(0)
-        self._set_raw()
-
-    def _set_raw(self) -> None:
-        import termios
-
-        if self._settings is None or not _in_foreground():
-            return
-        iflag, oflag, cflag, lflag, ispeed, ospeed, control = self._settings
-        iflag &= ~(
-            termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP
-            | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON
-        )  # fmt: skip
-        lflag &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
-        control = list(control)
-        control[termios.VMIN], control[termios.VTIME] = 1, 0
-        termios.tcsetattr(0, termios.TCSANOW, [iflag, oflag, cflag, lflag, ispeed, ospeed, control])
-
-    def _restore(self) -> None:
-        """Gives the terminal its settings back."""
-        if self._settings is None:
-            return
-        import termios
-
-        # A background process that does this is stopped by SIGTTOU unless it blocks it.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
-        try:
-            with contextlib.suppress(termios.error):  # the terminal has gone away
-                termios.tcsetattr(0, termios.TCSANOW, self._settings)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        self._settings = None
+    def end(self, machine: Machine) -> None:
+        """Lets the machine stand for good; a subclass may do more."""
+        machine.pause()
 
     # ------------------------------------------------------------------------------------- the main thread's work
 
@@ -210,7 +225,7 @@ class Console:
             poll.register(descriptor, select.POLLIN)
         if self._keys >= 0:
             poll.register(0, select.POLLIN)
-        if _is_pipe(1):
+        if is_pipe(1):
             poll.register(1, 0)  # errors are always reported
         while True:
             ready = {descriptor for descriptor, _ in poll.poll()}
@@ -220,14 +235,13 @@ class Console:
                 return "broken-pipe"
             if signals.descriptor in ready:
                 numbers = signals.take()
-                if any(number in _ENDING for number in numbers):
+                if any(number in ENDING for number in numbers):
                     return "interrupted"
                 if signal.SIGCONT in numbers:
-                    # Whoever stops a program (kill -STOP, then fg) gives it its terminal back as a shell likes it.
-                    self._set_raw()
+                    self._raw.enter_again()
             if 0 in ready:
                 try:
-                    keys = os.read(0, _CHUNK)
+                    keys = os.read(0, CHUNK)
                 except OSError:
                     keys = b""
                 if not keys:  # the terminal has gone away
@@ -243,10 +257,10 @@ class Console:
             with contextlib.suppress(OSError):
                 os.write(self._keys, to_guest)
         if "help" in commands:
-            _tell(HELP)
-        if _INTERRUPT in to_guest and not self._hinted:
+            tell(HELP)
+        if INTERRUPT in to_guest and not self._hinted:
             self._hinted = True
-            _tell(_INTERRUPT_HINT)
+            tell(_INTERRUPT_HINT)
         return "end" in commands
 
 
@@ -280,19 +294,21 @@ class _Wait:
             os.eventfd_write(self.done, 1)
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     """Prints a line in the middle of the guest's output."""
     with contextlib.suppress(OSError):
         os.write(2, f"\r\npyhv: {text}\r\n".encode())
 
 
-def _in_foreground() -> bool:
+def in_foreground() -> bool:
+    """Whether the terminal on stdin is this process's to use at the moment."""
     try:
         return os.tcgetpgrp(0) == os.getpgrp()
     except OSError:  # a terminal, but not the one that controls this process: nobody can send it to the background
         return True
 
 
-def _is_pipe(descriptor: int) -> bool:
+def is_pipe(descriptor: int) -> bool:
+    """Whether it may lose its reader."""
     mode = os.fstat(descriptor).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)

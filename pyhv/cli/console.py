@@ -1,0 +1,144 @@
+"""`pyhv console NAME`: attaches this terminal to the console of a running VM."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+
+from pyhv.cli import complain
+from pyhv.cli.options import Command, Option
+from pyhv.cli.terminal import CHUNK, ENDING, EscapeKey, RawMode, Signals, in_foreground, is_pipe, tell
+from pyhv.control import jsonrpc
+from pyhv.control.client import Client
+from pyhv.control.jsonrpc import Answer
+from pyhv.errors import HostError
+
+_HELP = "Ctrl-A x: leave the console, the VM runs on    Ctrl-A Ctrl-A: send Ctrl-A to the guest    Ctrl-A h: this help"
+
+_COMMAND = Command(
+    "console",
+    "Attach to the console of a running VM.",
+    (
+        Option("NAME", "as given to pyhv run --name; see pyhv ls"),
+        Option("--read-only", "only show what the guest prints, and leave the keys to others"),
+    ),
+    f"""
+Shows the last 64 KiB that the guest has printed, and from then on all that it prints. Any number may watch; the keys go
+to the guest from the terminal that the VM was started on and from one other. Is stdin a terminal, then
+  {_HELP}
+
+example:
+  pyhv console t < /dev/null         only watch, until the VM ends
+  pyhv console t
+
+exit status: the guest's when the VM ends; 0 when the user leaves
+""",
+)
+
+# So much of what was typed waits for the guest; what is more is lost if it came from a terminal.
+_MAX_UNSENT = 64 << 10
+
+
+def main(arguments: list[str]) -> int:
+    """The command. Returns the exit status."""
+    given = _COMMAND.parse(arguments)
+    with Client(given.name) as client:
+        client.status()  # does it answer at all?
+        return _Session(client, not given.read_only).run()
+
+
+class _Session:
+    """A terminal, or whatever stdin and stdout are, at a VM's console."""
+
+    def __init__(self, client: Client, write: bool) -> None:
+        self._client = client
+        attached = client.call("console", {"write": write})
+        self._writes = isinstance(attached, dict) and attached.get("writer") is True
+        self._terminal = os.isatty(0)
+        if write and not self._writes:
+            complain(f"{client.name}: another console has the keys; this one only shows")
+        self._raw = RawMode()
+        self._escape = EscapeKey()
+
+    def run(self) -> int:
+        """Until the VM ends or the user leaves. Returns the exit status."""
+        with Signals() as signals:
+            try:
+                if self._terminal and in_foreground():
+                    self._raw.enter()
+                status = self._attend(signals)
+            finally:
+                self._raw.leave()
+        return status
+
+    def _attend(self, signals: Signals) -> int:
+        reads_keys = in_foreground() if self._terminal else self._writes
+        while True:
+            for answer in self._client.exchange():
+                status = self._take(answer)
+                if status is not None:
+                    return status
+            poll = select.poll()
+            poll.register(signals.descriptor, select.POLLIN)
+            poll.register(self._client, select.POLLIN | (select.POLLOUT if self._client.unsent else 0))
+            if reads_keys and (self._terminal or self._client.unsent < _MAX_UNSENT):
+                poll.register(0, select.POLLIN)
+            if is_pipe(1):
+                poll.register(1, 0)  # errors are always reported
+            ready = dict(poll.poll())
+            if 1 in ready:
+                raise BrokenPipeError
+            if signals.descriptor in ready:
+                numbers = signals.take()
+                if any(number in ENDING for number in numbers):
+                    return 0 if self._terminal else 130
+                if signal.SIGCONT in numbers:
+                    self._raw.enter_again()
+            if 0 in ready:
+                try:
+                    keys = os.read(0, CHUNK)
+                except OSError:  # the terminal has gone away
+                    keys = b""
+                if not keys:
+                    reads_keys = False
+                elif self._type(keys):
+                    return 0
+
+    def _take(self, answer: Answer) -> int | None:
+        """Shows what came from the VM. Returns the exit status where that is the end."""
+        if answer.error is not None:
+            raise answer.error
+        facts = answer.result if isinstance(answer.result, dict) else {}
+        if answer.method == "output":
+            try:
+                data = jsonrpc.decode_bytes(facts.get("data"))
+            except ValueError:
+                raise HostError(f"the control socket of {self._client.name}", 0, "its output is no base64") from None
+            while data:
+                data = data[os.write(1, data) :]
+        elif answer.method == "missed":
+            self._say(f"{facts.get('bytes')} bytes of the console are missing: they came too fast")
+        elif answer.method == "end":
+            self._raw.leave()
+            cause, status, message = (facts.get(key) for key in ("cause", "status", "message"))
+            complain(f"{self._client.name} has ended: {message or cause}")
+            return status if type(status) is int and 0 <= status <= 255 else 125
+        return None
+
+    def _type(self, keys: bytes) -> bool:
+        """Passes on what was typed. Returns whether the user leaves."""
+        commands: list[str] = []
+        if self._terminal:
+            keys, commands = self._escape.feed(keys)
+        if keys and self._writes and self._client.unsent < _MAX_UNSENT:
+            self._client.type(keys)
+        if "help" in commands:
+            tell(_HELP)
+        return "end" in commands
+
+    def _say(self, text: str) -> None:
+        if self._terminal:
+            tell(text)
+        else:
+            complain(text)

@@ -1,0 +1,311 @@
+"""A run with a name: the VM has a control socket, and its console can be attached to from elsewhere.
+
+The guest's output does not go to stdout by itself, as that of a run without a name does, but through this process: to
+the server of the control socket, which keeps the last of it, and to stdout, unless the VM is in the background.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import select
+import sys
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+
+from pyhv import cli
+from pyhv.cli import output
+from pyhv.cli import run as run_command
+from pyhv.cli.terminal import CHUNK, ENDING, Console, Signals
+from pyhv.control import names
+from pyhv.control.operations import Operations
+from pyhv.control.server import Server
+from pyhv.errors import BadInput, HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyhv.machine import Machine, RunResult
+
+# What is left of the output of a guest that was interrupted may take so long to be written; in milliseconds.
+_IMPATIENCE = 200
+
+
+def run(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
+    """Runs a machine under the name given.name, with given.detach, json and timeout. make: gets console_in and
+    console_out. Returns the exit status; raises what making and running the machine raise."""
+    if given.name is None:
+        raise BadInput("--detach", "needs --name", "nobody could find the VM otherwise")
+    names.check_name(given.name)
+    if given.detach and given.json:
+        raise BadInput("--json", "cannot be combined with --detach", "see pyhv status NAME --json")
+    if given.detach:
+        return _detach(given, make)
+    return _run(given, make, lambda: None)
+
+
+def _detach(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
+    """Runs the machine in a process of its own, and returns once it runs; what goes wrong before that ends both
+    processes as it would have ended one."""
+    ready, tell_ready = os.pipe()
+    sys.stdout.flush()
+    # Nothing has started a thread yet: the child is as good as its parent.
+    child = os.fork()
+    if child == 0:
+        os._exit(cli.guard(lambda: _in_background(given, make, tell_ready)))
+    os.close(tell_ready)
+    with open(ready, "rb", buffering=0) as pipe:
+        runs = pipe.read(1)
+    if runs:
+        print(f"{given.name} runs in the background, pid {child}")
+        return 0
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status < 0:
+        raise HostError(f"the VM {given.name}", 0, f"its process was killed by signal {-status}")
+    return status
+
+
+def _in_background(given: SimpleNamespace, make: Callable[..., Machine], tell_ready: int) -> int:
+    # Whoever waits for the end of a pipe that we inherited shall not wait for the VM's.
+    os.closerange(3, tell_ready)
+    os.closerange(tell_ready + 1, os.sysconf("SC_OPEN_MAX"))
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(nothing, 0)
+
+    def leave() -> None:
+        # Until here Ctrl-C ends the start as it ends that of any run. A session of its own has no terminal.
+        os.setsid()
+        os.chdir("/")  # no file system is kept busy
+        sys.stdout.flush()
+        os.dup2(nothing, 1)
+        os.dup2(nothing, 2)
+        os.write(tell_ready, b"!")  # BrokenPipeError: who wanted it is gone, and so are we
+        os.close(tell_ready)
+
+    return _run(given, make, leave)
+
+
+def _run(given: SimpleNamespace, make: Callable[..., Machine], on_started: Callable[[], None]) -> int:
+    # Such a process may live for weeks.
+    gc.enable()
+    with (
+        names.claim(given.name) as claim,
+        contextlib.closing(_NamedConsole(given.json, given.detach)) as console,
+        Server(claim) as server,
+        make(console_in=console.input, console_out=console.output) as machine,
+        Operations(given.name, machine) as operations,
+    ):
+        for note in machine.notes:
+            cli.complain(note)
+
+        def begin() -> None:
+            operations.start()
+            server.start(operations, console.take_copy(), console.keys)
+            on_started()
+
+        console.on_begin, console.operations = begin, operations
+        with Signals() as signals:
+            result = console.run(machine, given.timeout, signals)
+            operations.ended(result)
+            console.drain(signals, patient=machine.vm.stopped is not None)
+        server.finish()
+        if given.json:
+            result = result._replace(console=console.captured())
+        description = run_command.describe(machine, result) if given.json else {}
+    run_command.tell(result)
+    if given.json:
+        output.print_json(description)
+    return result.status
+
+
+class _NamedConsole(Console):
+    """A console whose bytes pass through this process.
+
+    capture: keep the output instead of writing it to stdout. background: there is no stdin and no stdout.
+    """
+
+    def __init__(self, capture: bool, background: bool) -> None:
+        super().__init__(None if capture else 1)
+        self.on_begin: Callable[[], None] = lambda: None
+        """Called when the machine runs."""
+        self.operations: Operations | None = None
+        self.keys = self._keys
+        """Where input for the guest goes; does not block."""
+        self._stdin = _Stdin() if self.input == 0 and not background else None
+        if self.keys < 0:
+            self.input, self.keys = os.pipe()
+            os.set_blocking(self.keys, False)
+        copy, self.output = os.pipe()
+        self._sink = os.memfd_create("pyhv-console", os.MFD_CLOEXEC) if capture else 1
+        self._tee = None if background else _Tee(copy, self._sink)
+        self._copy = copy if self._tee is None else self._tee.copy
+
+    def take_copy(self) -> int:
+        """A descriptor to read what the guest prints from; the caller's, who must read it to its end or close it."""
+        copy, self._copy = self._copy, -1
+        return copy
+
+    def begin(self, machine: Machine) -> None:
+        """Lets the machine run, and its input flow."""
+        super().begin(machine)
+        if self._tee is not None:
+            self._tee.start()
+        if self._stdin is not None:
+            self._stdin.start(self.keys)
+        self.on_begin()
+
+    def end(self, machine: Machine) -> None:
+        """Lets the machine stand for good; nobody controls it any more."""
+        assert self.operations is not None
+        # A guest that ended by itself may be half-way into a file, which is complete then. Who ends it does not wait.
+        self.operations.close(give_up=machine.vm.stopped is None)
+        super().end(machine)
+
+    def run(self, machine: Machine, timeout: float | None, signals: Signals) -> RunResult:
+        """As Console.run, and the control socket may end it."""
+        result = super().run(machine, timeout, signals)
+        assert self.operations is not None
+        if result.cause == "timeout":
+            if self.operations.failure is not None:
+                raise self.operations.failure
+            if self.operations.stopping:
+                return machine.result(None, "stopped")
+        return result
+
+    def drain(self, signals: Signals, patient: bool) -> None:
+        """Once the guest has ended: waits until all that it printed is written to stdout, at most until a signal comes,
+        and not long if it was ended. Then the copy has come to its end too."""
+        assert self.output is not None
+        self._close_output()
+        if self._tee is None:
+            return
+        poll = select.poll()
+        poll.register(self._tee.done, select.POLLIN)
+        poll.register(signals.descriptor, select.POLLIN)
+        while self._tee.done not in dict(poll.poll(None if patient else _IMPATIENCE)):
+            if not patient or any(number in ENDING for number in signals.take()):
+                return
+
+    def captured(self) -> bytes:
+        """What the guest printed, where it was captured."""
+        return os.pread(self._sink, os.fstat(self._sink).st_size, 0)
+
+    def close(self) -> None:
+        """After the VM: closes everything."""
+        if self.output is None:
+            return
+        self._close_output()
+        os.close(self.output)
+        self.output = None
+        if self._stdin is not None:
+            self._stdin.stop()
+        if self._copy >= 0:
+            os.close(self._copy)
+        if self._tee is not None:
+            self._tee.stop()
+        if self._sink > 2:
+            os.close(self._sink)
+        if self.keys != self._keys:
+            os.close(self.keys)
+        super().close()
+
+    def _close_output(self) -> None:
+        # The VM still has the number: it must not become another file's.
+        assert self.output is not None
+        nothing = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nothing, self.output, inheritable=False)
+        os.close(nothing)
+
+
+class _Tee:
+    """A thread that writes what comes out of a pipe to a descriptor, and to a second pipe.
+
+    Where the descriptor takes no more, a terminal that was stopped, say, it waits, and so does then the guest: as if it
+    wrote there by itself. An error of the descriptor ends only what goes there.
+    """
+
+    def __init__(self, source: int, sink: int) -> None:
+        self.done = os.eventfd(0, os.EFD_CLOEXEC)
+        """Readable when the source has come to its end and all is written."""
+        self._source = source
+        self._sink = sink
+        self.copy, self._copy_end = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="console-tee", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """After the source has come to its end, if the thread was started at all. Does not wait for a descriptor that
+        takes no more."""
+        if self._thread.ident is None:
+            os.close(self._source)
+            os.close(self._copy_end)
+        else:
+            self._thread.join(0.05)
+            if self._thread.is_alive():
+                return  # it still uses them; the process is about to end
+        os.close(self.done)
+
+    def _run(self) -> None:
+        targets = [self._copy_end, self._sink]
+        while data := os.read(self._source, CHUNK):
+            for target in list(targets):
+                try:
+                    _write(target, data)
+                except OSError:
+                    targets.remove(target)
+        os.close(self._copy_end)
+        os.close(self._source)
+        os.eventfd_write(self.done, 1)
+
+
+class _Stdin:
+    """A thread that copies stdin, which is no terminal, to the guest, for which others may have input too."""
+
+    def __init__(self) -> None:
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread: threading.Thread | None = None
+
+    def start(self, keys: int) -> None:
+        self._thread = threading.Thread(target=self._run, args=(keys,), name="console-stdin", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        os.eventfd_write(self._stop, 1)
+        if self._thread is not None:
+            self._thread.join()
+        os.close(self._stop)
+
+    def _run(self, keys: int) -> None:
+        waiting = b""
+        while True:
+            # Nothing is read before there is room for it: nothing is lost.
+            poll = select.poll()
+            poll.register(self._stop, select.POLLIN)
+            poll.register(keys if waiting else 0, select.POLLOUT if waiting else select.POLLIN)
+            if self._stop in dict(poll.poll()):
+                return
+            try:
+                if waiting:
+                    waiting = waiting[os.write(keys, waiting) :]
+                else:
+                    waiting = os.read(0, CHUNK)
+                    if not waiting:
+                        return
+            except BlockingIOError:
+                pass
+            except OSError:
+                return
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """Writes all of it, however long that takes. Raises OSError."""
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:  # somebody has made it so
+            poll = select.poll()
+            poll.register(descriptor, select.POLLOUT)
+            poll.poll()

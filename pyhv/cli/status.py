@@ -1,0 +1,44 @@
+"""`pyhv status NAME`: what a running VM is and does."""
+
+from __future__ import annotations
+
+from pyhv.cli import ls, one_line, output
+from pyhv.cli.options import Command, Option
+from pyhv.control.client import Client
+
+_COMMAND = Command(
+    "status",
+    "Tell what a running VM is and does.",
+    (
+        Option("NAME", "as given to pyhv run --name; see pyhv ls"),
+        Option(
+            "--json",
+            "print one JSON object: name, state, doing, uptime, uuid, profile, intercept, note, vcpus, memory, image, "
+            "pid, counters; cause, status and message, which are null while it runs",
+        ),
+    ),
+    """
+A VM that has come to its end has no name any more: pyhv console NAME, attached before, tells how it ended.
+
+example:
+  pyhv status t --json | jq .counters
+""",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """The command. Returns the exit status."""
+    given = _COMMAND.parse(arguments)
+    with Client(given.name) as client:
+        status = client.status()
+    if given.json:
+        output.print_json(status)
+        return 0
+    status["uptime"] = ls.uptime(status.get("uptime"))
+    status["memory"] = ls.memory(status.get("memory"))
+    counters = status.get("counters")
+    if isinstance(counters, dict):
+        status["counters"] = ", ".join(f"{name} {count}" for name, count in counters.items())
+    shown = {key: value for key, value in status.items() if value not in (None, "")}
+    output.print_rows([(one_line(key), one_line(str(value))) for key, value in shown.items()])
+    return 0

@@ -1,0 +1,175 @@
+"""A client of a VM's control socket."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable
+
+from pyhv.control import jsonrpc, names
+from pyhv.control.jsonrpc import Answer
+from pyhv.errors import BadInput, HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+# A server answers status at once, whatever its VM does; in seconds.
+ANSWERS_WITHIN = 10.0
+
+_CHUNK = 64 << 10
+
+
+class Client:
+    """A connection to the running VM of a name. A context manager; close() closes it.
+
+    Raises BadInput where there is no such VM, HostError where its process does not answer. Every other method
+    raises HostError too when the connection breaks.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._socket = names.connect(name)
+        self._incoming = bytearray()
+        self._outgoing = bytearray()
+        self._last_id = 0
+
+    def close(self) -> None:
+        """Closes the connection; closing twice is allowed."""
+        self._socket.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """The descriptor, to wait for answers or for room."""
+        return self._socket.fileno()
+
+    # ------------------------------------------------------------------------------------------------- calls
+
+    def status(self, within: float = ANSWERS_WITHIN) -> dict[str, Any]:
+        """What the VM is and does; docs/control.md has the meaning of each value. within: seconds to wait for it."""
+        result = self.call("status", within=within)
+        if not isinstance(result, dict):
+            raise self._broken("what came from it is no status")
+        return result
+
+    def pause(self) -> None:
+        """Stops the guest between two instructions; returns when it stands. No effect on a paused VM."""
+        self.call("pause")
+
+    def resume(self) -> None:
+        """Lets the guest run on. No effect on a running VM."""
+        self.call("resume")
+
+    def save(self, path: str, stop: bool = False, progress: Callable[[int, int], None] | None = None) -> None:
+        """Saves the VM to the absolute path, as Machine.save does; raises what that raises. stop: end the VM then, and
+        return when its name is free; nothing in it runs after what was saved. progress: is called now and then with the
+        bytes of memory done and all that there are."""
+        params = {"path": path} | ({"stop": True} if stop else {})
+        self.call("save", params, progress=progress)
+
+    def stop(self) -> None:
+        """Ends the VM, with the cause "stopped"; returns when its name is free."""
+        self.call("stop")
+
+    def call(
+        self,
+        method: str,
+        params: dict[str, Any] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        within: float | None = None,
+    ) -> Any:
+        """Sends a request and waits for its result, at most `within` seconds. Raises the error that it is answered
+        with: BadInput or HostError."""
+        self._last_id += 1
+        self._outgoing += jsonrpc.encode_request(method, params or {}, self._last_id)
+        deadline = None if within is None else time.monotonic() + within
+        while True:
+            for answer in self.exchange():
+                if answer.id == self._last_id:
+                    if answer.error is not None:
+                        raise answer.error
+                    return answer.result
+                if answer.id is None and answer.error is not None:  # it does not take us
+                    raise answer.error
+                if answer.method == "progress" and progress is not None:
+                    progress(*self._numbers(answer.result, "done", "total"))
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise self._broken(f"nothing came from it within {within:g} seconds; is its process stopped?")
+            poll = select.poll()
+            poll.register(self, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
+            poll.poll(None if left is None else left * 1000 + 1)
+
+    def _numbers(self, params: dict[str, Any], *keys: str) -> list[int]:
+        values = [params.get(key) for key in keys]
+        if not all(type(value) is int for value in values):
+            raise self._broken("what came from it is no progress")
+        return [value for value in values if type(value) is int]
+
+    # ------------------------------------------------------------------------------- without waiting: the console
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait until the server reads them."""
+        return len(self._outgoing)
+
+    def type(self, keys: bytes) -> None:
+        """Queues input for the guest's console; exchange() sends it."""
+        self._outgoing += jsonrpc.encode_request("input", {"data": jsonrpc.encode_bytes(keys)}, None)
+
+    def exchange(self) -> list[Answer]:
+        """Sends what can be sent and reads what has come, without waiting. Raises HostError when the server is gone."""
+        try:
+            while self._outgoing:
+                sent = self._socket.send(self._outgoing)
+                del self._outgoing[:sent]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:  # it may have said something before it went
+            self._outgoing.clear()
+        gone = False
+        try:
+            data = self._socket.recv(_CHUNK)
+            gone = not data
+            self._incoming += data
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            gone = True
+        answers = []
+        while (end := self._incoming.find(b"\n")) >= 0:
+            answers.append(jsonrpc.parse_answer(bytes(self._incoming[:end]), self.name))
+            del self._incoming[: end + 1]
+        if gone and not answers:
+            raise self._broken("its process has ended")
+        if len(self._incoming) > jsonrpc.MAX_ANSWER:
+            raise self._broken("what came from it is too long")
+        return answers
+
+    def _broken(self, detail: str) -> HostError:
+        return HostError(f"the control socket of {self.name}", 0, detail)
+
+
+def all_statuses(within: float = ANSWERS_WITHIN) -> list[tuple[str, dict[str, Any] | None]]:
+    """The name of every running VM with its status; None for one whose process does not answer within so many seconds,
+    all together. Removes what dead ones left. Raises BadInput for a runtime directory that cannot be trusted."""
+    found: list[tuple[str, dict[str, Any] | None]] = []
+    with names.Directory() as directory:
+        running = names.live_names(directory)
+    deadline = time.monotonic() + within
+    for name in running:
+        try:
+            with Client(name) as client:
+                # One that is stopped must not use up the time of those behind it.
+                left = deadline - time.monotonic()
+                found.append((name, client.status(max(left, 0.2))))
+        except BadInput:  # it has ended in the meantime
+            continue
+        except HostError:
+            found.append((name, None))
+    return found

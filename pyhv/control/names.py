@@ -1,0 +1,277 @@
+"""Names of running VMs: each is a socket NAME.sock in the user's runtime directory.
+
+The directory is pyhv/ in XDG_RUNTIME_DIR; where that is unset, /tmp/pyhv-UID. It must belong to the user and be closed
+to all others (0700), or whoever else can write there could put a socket of his own in the place of a VM's.
+
+A name belongs to the process that listens on its socket. The kernel refuses connections to the socket of a process that
+is gone, however it ended: that is how a stale one is known. Whoever makes or removes a socket holds a lock on the
+directory (flock), so of two VMs that want one name at the same time one gets it, and nobody removes a socket that has
+just been made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import socket
+import stat
+import time
+from collections.abc import Iterator
+
+from pyhv.errors import BadInput, HostError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SUFFIX = ".sock"
+
+# sockaddr_un has room for 108 bytes, of which one is a NUL (unix(7)).
+_MAX_ADDRESS = 107
+
+# Connections that wait until the VM's server accepts them.
+_BACKLOG = 64
+
+# The lock on the directory is held for a few system calls; in seconds.
+_PATIENCE = 10.0
+
+
+def check_name(name: str) -> None:
+    """Raises BadInput for what can be no VM's name."""
+    if not _NAME.fullmatch(name):
+        raise BadInput(
+            f"name {name}",
+            "is not a name for a VM",
+            "take up to 64 letters, digits, dots, underscores and hyphens, the first a letter or a digit",
+        )
+
+
+def directory_path() -> str:
+    """Where the sockets are. Raises BadInput."""
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not base:
+        return f"/tmp/pyhv-{os.geteuid()}"
+    if not os.path.isabs(base):
+        raise BadInput(f"XDG_RUNTIME_DIR={base}", "is no absolute path", "correct or unset it")
+    return os.path.join(base, "pyhv")
+
+
+class Directory:
+    """The runtime directory, open and checked. A context manager; close() closes it.
+
+    create: make it where it is missing; otherwise it is then as good as empty.
+    Raises BadInput for a directory that others could tamper with, or that cannot be made.
+    """
+
+    def __init__(self, create: bool = False) -> None:
+        self.path = directory_path()
+        self._fd = -1
+        if create:
+            try:
+                os.mkdir(self.path, 0o700)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                raise BadInput(self.path, f"cannot be made: {error.strerror}", _elsewhere()) from None
+        try:
+            # Not through a symbolic link: in /tmp anybody can make one.
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            link = error.errno in (errno.ELOOP, errno.ENOTDIR)
+            problem = "is not a directory" if link else f"cannot be opened: {error.strerror}"
+            raise BadInput(self.path, problem, _elsewhere()) from None
+        status = os.fstat(self._fd)
+        problem = ""
+        if status.st_uid != os.geteuid():
+            problem = f"belongs to the user with the number {status.st_uid}"
+        elif stat.S_IMODE(status.st_mode) != 0o700:
+            problem = f"has the mode {stat.S_IMODE(status.st_mode):04o} instead of 0700"
+        if problem:
+            self.close()
+            raise BadInput(self.path, problem, _elsewhere())
+
+    def close(self) -> None:
+        """Closes it; closing twice is allowed."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def names(self) -> list[str]:
+        """All names that there is a socket for, sorted; some of them may be stale."""
+        if self._fd < 0:
+            return []
+        found = [entry[: -len(_SUFFIX)] for entry in os.listdir(self._fd) if entry.endswith(_SUFFIX)]
+        return sorted(name for name in found if _NAME.fullmatch(name))
+
+    def connect(self, name: str) -> socket.socket | None:
+        """A connection to the VM of that name, or None where there is none; what a dead one left is removed. The
+        socket does not block. Raises HostError where the VM does not accept connections."""
+        if self._fd < 0:
+            return None
+        found = self._try(name)
+        if found is not None:
+            return found
+        with self._locked():
+            return self._connect_or_clean(name)
+
+    def claim(self, name: str) -> Claim:
+        """Makes the name this process's. Raises BadInput where a VM has it, HostError."""
+        with self._locked():
+            try:
+                live = self._connect_or_clean(name)
+            except HostError:  # it is there, and only too busy
+                pass
+            else:
+                if live is None:
+                    return self._listen(name)
+                live.close()
+        raise BadInput(f"name {name}", "is that of a VM that runs", "choose another, or see pyhv ls")
+
+    def remove(self, name: str, made: os.stat_result) -> None:
+        """Removes the socket of that name if it is the one described by `made`. Raises OSError."""
+        if os.path.samestat(os.stat(name + _SUFFIX, dir_fd=self._fd, follow_symlinks=False), made):
+            os.unlink(name + _SUFFIX, dir_fd=self._fd)
+
+    def _listen(self, name: str) -> Claim:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            os.fchmod(listener.fileno(), 0o600)  # before bind: the file never has another mode
+            listener.bind(self._address(name))
+            listener.listen(_BACKLOG)
+            made = os.stat(name + _SUFFIX, dir_fd=self._fd, follow_symlinks=False)
+        except OSError as error:
+            listener.close()
+            raise HostError(f"make {self.path}/{name}{_SUFFIX}", error.errno or 0) from None
+        return Claim(self, name, listener, made)
+
+    def _address(self, name: str) -> str:
+        """The socket's path, so that others find it in /proc/net/unix under its name; through the directory's
+        descriptor where that would be too long."""
+        path = f"{self.path}/{name}{_SUFFIX}"
+        return path if len(os.fsencode(path)) <= _MAX_ADDRESS else f"/proc/self/fd/{self._fd}/{name}{_SUFFIX}"
+
+    def _try(self, name: str) -> socket.socket | None:
+        """A connection, or None where nobody listens."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            connection.connect(self._address(name))
+        except (ConnectionRefusedError, FileNotFoundError):
+            connection.close()
+            return None
+        except OSError as error:  # EAGAIN: the backlog is full
+            connection.close()
+            raise HostError(f"connect to {name}", error.errno or 0, "its process is too busy or stopped") from None
+        return connection
+
+    def _connect_or_clean(self, name: str) -> socket.socket | None:
+        """With the lock held: a connection, or None, and then no socket is left under the name."""
+        found = self._try(name)
+        if found is None:
+            with contextlib.suppress(FileNotFoundError):
+                entry = name + _SUFFIX
+                if not stat.S_ISSOCK(os.stat(entry, dir_fd=self._fd, follow_symlinks=False).st_mode):
+                    raise BadInput(f"{self.path}/{entry}", "is no socket", "remove it")
+                os.unlink(entry, dir_fd=self._fd)
+        return found
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        # An open file description of its own: flock does not keep two threads with one description apart.
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
+        try:
+            deadline = time.monotonic() + _PATIENCE
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise HostError(f"lock {self.path}", 0, "another process holds the lock") from None
+                    time.sleep(0.002)
+            yield
+        finally:
+            os.close(fd)
+
+
+class Claim:
+    """A name that is this process's: its listening socket (non-blocking). A context manager; release() gives it up."""
+
+    def __init__(self, directory: Directory, name: str, listener: socket.socket, made: os.stat_result) -> None:
+        self.name = name
+        self.listener = listener
+        self._directory = directory
+        self._made = made
+
+    def release(self) -> None:
+        """Removes the socket, so that the name is free; releasing twice is allowed."""
+        if self.listener.fileno() < 0:
+            return
+        # As long as it listens nobody takes it for stale. But somebody may have removed it by hand, and another VM may
+        # have its place.
+        with contextlib.suppress(OSError):
+            self._directory.remove(self.name, self._made)
+        self.listener.close()
+        self._directory.close()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+
+def claim(name: str) -> Claim:
+    """Makes the name this process's, until it is released. Raises BadInput for a name that is none or is taken, or a
+    runtime directory that cannot be trusted; HostError."""
+    check_name(name)
+    directory = Directory(create=True)
+    try:
+        return directory.claim(name)
+    except BaseException:
+        directory.close()
+        raise
+
+
+def connect(name: str) -> socket.socket:
+    """A connection, which does not block, to the VM of that name. Raises BadInput, with the nearest name, where there
+    is none; HostError where it does not accept connections."""
+    check_name(name)
+    with Directory() as directory:
+        found = directory.connect(name)
+        if found is not None:
+            return found
+        running = live_names(directory)
+    import difflib
+
+    near = difflib.get_close_matches(name, running, 1)
+    advice = f"did you mean {near[0]}?" if near else "pyhv ls shows those that run" if running else "none runs at all"
+    raise BadInput(name, "there is no running VM of this name", advice)
+
+
+def live_names(directory: Directory) -> list[str]:
+    """The names of the VMs that run; what dead ones left is removed."""
+    live = []
+    for name in directory.names():
+        try:
+            connection = directory.connect(name)
+        except HostError:
+            live.append(name)
+        except BadInput:
+            pass
+        else:
+            if connection is not None:
+                connection.close()
+                live.append(name)
+    return live
+
+
+def _elsewhere() -> str:
+    return "remove it, or set XDG_RUNTIME_DIR to a directory of your own"

@@ -1,0 +1,234 @@
+"""What can be done to a running VM by its control socket, and who does it.
+
+Telling the status is quick, and the server's own thread does it. Everything else may take long (pausing waits for the
+vCPUs, saving writes gigabytes): a worker thread does it, one call after the other, in the order in which they came.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from pyhv.errors import BadInput
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyhv.machine import Machine, RunResult
+
+
+class Deferred:
+    """What a call returns that is answered when the VM has come to its end."""
+
+
+class Call:
+    """One call for the worker. finished: is called once, on the worker's thread, with the result or the exception.
+    progress: is called now and then with the bytes done and all that there are. cancelled: may be set by anybody; a
+    save is given up then."""
+
+    def __init__(
+        self,
+        method: str,
+        params: dict[str, Any],
+        finished: Callable[[object], None],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.method = method
+        self.params = params
+        self.finished = finished
+        self.progress = progress
+        self.cancelled = False
+
+
+class Operations:
+    """The control of one machine. A context manager; close() must come before the machine is looked at at its end.
+
+    The one who runs the machine calls started(), close() and ended(); any thread may call status() and submit().
+    """
+
+    def __init__(self, name: str, machine: Machine) -> None:
+        self.stopping = False
+        """Whether the VM is to end because somebody asked for it here."""
+        self.failure: BaseException | None = None
+        """What a vCPU's thread failed with, where that was found out here: the run's owner is to raise it."""
+        self._name = name
+        self._machine = machine
+        self._lock = threading.Lock()  # the machine's counters, and _end
+        self._started = time.monotonic()
+        self._paused = False
+        self._current: Call | None = None
+        self._closed = False
+        self._give_up = False
+        self._end: dict[str, Any] | None = None
+        self._final_counters: dict[str, int] = {}
+        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._worker = threading.Thread(target=self._work, name="control-worker", daemon=True)
+        # The machine's vm is gone when it is closed; these stay.
+        self._facts = {
+            "name": name,
+            "uuid": machine.uuid,
+            "profile": machine.guest.profile,
+            "intercept": machine.choice.intercept,
+            "note": "; ".join(machine.notes),
+            "vcpus": len(machine.vm.vcpus),
+            "memory": machine.vm.memory.size,
+            "image": machine.facts.name,
+            "pid": os.getpid(),
+        }
+
+    def start(self) -> None:
+        """The machine runs now; calls are carried out from here on."""
+        self._started = time.monotonic()
+        self._worker.start()
+
+    def status(self) -> dict[str, Any]:
+        """What `pyhv status` shows; docs/control.md has the meaning of each."""
+        with self._lock:
+            end = self._end
+            state = "ended" if end is not None else "paused" if self._paused else "running"
+            current = self._current
+            return {
+                "name": self._name,
+                "state": state,
+                "cause": end["cause"] if end else None,
+                "status": end["status"] if end else None,
+                "message": end["message"] if end else None,
+                "doing": current.method if current else None,
+                "uptime": round(time.monotonic() - self._started, 3),
+                **self._facts,
+                "counters": self._counters(),
+            }
+
+    def _counters(self) -> dict[str, int]:
+        if self._closed:
+            return self._final_counters
+        total: dict[str, int] = {}
+        for vcpu in self._machine.vm.vcpus:
+            for name, count in vcpu.counters().items():
+                total[name] = total.get(name, 0) + count
+        return total
+
+    def submit(self, call: Call) -> None:
+        """Queues a call. After close() it fails with BadInput at once."""
+        self._calls.put(call)
+        if self._closed:
+            self._refuse_rest()
+
+    def close(self, give_up: bool = False) -> None:
+        """Carries out what has begun, refuses what is queued, and leaves the machine alone from then on. give_up: stop
+        a save in its middle. Closing twice is allowed."""
+        with self._lock:
+            self._final_counters = self._counters()
+            self._closed = True
+        self._give_up = give_up
+        self._calls.put(None)
+        if self._worker.ident is not None:
+            self._worker.join()
+        self._refuse_rest()
+
+    def ended(self, result: RunResult) -> None:
+        """After close(): the VM has come to its end."""
+        with self._lock:
+            self._final_counters = result.counters
+            self._end = {"cause": result.cause, "status": result.status, "message": result.message}
+
+    def end(self) -> dict[str, Any] | None:
+        """How the VM ended: cause, status, message; None if it has not."""
+        return self._end
+
+    def __enter__(self) -> Operations:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close(give_up=True)
+
+    # ---------------------------------------------------------------------------------------------- the worker
+
+    def _work(self) -> None:
+        while True:
+            call = self._calls.get()
+            if call is None or self._closed:
+                if call is not None:
+                    call.finished(_over(self._name))
+                return
+            self._current = call
+            try:
+                outcome: object = self._carry_out(call)
+            except BaseException as error:
+                outcome = error
+            self._current = None
+            call.finished(outcome)
+
+    def _refuse_rest(self) -> None:
+        while True:
+            try:
+                call = self._calls.get_nowait()
+            except queue.Empty:
+                return
+            if call is not None:
+                call.finished(_over(self._name))
+
+    def _carry_out(self, call: Call) -> object:
+        vm = self._machine.vm
+        if vm.stopped is not None and call.method != "stop":
+            raise _over(self._name)
+        match call.method:
+            case "pause":
+                self._pause()
+                return {}
+            case "resume":
+                self._resume()
+                return {}
+            case "stop":
+                return self._stop()
+            case "save":
+                return self._save(call)
+            case _:
+                raise AssertionError(call.method)
+
+    def _pause(self) -> None:
+        try:
+            self._machine.pause()
+        except BaseException as failure:
+            self.failure = failure
+            raise
+        if self._machine.vm.stopped is not None:  # a moment before
+            raise _over(self._name)
+        self._paused = True
+
+    def _resume(self) -> None:
+        self._paused = False
+        self._machine.start()
+
+    def _stop(self) -> Deferred:
+        self.stopping = True
+        self._machine.vm.interrupt()
+        return Deferred()
+
+    def _save(self, call: Call) -> object:
+        path, stop = call.params["path"], call.params.get("stop", False)
+        was_paused = self._paused
+
+        def progress(done: int, total: int) -> None:
+            if self._give_up or call.cancelled:
+                raise BadInput(path, "nothing was saved", "the VM ended, or nobody waits for it any more")
+            call.progress(done, total)
+
+        if stop:
+            # The file is to have the last that there is to know: nothing runs between saving and the end.
+            self._pause()
+        try:
+            self._machine.save(path, progress)
+        except BaseException:
+            if stop and not was_paused:
+                self._resume()
+            raise
+        return self._stop() if stop else {}
+
+
+def _over(name: str) -> BadInput:
+    return BadInput(name, "has come to its end")
