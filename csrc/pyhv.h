@@ -312,6 +312,8 @@ struct pyhv_vm;
 /* The devices on `bus` (NULL: none) raise their interrupts in the VM's irqchip, if it has one. */
 struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, struct pyhv_bus *bus,
                                struct pyhv_error *error);
+/* Connects the bus of a VM that was created without one; before its first vCPU is created. */
+void pyhv_vm_set_bus(struct pyhv_vm *vm, struct pyhv_bus *bus);
 void pyhv_vm_destroy(struct pyhv_vm *vm); /* after its vCPUs; memory and bus stay the caller's */
 int pyhv_vm_fd(const struct pyhv_vm *vm);
 

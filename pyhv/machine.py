@@ -91,12 +91,13 @@ class Machine:
         on_cpuid: Callable[[CpuidRecord], None] | None = None,
     ) -> None:
         size = parse_memory(memory)
+        accelerator = choose.open_accelerator()
+        accelerator.prepare()
         if compat and cpu is not None:
             raise BadInput(f"cpu={cpu}", "cannot be combined with compatibility mode, which is a profile of its own")
         profile = profiles.load("hyperv-r2" if compat else cpu or "host")
         self.image: boot_image.Image | None = boot_image.read(find_image(image), size)
         """What was loaded; None for a restored VM."""
-        accelerator = choose.open_accelerator()
         most = min(MAX_VCPUS, accelerator.max_vcpus)
         if not 1 <= cpus <= most:
             raise BadInput(f"{cpus} vCPUs", "cannot be had", f"choose 1 to {most}")

@@ -84,7 +84,6 @@ struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, 
         return NULL;
     }
     vm->kvm_fd = kvm_fd;
-    vm->bus = bus;
     vm->irqchip = config->irqchip != 0;
     vm->pit = vm->irqchip && config->pit;
     do { /* a signal may interrupt it while KVM waits for other VMs */
@@ -116,6 +115,8 @@ struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, 
     }
     if (!config->late && pyhv_vm_complete(vm, error) < 0)
         goto fail;
+    if (bus)
+        pyhv_vm_set_bus(vm, bus);
     return vm;
 
 fail:
@@ -134,10 +135,15 @@ int pyhv_vm_complete(struct pyhv_vm *vm, struct pyhv_error *error)
     struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
     if (vm->pit && ioctl(vm->fd, KVM_CREATE_PIT2, &pit) < 0)
         return pyhv_fail_errno(error, "KVM_CREATE_PIT2");
-    if (vm->bus)
-        pyhv_bus_set_irq_sink(vm->bus, (struct pyhv_irq_sink){.raise = raise_irq, .opaque = vm});
     vm->complete = true;
     return 0;
+}
+
+void pyhv_vm_set_bus(struct pyhv_vm *vm, struct pyhv_bus *bus)
+{
+    vm->bus = bus;
+    if (vm->irqchip)
+        pyhv_bus_set_irq_sink(bus, (struct pyhv_irq_sink){.raise = raise_irq, .opaque = vm});
 }
 
 void pyhv_vm_destroy(struct pyhv_vm *vm)

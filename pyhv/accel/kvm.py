@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Sequence
 from typing import Any, cast
@@ -176,6 +177,8 @@ class Kvm:
 
     def __init__(self) -> None:
         self._description: HostDescription | None = None
+        self._spares: list[KvmVm] = []
+        """At most one VM made ahead of time by prepare(); a list, for its pop() is safe among threads."""
         error = new_error()
         self.fd: int = lib.pyhv_kvm_open(DEVICE.encode(), error)
         if self.fd < 0:
@@ -247,7 +250,16 @@ class Kvm:
         finally:
             vm.close()
 
+    def prepare(self) -> None:
+        if not self._spares:
+            self._spares.append(KvmVm(self.fd, None, True, False, False))
+
     def create_vm(self, bus: Any = None, irqchip: bool = True, pit: bool = False, quick: bool = False) -> KvmVm:
+        if bus and irqchip and not pit and not quick:
+            with contextlib.suppress(IndexError):
+                vm = self._spares.pop()
+                lib.pyhv_vm_set_bus(vm.handle, bus)
+                return vm
         return KvmVm(self.fd, bus, irqchip, pit, quick)
 
     def explain(self, exit: Exit) -> str:
@@ -258,6 +270,8 @@ class Kvm:
     def close(self) -> None:
         import os
 
+        while self._spares:
+            self._spares.pop().close()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -93,6 +93,10 @@ class Accelerator(Protocol):
         """The processor that it offers to guests; not `whole`: without MSRs and TSC rate, which take time to find and
         which no guest's table depends on. Raises HostError."""
 
+    def prepare(self) -> None:
+        """Begins with the next VM, one with irqchip and without PIT. The kernel goes on working on it for some
+        milliseconds after the call, while the caller finds out what else the VM needs. Raises HostError."""
+
     def create_vm(self, bus: Any = None, irqchip: bool = True, pit: bool = False, quick: bool = False) -> AccelVm:
         """A VM whose port accesses go to `bus` (struct pyhv_bus *). Without `irqchip` HLT ends a run. `pit`: with the
         8254 timer, which kernels calibrate by. `quick`: be ready early, even if it then takes longer to close. Raises
