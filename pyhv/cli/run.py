@@ -8,16 +8,17 @@ import os
 from types import SimpleNamespace
 
 from pyhv import outcome
-from pyhv.accel.choose import INTERCEPTS
+from pyhv.accel.choose import INTERCEPTS, open_accelerator
 from pyhv.cli import complain, options, output
 from pyhv.cli.options import Command, Option
 from pyhv.cli.terminal import HELP, Console, Signals
 from pyhv.errors import BadInput, PyhvError
-from pyhv.machine import Machine, RunResult
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from pyhv.machine import Machine, RunResult
 
 _DETAILS = f"""
 IMAGE is a file (./NAME always is), an ELF64 image or a flat binary: guest_images/README.md tells the state that it
@@ -126,8 +127,13 @@ def machine_arguments(given: SimpleNamespace) -> dict[str, Any]:
 def _run(given: SimpleNamespace) -> int:
     if given.name is not None or given.detach:
         from pyhv.cli import named
+        from pyhv.machine import Machine
 
         return named.run(given, functools.partial(Machine, **machine_arguments(given)))
+    with contextlib.suppress(PyhvError):  # Machine finds the same, and says it when its turn comes
+        open_accelerator().prepare()  # while the kernel works on it, the modules below are imported
+    from pyhv.machine import Machine
+
     with (
         contextlib.closing(Console(None if given.json else 1)) as console,
         Machine(**machine_arguments(given), console_in=console.input, console_out=console.output) as machine,

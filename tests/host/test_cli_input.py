@@ -139,6 +139,7 @@ def test_no_permission(tmp_path: Path) -> None:
     # Root may open anything, so it becomes another user on its way to the device.
     code = """
 import os
+import pyhv.machine  # all that the other user may not be able to read
 from pyhv import guests
 from pyhv.accel import kvm
 from pyhv.cli import run
