@@ -205,7 +205,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("change", "path", "problem"), WRONG, ids=[f"{path} {i}" for i, (_, path, _) in enumerate(WRONG)])
+@pytest.mark.parametrize(("change", "path", "problem"), WRONG, ids=[f"{i}{wrong[1]}" for i, wrong in enumerate(WRONG)])
 def test_wrong_field_is_named(change: Callable[[dict[str, Any]], object], path: str, problem: str) -> None:
     changed = fields()
     change(changed)
