@@ -90,7 +90,5 @@ def test_a_profile_here(capfd: Capture) -> None:
         assert level["guest"] != level["host"]
         highest = {"highest basic leaf": 0xB, "highest extended leaf": 0x80000008}
         assert level["guest"] == highest.get(what, level["guest"])
-            what, level["guest"]
-        )
     assert all("hyperv-r2" in reason or "never shown" in reason for reason in value["host"]["hidden"].values())
     assert call_json(capfd, "host", "--profile", "hyperv-r2")["guest"]["hidden"] == value["host"]["hidden"]
