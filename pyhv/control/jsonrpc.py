@@ -168,7 +168,12 @@ def parse_answer(line: bytes, name: str) -> Answer:
 
 def _error_of(value: Any, name: str) -> Exception:
     """Raises ValueError, KeyError or TypeError for what is no error object."""
-    message, data = value["message"], value.get("data") or {}
+    if not isinstance(value, dict):
+        raise ValueError
+    message = value["message"]
+    data = value.get("data", {})
+    if not isinstance(data, dict):
+        raise ValueError
     facts = [data.get(key, "") for key in ("subject", "problem", "advice")]
     errnum = data.get("errnum", 0)
     if not all(isinstance(fact, str) for fact in (message, *facts)) or type(errnum) is not int:

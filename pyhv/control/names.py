@@ -35,6 +35,9 @@ _BACKLOG = 64
 # The lock on the directory is held for a few system calls; in seconds.
 _PATIENCE = 10.0
 
+# So long a client waits for a place among the connections that wait; in seconds.
+_BUSY = 2.0
+
 
 def check_name(name: str) -> None:
     """Raises BadInput for what can be no VM's name."""
@@ -245,7 +248,7 @@ def connect(name: str) -> socket.socket:
     is none; HostError where it does not accept connections."""
     check_name(name)
     with Directory() as directory:
-        found = directory.connect(name)
+        found = _connect_patiently(directory, name)
         if found is not None:
             return found
         running = live_names(directory)
@@ -254,6 +257,18 @@ def connect(name: str) -> socket.socket:
     near = difflib.get_close_matches(name, running, 1)
     advice = f"did you mean {near[0]}?" if near else "pyhv ls shows those that run" if running else "none runs at all"
     raise BadInput(name, "there is no running VM of this name", advice)
+
+
+def _connect_patiently(directory: Directory, name: str) -> socket.socket | None:
+    """As Directory.connect, where many connect at once."""
+    deadline = time.monotonic() + _BUSY
+    while True:
+        try:
+            return directory.connect(name)
+        except HostError as error:
+            if error.errnum != errno.EAGAIN or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def live_names(directory: Directory) -> list[str]:

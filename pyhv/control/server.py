@@ -234,8 +234,12 @@ class Server:
             if events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) and not events & select.POLLIN:
                 raise ConnectionError  # both directions are closed, and all that came is read
             self._write_keys(connection)
-            self._answer_requests(connection)
-            self._send(connection)
+            while True:
+                self._answer_requests(connection)
+                self._send(connection)
+                # Answers that had to wait for others to be sent: no event will come for them.
+                if connection.outgoing or not (connection.wants_requests and b"\n" in connection.incoming):
+                    break
             done = connection.input_ended and not (connection.outgoing or connection.incoming)
             if done and connection.idle:
                 raise ConnectionError
