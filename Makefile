@@ -30,7 +30,7 @@ install: $(VENV)/installed
 
 $(VENV)/pip: scripts/prepare.sh
 	@scripts/prepare.sh
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
 # PYHV_CFLAGS: a warning in our own code fails our own build, not a user's with a newer compiler.

@@ -5,7 +5,7 @@ set -eu
 missing=
 need() { missing="$missing $1"; }
 
-command -v python3 >/dev/null || need python3
+command -v python3 >/dev/null || need "python3 python3-venv python3-dev"
 if command -v python3 >/dev/null; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "prepare: python3 is $(python3 -V 2>&1 | cut -d' ' -f2); pyhv needs 3.11 or newer" >&2
