@@ -58,7 +58,7 @@ c-test: $(VENV)/installed
 	$(MAKE) -s -C tests/c check PYTHON=../../$(BIN)/python
 
 sanitize: $(VENV)/installed
-	$(MAKE) -s -C tests/c sanitize PYTHON=../../$(BIN)/python
+	$(MAKE) -s -C tests/c sanitize fuzz PYTHON=../../$(BIN)/python
 
 host: $(VENV)/dev
 	$(BIN)/python -m pytest -q tests/host

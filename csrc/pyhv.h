@@ -314,7 +314,7 @@ struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, 
                                struct pyhv_error *error);
 /* Connects the bus of a VM that was created without one; before its first vCPU is created. */
 void pyhv_vm_set_bus(struct pyhv_vm *vm, struct pyhv_bus *bus);
-void pyhv_vm_destroy(struct pyhv_vm *vm); /* after its vCPUs; memory and bus stay the caller's */
+void pyhv_vm_destroy(struct pyhv_vm *vm); /* after its vCPUs and before its bus, which stays the caller's */
 int pyhv_vm_fd(const struct pyhv_vm *vm);
 
 /* Gives `size` bytes of host memory to the guest at `gpa`. Before the first vCPU is created it costs least. */

@@ -150,6 +150,8 @@ void pyhv_vm_destroy(struct pyhv_vm *vm)
 {
     if (!vm)
         return;
+    if (vm->bus) /* console input may still come, on its own thread, and must not raise an interrupt in here any more */
+        pyhv_bus_set_irq_sink(vm->bus, (struct pyhv_irq_sink){0});
     close(vm->fd);
     free(vm);
 }
