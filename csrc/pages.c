@@ -102,7 +102,7 @@ uint64_t pyhv_xxh64(const void *data, size_t size, uint64_t seed)
 int pyhv_is_zero(const void *data, size_t size)
 {
     const uint8_t *at = data;
-    /* 128 bytes at a time, so that the compiler can use vectors; a page with content is mostly found out by the first. */
+    /* 128 bytes at a time, so that the compiler can use vectors; the first tell of most pages that have content. */
     for (; size >= 128; at += 128, size -= 128) {
         uint64_t any = 0;
         for (int i = 0; i < 128; i += 8)

@@ -186,8 +186,8 @@ uint64_t pyhv_xxh64(const void *data, size_t size, uint64_t seed);
 /* 1 where all `size` bytes are zero, else 0. Pure. */
 int pyhv_is_zero(const void *data, size_t size);
 
-/* A piece of guest RAM: `size` bytes (whole pages) at `offset` of the memfd or file behind it, mapped in this process at
- * `mapped`. Without a mapping (NULL) it is read through the descriptor, which takes a copy more. is_private: the guest
+/* A piece of guest RAM: `size` bytes (whole pages) at `offset` of the memfd or file behind it, mapped in this process
+ * at `mapped`. Without a mapping (NULL) it is read through the descriptor, which takes a copy more. is_private: the guest
  * runs on a private mapping of a file; pages that were written since are the process's own, and are taken from there.
  * data, data_end: the engine's notes about the file's holes, zero at first; whoever goes through a file piece by piece,
  * front to back, leaves them as they are. */

@@ -24,7 +24,7 @@ example:
 )
 
 # All VMs together; in seconds.
-_PATIENCE = 5.0
+_PATIENCE = 3.0
 
 _TITLES = ("NAME", "STATE", "CPUS", "MEM", "PROFILE", "UPTIME", "IMAGE")
 

@@ -39,7 +39,7 @@ def run(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
         raise BadInput("--detach", "needs --name", "nobody could find the VM otherwise")
     names.check_name(given.name)
     if given.detach and given.json:
-        raise BadInput("--json", "cannot be combined with --detach", "see pyhv status NAME --json")
+        raise BadInput("--json", "cannot be combined with --detach", "pyhv status NAME --json tells about a running VM")
     if given.detach:
         return _detach(given, make)
     return _run(given, make, lambda: None)

@@ -32,6 +32,7 @@ class Client:
         self._socket = names.connect(name)
         self._incoming = bytearray()
         self._outgoing = bytearray()
+        self._answers: list[Answer] = []  # that came and were not taken yet
         self._last_id = 0
 
     def close(self) -> None:
@@ -88,22 +89,32 @@ class Client:
         self._last_id += 1
         self._outgoing += jsonrpc.encode_request(method, params or {}, self._last_id)
         deadline = None if within is None else time.monotonic() + within
-        while True:
-            for answer in self.exchange():
-                if answer.id == self._last_id:
-                    if answer.error is not None:
-                        raise answer.error
-                    return answer.result
-                if answer.id is None and answer.error is not None:  # it does not take us
-                    raise answer.error
-                if answer.method == "progress" and progress is not None:
-                    progress(*self._numbers(answer.result, "done", "total"))
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                raise self._broken(f"nothing came from it within {within:g} seconds; is its process stopped?")
-            poll = select.poll()
-            poll.register(self, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
-            poll.poll(None if left is None else left * 1000 + 1)
+        others: list[Answer] = []
+        try:
+            while True:
+                self._receive()
+                while self._answers:
+                    answer = self._answers.pop(0)
+                    if answer.id == self._last_id or (answer.id is None and answer.error is not None):
+                        if answer.error is not None:  # without an id: it does not take us
+                            raise answer.error
+                        return answer.result
+                    if answer.method != "progress":
+                        others.append(answer)
+                    elif progress is not None:
+                        progress(*self._numbers(answer.result, "done", "total"))
+                self._wait(deadline, within)
+        finally:
+            self._answers[:0] = others  # for exchange()
+
+    def _wait(self, deadline: float | None, within: float | None) -> None:
+        """Waits until something comes or more can be sent. Raises HostError when the deadline has passed."""
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            raise self._broken(f"nothing came from it within {within:g} seconds; is its process stopped?")
+        poll = select.poll()
+        poll.register(self, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
+        poll.poll(None if left is None else left * 1000 + 1)
 
     def _numbers(self, params: dict[str, Any], *keys: str) -> list[int]:
         values = [params.get(key) for key in keys]
@@ -123,7 +134,12 @@ class Client:
         self._outgoing += jsonrpc.encode_request("input", {"data": jsonrpc.encode_bytes(keys)}, None)
 
     def exchange(self) -> list[Answer]:
-        """Sends what can be sent and reads what has come, without waiting. Raises HostError when the server is gone."""
+        """Sends what can be sent and takes what has come, without waiting. Raises HostError when the server is gone."""
+        self._receive()
+        answers, self._answers = self._answers, []
+        return answers
+
+    def _receive(self) -> None:
         try:
             while self._outgoing:
                 sent = self._socket.send(self._outgoing)
@@ -141,15 +157,13 @@ class Client:
             pass
         except OSError:
             gone = True
-        answers = []
         while (end := self._incoming.find(b"\n")) >= 0:
-            answers.append(jsonrpc.parse_answer(bytes(self._incoming[:end]), self.name))
+            self._answers.append(jsonrpc.parse_answer(bytes(self._incoming[:end]), self.name))
             del self._incoming[: end + 1]
-        if gone and not answers:
+        if gone and not self._answers:
             raise self._broken("its process has ended")
         if len(self._incoming) > jsonrpc.MAX_ANSWER:
             raise self._broken("what came from it is too long")
-        return answers
 
     def _broken(self, detail: str) -> HostError:
         return HostError(f"the control socket of {self.name}", 0, detail)

@@ -145,8 +145,10 @@ def parse_table(header: Header, table: bytes, file_size: int, known: Collection[
         _check_place(section, end, file_size, where)
         if section.kind not in (SUMS, MEMORY):
             state += section.length
-            if section.length > codec.MAX_BYTES or state > MAX_STATE_BYTES:
+            if section.length > codec.MAX_BYTES:
                 raise BadInput(where, f"is too large: {section.length} bytes, at most {codec.MAX_BYTES} are possible")
+            if state > MAX_STATE_BYTES:
+                raise BadInput(path, f"has more than {MAX_STATE_BYTES} bytes of records, which no VM has")
         end = section.end
         sections.append(section)
     if end != file_size:

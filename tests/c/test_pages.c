@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * pages.c: checksums against published values, and saving and verifying memory against a plain model of both, with every
- * system call failing in turn. The file is included here so that its calls can be made to fail.
+ * pages.c: checksums against published values, and saving and verifying memory against a plain model of both, with
+ * every system call failing in turn. The file is included here so that its calls can be made to fail.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -361,7 +361,7 @@ static void test_save_large_and_sparse(void)
     free(many);
 }
 
-/* RAM that is a private mapping of a snapshot: the file's content where nothing was written, the process's where it was. */
+/* RAM that is a private mapping of a snapshot: the file's content, and the process's where something was written. */
 static void test_save_private_mapping(void)
 {
     size_t size = 6 * CHUNK + 7 * PAGE, place = 5 * PAGE, pages = size / PAGE;

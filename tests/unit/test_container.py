@@ -6,6 +6,7 @@ the tests named *_can_fail give each checker a plant.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -142,6 +143,15 @@ def refuse(path: Path, *words: str) -> BadInput:
     for word in words:
         assert word in message
     return caught.value
+
+
+def open_files() -> list[str]:
+    """What the descriptors of this process stand for."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that is needed to look
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return found
 
 
 def names(directory: Path) -> set[str]:
@@ -426,6 +436,17 @@ def test_no_snapshot(tmp_path: Path, make: Callable[[Path], object], problem: st
     refuse(path, problem, "name a file that pyhv save wrote" if problem.startswith(("cannot", "is", "does")) else "")
 
 
+def test_nothing_stays_open(tmp_path: Path, example_bytes: bytes) -> None:
+    path = tmp_path / "vm.pyhv"
+    files = open_files()
+    path.write_bytes(example_bytes[:-1] + b"\0")
+    Reader(str(path), KNOWN).close()
+    for data in (b"", b"no snapshot", example_bytes[:-1], example_bytes + b"x"):
+        path.write_bytes(data)
+        refuse(path)
+        assert open_files() == files
+
+
 def test_path_with_a_zero() -> None:
     with pytest.raises(BadInput):
         Reader("vm\0.pyhv", KNOWN)
@@ -528,6 +549,22 @@ def test_sections_in_another_order(forger: Forger) -> None:
     refuse(forger.save())
 
 
+def test_something_behind_the_memory(forger: Forger) -> None:
+    forger.sections.append(Section("clock", 1, RECORD, True, 0, 16, 0))
+    end = HEADER_SIZE + ENTRY_SIZE * len(forger.sections)
+    for i, section in enumerate(forger.sections):
+        forger.sections[i] = section._replace(offset=layout.place(section.kind, end))
+        end = forger.sections[i].end
+    refuse(forger.save(end), "section clock[1]: comes after the memory")
+
+
+def test_memory_of_no_whole_pages(forger: Forger) -> None:
+    forger.change("memory[0]", length=SIZE - 100)
+    path = forger.save(forger.sections[-1].end)
+    os.truncate(path, forger.sections[-1].end)
+    refuse(path, "has an impossible size of memory")
+
+
 def test_reserved_fields(forger: Forger) -> None:
     path = forger.save()
     good = path.read_bytes()
@@ -544,13 +581,22 @@ def test_records_that_are_missing_or_too_many(forger: Forger) -> None:
     forger.change("vcpu[1]", number=2)
     with Reader(str(forger.save()), KNOWN) as reader, pytest.raises(BadInput, match=r"has no section vcpu\[1\]"):
         reader.records(Vcpu)
-    forger.change("vcpu[2]", name="clock", number=1)
-    with Reader(str(forger.save()), KNOWN) as reader:
+
+
+def test_one_record_or_many(tmp_path: Path, memory: Memory) -> None:
+    path = tmp_path / "vm.pyhv"
+    with Writer(str(path)) as writer:
+        writer.add(Clock(1), 0)
+        writer.add(Clock(2), 1)
+        writer.write_memory(memory.ram)
+        writer.commit()
+    with Reader(str(path), KNOWN) as reader:
+        assert reader.records(Clock) == (Clock(1), Clock(2))
         for get in (reader.record, reader.optional):
-            with pytest.raises(BadInput, match=r"clock\[1\]: holds the record|2 sections clock"):
+            with pytest.raises(BadInput, match="has 2 sections clock; there must be one"):
                 get(Clock)
-        with pytest.raises(BadInput, match="has no section news, which every snapshot"):
-            reader.record(News)
+        with pytest.raises(BadInput, match="has no section vcpu, which every snapshot"):
+            reader.record(Vcpu)
 
 
 def test_a_record_says_where_it_is_wrong(tmp_path: Path, memory: Memory) -> None:
@@ -599,33 +645,35 @@ def test_unknown_sections(tmp_path: Path, memory: Memory) -> None:
         assert reader.record(Clock) == Clock(3)
 
 
-def huge_files(forger: Forger) -> Iterator[tuple[str, Path]]:
-    """Files of 1 TiB, nearly all of it hole, whose lengths fit into them."""
+def huge_files(forger: Forger) -> Iterator[tuple[str, str, Path]]:
+    """Files of 1 TiB, nearly all of it hole, whose lengths fit into them: what is huge, and what must be said of it."""
     size = 1 << 40
-    yield "the header's count", forger.save(size, count=(1 << 32) - 1)
+    yield "the header's count", "impossible number of sections", forger.save(size, count=(1 << 32) - 1)
     good = list(forger.sections)
-    forger.change("clock[0]", length=size - good[2].offset)
-    yield "a record", forger.save(size)
+    for length in (codec.MAX_BYTES + 1, size - good[2].offset):
+        forger.change("clock[0]", length=length)
+        yield "a record", "section clock[0]: is too large", forger.save(size)
     forger.sections = list(good)
     forger.change("memory-sums[0]", length=size - good[3].offset)
-    yield "the sums", forger.save(size)
+    yield "the sums", "section memory[0]: overlaps", forger.save(size)
     forger.sections = list(good)
     forger.change("memory[0]", length=size - good[4].offset)
-    yield "the memory", forger.save(size)
-    end, forger.sections = OFFSET, []
+    yield "the memory", "bytes of sums for", forger.save(size)
+    forger.sections, end = [], HEADER_SIZE + 5 * ENTRY_SIZE
     for number in range(5):
         forger.sections.append(Section("vcpu", number, RECORD, False, end, codec.MAX_BYTES, 0))
         end += codec.MAX_BYTES
-    yield "all records together", forger.save(size)
+    yield "all records together", "bytes of records", forger.save(size)
 
 
 def test_absurd_lengths_allocate_nothing(forger: Forger) -> None:
-    for what, path in huge_files(forger):
+    for what, problem, path in huge_files(forger):
         tracemalloc.start()
         refuse(path)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 1 << 20, what
+        refuse(path, problem)
 
 
 def test_the_check_of_allocations_can_fail(forger: Forger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -953,6 +1001,27 @@ def test_living_writer_is_left_alone(
             write(path, memory, Clock(1))
         assert new_name(path).read_bytes() == b"half a file" and path.read_bytes() == OLD
     write(path, memory, Clock(2))
+    assert names(tmp_path) == {"vm.pyhv"}
+
+
+def test_writer_that_is_about_to_rename_is_left_alone(
+    tmp_path: Path, memory: Memory, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One writer comes while another has its file beside the old one: it waits, and takes nothing away."""
+    path = tmp_path / "vm.pyhv"
+    monkeypatch.setattr(replace, "_PATIENCE", 0.05)
+    rename = os.rename
+
+    def come_between(*arguments: Any, **options: Any) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        with pytest.raises(BadInput, match="is being written by another process"):
+            write(path, memory, Clock(2))
+        rename(*arguments, **options)
+
+    monkeypatch.setattr(os, "rename", come_between)
+    write(path, memory, Clock(1))
+    with Reader(str(path), KNOWN) as reader:
+        assert reader.record(Clock) == Clock(1)
     assert names(tmp_path) == {"vm.pyhv"}
 
 

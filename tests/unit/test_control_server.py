@@ -469,6 +469,17 @@ def test_readers_see_what_was_before_and_what_comes(served: Served) -> None:
         assert one.ask("status")["id"] == 1  # everything else goes on
 
 
+def test_what_comes_with_an_answer_is_not_lost(served: Served) -> None:
+    os.write(served.guest_output, b"before")
+    wait_for(lambda: served.server._history.end == 6)
+    with Client("t") as client:
+        client.call("console")
+        time.sleep(0.05)
+        client.status()  # its answer comes behind the output
+        [answer] = client.exchange()
+        assert (answer.method, base64.b64decode(answer.result["data"])) == ("output", b"before")
+
+
 def test_one_writer(served: Served) -> None:
     with Raw() as one, Raw() as two:
         assert one.ask("console", write=True)["result"] == {"writer": True}
