@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 
 from pyhv.accel.choose import INTERCEPTS
-from pyhv.cli import complain, options, output, run
+from pyhv.cli import options, run
 from pyhv.cli.options import Command, Option
-from pyhv.cli.terminal import HELP, Console, Signals
+from pyhv.cli.terminal import HELP
 from pyhv.machine import Machine
 
 _COMMAND = Command(
@@ -19,18 +19,21 @@ _COMMAND = Command(
         Option("--strict-tsc", "refuse a host whose TSC runs at another rate, even if the guest was promised none"),
         Option("--intercept", "who answers CPUID (see pyhv run --help)", default="auto", choices=INTERCEPTS),
         Option("--timeout", "end the VM after S seconds, with status 124", "S", convert=options.seconds),
+        *run.NAME_OPTIONS,
         Option("--json", "capture the console and print one JSON object, as pyhv run does"),
     ),
     f"""
 The guest's processor is compared with this host before anything else; if it cannot go on here, all reasons are listed
 (pyhv check FILE asks without restoring). The file is not changed, and must stay as it is while the VM runs: its memory
-is read from there when it is needed. Every restored VM is a clone with a UUID of its own.
+is read from there when it is needed (pyhv save may replace it: that leaves the VM the old one). Every restored VM is a
+clone with a UUID of its own, and without a name unless it is given one.
 
 The console is stdin and stdout. Is stdin a terminal, then
   {HELP}
 
-example:
+examples:
   pyhv restore t.pyhv
+  pyhv restore t.pyhv --name t --detach; pyhv console t
 """,
 )
 
@@ -38,23 +41,7 @@ example:
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     given = _COMMAND.parse(arguments)
-    with (
-        contextlib.closing(Console(None if given.json else 1)) as console,
-        Machine.restore(
-            given.file,
-            verify=given.verify,
-            strict_tsc=given.strict_tsc,
-            intercept=given.intercept,
-            console_in=console.input,
-            console_out=console.output,
-        ) as machine,
-    ):
-        for note in machine.notes:
-            complain(note)
-        with Signals() as signals:
-            result = console.run(machine, given.timeout, signals)
-        description = run.describe(machine, result) if given.json else {}
-    run.tell(result)
-    if given.json:
-        output.print_json(description)
-    return result.status
+    make = functools.partial(
+        Machine.restore, given.file, verify=given.verify, strict_tsc=given.strict_tsc, intercept=given.intercept
+    )
+    return run.run_machine(given, make)

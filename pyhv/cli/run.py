@@ -16,6 +16,7 @@ from pyhv.errors import BadInput, PyhvError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from pyhv.machine import Machine, RunResult
@@ -100,15 +101,12 @@ _COMMAND = Command(
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     given = _COMMAND.parse(arguments)
-    if not given.json:
-        return _run(given)
-    try:
-        return _run(given)
-    except PyhvError as error:
-        # Nothing else can tell a guest that ended with status 2 from a VM that was never made.
-        cause = "usage" if isinstance(error, BadInput) else "internal-error"
-        output.print_json({"cause": cause, "status": outcome.status_of(cause), "message": str(error)})
-        raise
+    if given.name is None and not given.detach:
+        with contextlib.suppress(PyhvError):  # Machine finds the same, and says it when its turn comes
+            open_accelerator().prepare()  # while the kernel works on it, the modules below are imported
+    from pyhv.machine import Machine
+
+    return run_machine(given, functools.partial(Machine, **machine_arguments(given)))
 
 
 def machine_arguments(given: SimpleNamespace) -> dict[str, Any]:
@@ -124,19 +122,28 @@ def machine_arguments(given: SimpleNamespace) -> dict[str, Any]:
     }
 
 
-def _run(given: SimpleNamespace) -> int:
+def run_machine(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
+    """Runs a machine with given.name, detach, timeout and json. make: gets console_in and console_out. Returns the exit
+    status; raises what making and running the machine raise."""
+    if not given.json:
+        return _run(given, make)
+    try:
+        return _run(given, make)
+    except PyhvError as error:
+        # Nothing else can tell a guest that ended with status 2 from a VM that was never made.
+        cause = "usage" if isinstance(error, BadInput) else "internal-error"
+        output.print_json({"cause": cause, "status": outcome.status_of(cause), "message": str(error)})
+        raise
+
+
+def _run(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
     if given.name is not None or given.detach:
         from pyhv.cli import named
-        from pyhv.machine import Machine
 
-        return named.run(given, functools.partial(Machine, **machine_arguments(given)))
-    with contextlib.suppress(PyhvError):  # Machine finds the same, and says it when its turn comes
-        open_accelerator().prepare()  # while the kernel works on it, the modules below are imported
-    from pyhv.machine import Machine
-
+        return named.run(given, make)
     with (
         contextlib.closing(Console(None if given.json else 1)) as console,
-        Machine(**machine_arguments(given), console_in=console.input, console_out=console.output) as machine,
+        make(console_in=console.input, console_out=console.output) as machine,
     ):
         for note in machine.notes:
             complain(note)
