@@ -31,6 +31,9 @@ MAX_VCPUS = 254
 MIN_MEMORY = 2 << 20
 MAX_MEMORY = 16 << 40  # no host has more; a number beyond it is a slip of the hand
 
+# Causes that memory which is gone can have.
+_FAULTS = ("triple-fault", "not-executable", "internal-error")
+
 # Each CPUID is handed over before the next one is answered: a trace is read while it happens.
 _LOG_CAPACITY = 1
 
@@ -271,8 +274,13 @@ class Machine:
         for vcpu in self.vm.vcpus:
             for name, count in vcpu.counters().items():
                 counters[name] = counters.get(name, 0) + count
+        cut_short = False
         if stopped is not None:
             cause = outcome.cause_of(stopped.exit.stop)
+            # KVM_RUN gives EFAULT for memory that is gone, or the guest falls over it: neither would tell a user why.
+            cut_short = cause in _FAULTS and self.vm.memory.is_cut_short()
+            if cut_short:
+                cause = "internal-error"
             status = outcome.status_of(cause, stopped.exit.status)
         else:
             status = outcome.status_of(cause)
@@ -281,6 +289,8 @@ class Machine:
             from pyhv.vm import report
 
             message = report.message(self.choice.accelerator, self.vm, cause, stopped)
+            if cut_short:
+                message = f"the snapshot became shorter while its memory was in use: parts of it are gone; {message}"
             if stopped is None or cause not in ("reset", "halted"):
                 registers = report.registers(self.vm.vcpus[stopped.vcpu if stopped else 0])
         return RunResult(cause, status, self.console(), message, registers, counters)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pyhv._native.memory import Memory
 from pyhv.errors import BadInput
 
@@ -41,6 +43,10 @@ class GuestMemory:
         """Puts `data` at `gpa`; every write to guest RAM from the host goes through here. Raises BadInput where
         that is not RAM, HostError where it has gone away."""
         self.ram.write(self._offset(gpa, len(data)), data)
+
+    def is_cut_short(self) -> bool:
+        """Whether somebody has shortened the file behind it, so that parts of it are gone."""
+        return self.ram.of_a_file and os.fstat(self.ram.fd).st_size < self.ram.offset + self.size
 
     def close(self) -> None:
         self.ram.close()
