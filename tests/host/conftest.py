@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +14,8 @@ import pyhv
 from pyhv.accel import choose, probe
 from pyhv.accel.protocol import Accelerator
 from pyhv.cpu.host import Verdict
+
+from .named import assert_nothing_left, processes_of
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,6 +46,21 @@ def unfaithful(verdict: Verdict) -> None:
     """For tests of what happens on a KVM that does not."""
     if verdict.faithful:
         pytest.skip("this machine's KVM honours its CPUID table")
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The runtime directory; in the end nothing must be left there, and no process."""
+    path = tmp_path / "run"
+    path.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
+    yield path
+    try:
+        assert_nothing_left(path)
+    finally:
+        for pid in processes_of(path):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def run(image: str, timeout: float = 60, **options: object) -> pyhv.RunResult:
