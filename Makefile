@@ -1,7 +1,7 @@
 # make demo    build everything and show compatibility mode
 # make test    all tests: checks, unit, C with sanitizers, host, and the lab where it can run
 # make lab     the tests on real kvm_amd and kvm_intel, in emulated hosts of two generations each; lab-full: of all
-# make bench   the benchmarks, each against a named peer in the same run
+# make bench   the benchmarks, each against a named peer in the same run; ROWS="save restore": these only
 # make clean   remove what was built
 #
 # Everything goes into .venv; a second run does only what has changed.
@@ -70,7 +70,7 @@ lab-full: $(VENV)/dev
 	$(BIN)/python -m tests.lab test --kinds full
 
 bench: $(VENV)/installed
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(ROWS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info tests/c/build csrc/gen pyhv/cpu/_features.py pyhv/guests/*.elf

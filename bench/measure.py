@@ -54,7 +54,9 @@ def alternate(ours: Callable[[], float], peer: Callable[[], float], pairs: int, 
 
 
 class Goal(NamedTuple):
-    """What a row should reach. of: "ratio" (pyhv / peer), "difference" (pyhv - peer) or "value" (pyhv alone)."""
+    """What a row should reach. of: "ratio" (pyhv / peer), "difference" (pyhv - peer) or "value" (pyhv alone), medians
+    all; or "least" and "least difference", of the least samples: for a limit in milliseconds of what mostly waits to be
+    scheduled, where a median says how busy the machine is."""
 
     of: str
     limit: float
@@ -63,6 +65,10 @@ class Goal(NamedTuple):
     def reached(self, pairs: Pairs) -> float:
         if self.of == "ratio":
             return pairs.ratio()
+        if self.of == "least":
+            return min(pairs.ours)
+        if self.of == "least difference":
+            return min(pairs.ours) - min(pairs.peer)
         return pairs.difference() if self.of == "difference" else median(pairs.ours)
 
     def met(self, pairs: Pairs) -> bool:
@@ -73,7 +79,8 @@ class Goal(NamedTuple):
         sign = "at least" if self.at_least else "at most"
         if self.of == "ratio":
             return f"ratio {sign} {self.limit:g}"
-        return f"{sign} {'+' if self.of == 'difference' else ''}{self.limit:g} {unit}"
+        least = "least " if self.of.startswith("least") else ""
+        return f"{least}{sign} {'+' if self.of.endswith('difference') else ''}{self.limit:g} {unit}"
 
 
 class Row(NamedTuple):

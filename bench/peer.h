@@ -65,6 +65,30 @@ static inline int serve(double (*sample)(const char *request))
     return 0;
 }
 
+/* A CPUID table as KVM_SET_CPUID2 takes it. */
+struct cpuid {
+    struct kvm_cpuid2 head;
+    struct kvm_cpuid_entry2 entries[256];
+};
+
+/* Reads one from a file with leaf, subleaf, whether ECX matters, EAX, EBX, ECX and EDX a line, in hexadecimal. */
+static inline void read_cpuid(const char *path, struct cpuid *cpuid)
+{
+    FILE *file = fopen(path, "r");
+    uint32_t indexed;
+    if (!file)
+        fatal(path);
+    while (cpuid->head.nent < 256) {
+        struct kvm_cpuid_entry2 *entry = &cpuid->entries[cpuid->head.nent];
+        if (fscanf(file, "%x %x %x %x %x %x %x", &entry->function, &entry->index, &indexed, &entry->eax, &entry->ebx,
+                   &entry->ecx, &entry->edx) != 7)
+            break;
+        entry->flags = indexed ? KVM_CPUID_FLAG_SIGNIFCANT_INDEX : 0;
+        cpuid->head.nent++;
+    }
+    fclose(file);
+}
+
 /* Descriptor tables and an identity map of the first 4 GiB in 2 MiB pages. */
 static inline void write_start_state(uint8_t *ram)
 {

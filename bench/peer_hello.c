@@ -4,8 +4,7 @@
  * close(), in the same order, and what is needed around them, straight on. It has no bus, no policy, no thread and no way
  * to be stopped; it does what it would take to write this one VM down by hand.
  *
- * usage: peer_hello IMAGE RAM_BYTES CPUID    IMAGE: an ELF64 executable; CPUID: a file with leaf, subleaf, whether ECX
- * matters, EAX, EBX, ECX and EDX a line, in hexadecimal
+ * usage: peer_hello IMAGE RAM_BYTES CPUID    IMAGE: an ELF64 executable; CPUID: see read_cpuid()
  */
 #include <elf.h>
 
@@ -13,31 +12,10 @@
 
 enum { SERIAL_PORT = 0x3f8, IDENTITY_MAP_ADDRESS = 0xfffbc000, TSS_ADDRESS = 0xfffbd000 };
 
-static struct {
-    struct kvm_cpuid2 head;
-    struct kvm_cpuid_entry2 entries[256];
-} cpuid;
-
+static struct cpuid cpuid;
 static const char *image;
 static size_t ram_size;
 static int kvm;
-
-static void read_cpuid(const char *path)
-{
-    FILE *file = fopen(path, "r");
-    uint32_t indexed;
-    if (!file)
-        fatal(path);
-    while (cpuid.head.nent < 256) {
-        struct kvm_cpuid_entry2 *entry = &cpuid.entries[cpuid.head.nent];
-        if (fscanf(file, "%x %x %x %x %x %x %x", &entry->function, &entry->index, &indexed, &entry->eax, &entry->ebx,
-                   &entry->ecx, &entry->edx) != 7)
-            break;
-        entry->flags = indexed ? KVM_CPUID_FLAG_SIGNIFCANT_INDEX : 0;
-        cpuid.head.nent++;
-    }
-    fclose(file);
-}
 
 /* Reads the image anew for every VM, as pyhv does. Returns its entry point. */
 static uint64_t load(uint8_t *ram)
@@ -141,7 +119,7 @@ int main(int argc, char **argv)
         fatal("peer_hello");
     image = argv[1];
     ram_size = strtoull(argv[2], NULL, 0);
-    read_cpuid(argv[3]);
+    read_cpuid(argv[3], &cpuid);
     kvm = need(open("/dev/kvm", O_RDWR | O_CLOEXEC), "/dev/kvm");
     return serve(sample);
 }

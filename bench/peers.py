@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import shlex
 import subprocess
+import sys
 import sysconfig
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from bench.measure import Skip
 
@@ -103,3 +108,41 @@ class Peer:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def compare_ioctls(script: str, peer: list[str | Path]) -> str:
+    """Whether the peer makes the ioctls that pyhv makes for the last VM of a Python script, as far as that can be seen
+    here (by strace)."""
+    try:
+        ours = _ioctls([sys.executable, "-c", script], "")
+        theirs = _ioctls(peer, "\n\n")
+    except OSError:
+        return "strace, which would compare the two's ioctls, is not installed"
+    if not ours or not theirs:
+        return "strace, which would compare the two's ioctls, does not work here"
+    if ours == theirs:
+        return f"strace sees the same {len(ours)} ioctls in both"
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    a, b = ([*calls, "nothing"][at : at + 1] for calls in (ours, theirs))
+    return f"THE PEER IS OUT OF DATE: pyhv makes {len(ours)} ioctls, it {len(theirs)}; call {at + 1}: {a[0]}, {b[0]}"
+
+
+def _ioctls(command: list[str | Path], requests: str) -> list[str]:
+    """The names of the KVM ioctls that the program's last VM gets, in order."""
+    BUILD.mkdir(exist_ok=True)
+    log = BUILD / "strace.log"
+    log.unlink(missing_ok=True)
+    strace = ["strace", "-f", "-e", "trace=ioctl", "-o", str(log)]
+    subprocess.run([*strace, *map(str, command)], input=requests.encode(), capture_output=True, timeout=60)
+    names = re.findall(r"ioctl\(\d+, (?:[^,]* or )?(KVM_\w+)", log.read_text()) if log.exists() else []
+    last = max((i for i, name in enumerate(names) if name == "KVM_CREATE_VM"), default=len(names))
+    return names[last:]
+
+
+@contextmanager
+def cpuid_file(table: Any) -> Iterator[Path]:
+    """The table as the C peer reads it: seven numbers a line."""
+    with tempfile.NamedTemporaryFile("w", suffix=".cpuid") as file:
+        file.write("".join(" ".join(f"{n:x}" for n in entry) + "\n" for entry in table.as_entries()))
+        file.flush()
+        yield Path(file.name)

@@ -6,20 +6,18 @@ A row imports pyhv when it is measured: what does not work fails in its own row.
 from __future__ import annotations
 
 import os
-import re
 import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from bench import peers
 from bench.measure import Goal, Pairs, Row, Skip, alternate
 from bench.peers import Peer
+from bench.snapshots import restore, restore_4g, restore_cold, save, save_sparse, save_tmpfs
 
 _HELLO = b"hello from a pyhv guest\n"
 
@@ -70,49 +68,12 @@ def machine(pairs: int) -> Pairs:
             raise Skip(f"the guest hello ended with {result.cause}: {result.message}")
         return took / 1e6
 
-    with pyhv.Machine("hello") as vm, _cpuid_file(vm.vm.vcpus[0].get_cpuid()) as cpuid:
+    with pyhv.Machine("hello") as vm, peers.cpuid_file(vm.vm.vcpus[0].get_cpuid()) as cpuid:
         command: list[str | Path] = [peers.build("peer_hello"), vm.image.name, str(vm.vm.memory.size), cpuid]
         with Peer(command) as peer:
             pairs_taken = alternate(ours, lambda: peer.sample() / 1e6, pairs, warm_up=10)
-        return pairs_taken._replace(note=_compare_ioctls(command))
-
-
-def _compare_ioctls(peer: list[str | Path]) -> str:
-    """Whether the peer makes the ioctls that pyhv makes, as far as that can be seen here (by strace)."""
-    twice = "import pyhv\nfor _ in range(2):\n with pyhv.Machine('hello') as vm: vm.run()"
-    try:
-        ours = _ioctls([sys.executable, "-c", twice], "")
-        theirs = _ioctls(peer, "\n\n")
-    except OSError:
-        return "strace, which would compare the two's ioctls, is not installed"
-    if not ours or not theirs:
-        return "strace, which would compare the two's ioctls, does not work here"
-    if ours == theirs:
-        return f"strace sees the same {len(ours)} ioctls in both"
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    a, b = ([*calls, "nothing"][at : at + 1] for calls in (ours, theirs))
-    return f"THE PEER IS OUT OF DATE: pyhv makes {len(ours)} ioctls, it {len(theirs)}; call {at + 1}: {a[0]}, {b[0]}"
-
-
-def _ioctls(command: list[str | Path], requests: str) -> list[str]:
-    """The names of the KVM ioctls that the program's last VM gets, in order."""
-    peers.BUILD.mkdir(exist_ok=True)
-    log = peers.BUILD / "strace.log"
-    log.unlink(missing_ok=True)
-    strace = ["strace", "-f", "-e", "trace=ioctl", "-o", str(log)]
-    subprocess.run([*strace, *map(str, command)], input=requests.encode(), capture_output=True, timeout=60)
-    names = re.findall(r"ioctl\(\d+, (?:[^,]* or )?(KVM_\w+)", log.read_text()) if log.exists() else []
-    last = max((i for i, name in enumerate(names) if name == "KVM_CREATE_VM"), default=len(names))
-    return names[last:]
-
-
-@contextmanager
-def _cpuid_file(table: Any) -> Iterator[Path]:
-    """The table as the C peer reads it: seven numbers a line."""
-    with tempfile.NamedTemporaryFile("w", suffix=".cpuid") as file:
-        file.write("".join(" ".join(f"{n:x}" for n in entry) + "\n" for entry in table.as_entries()))
-        file.flush()
-        yield Path(file.name)
+        twice = "import pyhv\nfor _ in range(2):\n with pyhv.Machine('hello') as vm: vm.run()"
+        return pairs_taken._replace(note=peers.compare_ioctls(twice, command))
 
 
 # ----------------------------------------------------------------------------------------------------------- exits
@@ -226,9 +187,17 @@ def cpuid(pairs: int) -> Pairs:
         return alternate(lambda: peer.sample("answer"), lambda: peer.sample("search"), pairs)
 
 
+_RATE = Goal("ratio", 0.85, at_least=True)
+
 ROWS = (
     Row("process", "pyhv run hello, a whole process", "python3 -c pass", "ms", Goal("difference", 40), 25, process),
     Row("machine", "Machine: create, run hello, destroy", "C, same ioctls", "ms", Goal("ratio", 1.5), 300, machine),
+    Row("restore", "restore() to the first exit, 64 MiB", "C, same ioctls", "ms", Goal("least", 3), 60, restore),
+    Row("restore-cold", "the same, not in the page cache", "C, same ioctls", "ms", None, 30, restore_cold),
+    Row("restore-4g", "the same, 4 GiB", "pyhv, 64 MiB", "ms", Goal("least difference", 3), 60, restore_4g),
+    Row("save", "save() of 1 GiB of random bytes", "write, fsync", "MB/s", _RATE, 5, save),
+    Row("save-tmpfs", "the same to /dev/shm", "write, fsync", "MB/s", _RATE, 5, save_tmpfs),
+    Row("save-sparse", "the same, 64 MiB used of 4 GiB", "write, fsync: 64 MiB", "MB/s", _RATE, 10, save_sparse),
     Row("exits", "port exits", "C, bare KVM_RUN loop", "exits/s", Goal("ratio", 0.97, at_least=True), 60, exits),
     Row("cpuid", "one answer of cpuid.c", "C, linear search", "ns", Goal("value", 20), 60, cpuid),
 )
