@@ -206,7 +206,7 @@ class Reader:
         end = self._head_start
         for section in self.sections:
             gap = self._head[end - self._head_start : section.offset - self._head_start]
-            if any(gap):
+            if gap.tobytes().strip(b"\0"):  # any() looks at each byte, and up to a page of them 70 microseconds long
                 raise BadInput(self.path, f"is damaged: there must be zeros from {end:#x} to {section.offset:#x}")
             if section.kind == MEMORY:
                 return
