@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from pyhv.errors import BadInput
+from pyhv.errors import BadInput, HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -223,9 +223,12 @@ class Operations:
             self._pause()
         try:
             self._machine.save(path, progress)
-        except BaseException:
+        except BaseException as failure:
             if stop and not was_paused:
                 self._resume()
+            if isinstance(failure, HostError) and self._machine.vm.running:
+                advice = f"{failure.advice}; {self._name} runs on" if failure.advice else f"{self._name} runs on"
+                raise HostError(failure.what, failure.errnum, failure.detail, advice) from None
             raise
         return self._stop() if stop else {}
 
