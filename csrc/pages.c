@@ -506,3 +506,68 @@ int pyhv_pages_verify(struct pyhv_pages *pages, const uint64_t *sums, uint64_t *
     *pages = reader.piece;
     return result;
 }
+
+/* ----------------------------------------------------------------------------------------------- bitmaps -- */
+
+static void set_bits(uint64_t *bitmap, uint64_t from, uint64_t to)
+{
+    for (; from < to && from % 64; from++)
+        bitmap[from / 64] |= UINT64_C(1) << from % 64;
+    for (; to - from >= 64; from += 64)
+        bitmap[from / 64] = UINT64_MAX;
+    for (; from < to; from++)
+        bitmap[from / 64] |= UINT64_C(1) << from % 64;
+}
+
+/* Sets the bits of the pages that are this process's own. */
+static int find_own(const struct reader *reader, uint64_t *bitmap, struct pyhv_error *error)
+{
+    uint64_t pagemap[PAGES_IN_A_CHUNK];
+    for (uint64_t at = 0; at < reader->piece.size; at += PYHV_CHUNK_SIZE) {
+        size_t pages = chunk_size(reader->piece.size, at) / PYHV_PAGE_SIZE;
+        uint64_t place = (uintptr_t)(reader->piece.mapped + at) / PYHV_PAGE_SIZE * sizeof *pagemap;
+        if (pread_all(reader->pagemap, (uint8_t *)pagemap, pages * sizeof *pagemap, place, error) < 0)
+            return -1;
+        for (size_t i = 0; i < pages; i++)
+            if (is_own(pagemap[i]))
+                set_bits(bitmap, at / PYHV_PAGE_SIZE + i, at / PYHV_PAGE_SIZE + i + 1);
+    }
+    return 0;
+}
+
+int pyhv_pages_find(const struct pyhv_memory *ram, uint64_t *bitmap, struct pyhv_error *error)
+{
+    const struct pyhv_pages whole = {
+        .fd = ram->fd,
+        .is_private = ram->of_a_file != 0,
+        .offset = ram->offset,
+        .size = ram->size,
+        .mapped = ram->host,
+    };
+    struct reader reader;
+    if (reader_open(&reader, &whole, error) < 0)
+        return -1;
+    int result = ram->of_a_file ? find_own(&reader, bitmap, error) : 0;
+    const struct pyhv_pages *piece = &reader.piece;
+    uint64_t end = ram->offset + ram->size;
+    for (uint64_t at = ram->offset; at < end && result == 0; at = piece->data_end) {
+        result = find_data(&reader.piece, at, error);
+        if (result < 0 || piece->data >= end)
+            break;
+        /* Data ends where it likes in a file; a page with some of it has content. */
+        uint64_t from = piece->data > at ? piece->data : at, to = piece->data_end < end ? piece->data_end : end;
+        set_bits(bitmap, (from - ram->offset) / PYHV_PAGE_SIZE, (to - ram->offset + PYHV_PAGE_SIZE - 1) / PYHV_PAGE_SIZE);
+    }
+    reader_close(&reader);
+    return result;
+}
+
+uint64_t pyhv_pages_count(const uint64_t *bitmap, uint64_t pages)
+{
+    uint64_t count = 0;
+    for (uint64_t i = 0; i < pages / 64; i++)
+        count += (uint64_t)__builtin_popcountll(bitmap[i]);
+    if (pages % 64)
+        count += (uint64_t)__builtin_popcountll(bitmap[pages / 64] & ((UINT64_C(1) << pages % 64) - 1));
+    return count;
+}

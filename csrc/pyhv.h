@@ -211,6 +211,110 @@ int pyhv_pages_save(struct pyhv_pages *ram, int out_fd, uint64_t out_offset, uin
  * *bad_chunk; or -1. Call without the GIL. */
 int pyhv_pages_verify(struct pyhv_pages *pages, const uint64_t *sums, uint64_t *bad_chunk, struct pyhv_error *error);
 
+/* Bitmaps of pages: bit n % 64 of word n / 64 is page n. */
+
+/* Sets the bit of each page of `ram` that may have content: pages in holes of a memfd, or of a file where the guest has
+ * not written to them either, are zeros. */
+int pyhv_pages_find(const struct pyhv_memory *ram, uint64_t *bitmap, struct pyhv_error *error);
+
+/* How many of the first `pages` bits are set. Pure. */
+uint64_t pyhv_pages_count(const uint64_t *bitmap, uint64_t pages);
+
+/* ---------------------------------------------------------------------------------------------------- links -- */
+
+/* A link carries messages both ways over two descriptors: sockets, pipes, ttys. A message is, little-endian: u32 type,
+ * u32 length of the payload, u64 sum; then the payload. The sum is the XXH64 of the payload; its seed is the XXH64 of the
+ * message's first 8 bytes, whose seed is the sum of the message before in the same direction (0 for the first). So the
+ * next message tells when anything was changed, lost or repeated on the way.
+ *
+ * Errors of all calls, by errnum:
+ *  - EPIPE: the other side has closed the link, within a message or between two;
+ *  - ETIMEDOUT: nothing came from it for silence_ms;
+ *  - ECANCELED: pyhv_link_cancel();
+ *  - EBADMSG: what came is no message, too long, or has another sum; detail says which.
+ * A link that had an error is good for one thing only: pyhv_link_receive() still gives messages that have come in before
+ * (after EPIPE from a sending call: the other side's last words). One thread at a time, except pyhv_link_cancel(). */
+
+/* No payload. The link itself sends it when it waits and nothing was sent for heartbeat_ms, and swallows it. */
+#define PYHV_MESSAGE_HEARTBEAT 1
+/* Pages: u32 number of runs (1 to PYHV_RUNS_MAX), u32 zero; then a u64 a run: bits 0 to 39 the first page, 40 to 62 how
+ * many, at least 1, 63: they are zeros, and have no content here; then the content of the others in order. Runs ascend. */
+#define PYHV_MESSAGE_PAGES 2
+/* The payload of a PAGES message as one zstd frame, which is shorter. */
+#define PYHV_MESSAGE_PAGES_ZSTD 3
+
+/* The longest payload of any other message. */
+#define PYHV_MESSAGE_MAX 262144
+/* Pages with content, and runs, in one PAGES message. */
+#define PYHV_PAGES_MAX 256
+#define PYHV_RUNS_MAX  512
+
+struct pyhv_link_config {
+    int32_t in_fd, out_fd; /* may be the same; stay the caller's; are made non-blocking */
+    uint32_t heartbeat_ms; /* after so long without anything sent, a heartbeat is; 0: never */
+    uint32_t silence_ms;   /* after waiting so long without a byte from the other side the link is broken; 0: never. The
+                            * time between calls does not count; keep it under the other side's silence_ms */
+};
+struct pyhv_link;
+struct pyhv_link *pyhv_link_create(const struct pyhv_link_config *config, struct pyhv_error *error);
+void pyhv_link_destroy(struct pyhv_link *link); /* what was not sent yet is lost */
+
+/* Makes the current call and all later ones fail with ECANCELED. Any thread. */
+void pyhv_link_cancel(struct pyhv_link *link);
+
+/* Changes the times, which count from now. */
+void pyhv_link_set_times(struct pyhv_link *link, uint32_t heartbeat_ms, uint32_t silence_ms);
+
+/* Sends a message of at most PYHV_MESSAGE_MAX bytes, of none of the types above. Call without the GIL. */
+int pyhv_link_send(struct pyhv_link *link, uint32_t type, const void *payload, size_t length, struct pyhv_error *error);
+
+struct pyhv_message {
+    uint32_t type;
+    uint32_t length;
+    const uint8_t *payload; /* the link's, until its next call */
+};
+
+/* Where received pages go. */
+struct pyhv_landing {
+    struct pyhv_memory *ram; /* a memfd */
+    uint64_t *written;       /* a bit a page: content was put there, so that zeros must be too; all others are zeros */
+    uint64_t pages, zero_pages; /* so many came: added to */
+};
+
+/* Waits, for timeout_ms at most (0: takes only what is there), for a message that is neither heartbeat nor pages; pages
+ * land meanwhile (landing NULL: they are an EBADMSG). Returns 1 with *message, 0 when the time is over, or -1. A host
+ * that has no memory for a page is an error too (ENOMEM, ENOSPC), no signal. Call without the GIL. */
+int pyhv_link_receive(struct pyhv_link *link, struct pyhv_landing *landing, uint32_t timeout_ms,
+                      struct pyhv_message *message, struct pyhv_error *error);
+
+/* Pages on their way out. */
+struct pyhv_sending {
+    const struct pyhv_memory
+        *ram;                   /* memfd, or private mapping of a file: one that was cut short is an error, no signal */
+    uint64_t *bitmap;           /* pages to send; a page's bit is cleared before the page is read */
+    uint64_t next;              /* the page to go on at; 0 at first, and when all are sent */
+    uint64_t max_bytes;         /* return after about so many bytes on the wire (whole messages); 0: no limit */
+    uint32_t max_ms;            /* return after so long; 0: no limit */
+    int32_t zstd_level;         /* 0: no compression. Needs pyhv_zstd_open() */
+    uint64_t pages, zero_pages; /* sent with content, and as zeros: added to */
+    uint64_t bytes;             /* on the wire: added to */
+};
+
+/* Sends pages until all are sent: returns 0; or 1 when a limit is reached or a message has come in that
+ * pyhv_link_receive() should take: call again afterwards. The end of a message may still wait in the link then; the next
+ * call of whatever kind sends it first. The guest may write meanwhile: each page is copied once, and checked, summed and
+ * sent from the copy. Call without the GIL. */
+int pyhv_link_send_pages(struct pyhv_link *link, struct pyhv_sending *sending, struct pyhv_error *error);
+
+/* Since the link was created, heartbeats included. */
+struct pyhv_link_counters {
+    uint64_t bytes_sent, bytes_received, messages_sent, messages_received;
+};
+const struct pyhv_link_counters *pyhv_link_counters(const struct pyhv_link *link);
+
+/* Opens libzstd.so.1, which a link that meets compressed pages needs. Returns -1 with the reason where it is not there. */
+int pyhv_zstd_open(struct pyhv_error *error);
+
 /* ------------------------------------------------------------------------------------------- vCPU registers -- */
 
 struct pyhv_regs {
@@ -320,6 +424,13 @@ int pyhv_vm_fd(const struct pyhv_vm *vm);
 /* Gives `size` bytes of host memory to the guest at `gpa`. Before the first vCPU is created it costs least. */
 #define PYHV_VM_MAX_SLOTS 16
 int pyhv_vm_map(struct pyhv_vm *vm, uint64_t gpa, uint64_t size, void *host, struct pyhv_error *error);
+
+/* Begins (on = 1) or ends logging which pages of its memory the VM's vCPUs write, and KVM on their behalf. After all memory
+ * is mapped; every piece of it but the last must be a multiple of 64 pages. On failure it is as it was. */
+int pyhv_vm_log_dirty(struct pyhv_vm *vm, int on, struct pyhv_error *error);
+/* KVM_GET_DIRTY_LOG: sets the bits of the pages that were written since logging began or since the last call; the others
+ * stay as they are. A bit a page, in the order in which memory was mapped. */
+int pyhv_vm_take_dirty(struct pyhv_vm *vm, uint64_t *bitmap, struct pyhv_error *error);
 
 struct pyhv_vcpu;
 struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct pyhv_error *error);

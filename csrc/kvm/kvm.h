@@ -28,6 +28,8 @@ struct pyhv_vm {
     struct pyhv_bus *bus;
     uint32_t slot_count;
     struct pyhv_slot slots[PYHV_VM_MAX_SLOTS];
+    bool logs_dirty; /* the slots' flags */
+    uint64_t *dirty; /* for one slot's dirty bitmap; NULL until logging began */
 };
 
 /* CPUID traps of one vCPU; see intercept.c. */

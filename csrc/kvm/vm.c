@@ -153,6 +153,7 @@ void pyhv_vm_destroy(struct pyhv_vm *vm)
     if (vm->bus) /* console input may still come, on its own thread, and must not raise an interrupt in here any more */
         pyhv_bus_set_irq_sink(vm->bus, (struct pyhv_irq_sink){0});
     close(vm->fd);
+    free(vm->dirty);
     free(vm);
 }
 
@@ -161,20 +162,91 @@ int pyhv_vm_fd(const struct pyhv_vm *vm)
     return vm->fd;
 }
 
-int pyhv_vm_map(struct pyhv_vm *vm, uint64_t gpa, uint64_t size, void *host, struct pyhv_error *error)
+/* KVM_SET_USER_MEMORY_REGION for the slot of that number, as it is or is to be. */
+static int set_region(struct pyhv_vm *vm, uint32_t number, const struct pyhv_slot *slot, bool log_dirty,
+                      struct pyhv_error *error)
 {
-    if (vm->slot_count == PYHV_VM_MAX_SLOTS)
-        return pyhv_fail(error, ENOSPC, "pyhv_vm_map", "more than %d memory slots", PYHV_VM_MAX_SLOTS);
     struct kvm_userspace_memory_region region = {
-        .slot = vm->slot_count,
-        .guest_phys_addr = gpa,
-        .memory_size = size,
-        .userspace_addr = (uint64_t)(uintptr_t)host,
+        .slot = number,
+        .flags = log_dirty ? KVM_MEM_LOG_DIRTY_PAGES : 0,
+        .guest_phys_addr = slot->gpa,
+        .memory_size = slot->size,
+        .userspace_addr = (uint64_t)(uintptr_t)slot->host,
     };
     if (ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &region) < 0)
         return pyhv_fail(error, errno, "KVM_SET_USER_MEMORY_REGION", "0x%llx bytes at gpa 0x%llx",
-                         (unsigned long long)size, (unsigned long long)gpa);
-    vm->slots[vm->slot_count++] = (struct pyhv_slot){.gpa = gpa, .size = size, .host = host};
+                         (unsigned long long)slot->size, (unsigned long long)slot->gpa);
+    return 0;
+}
+
+int pyhv_vm_map(struct pyhv_vm *vm, uint64_t gpa, uint64_t size, void *host, struct pyhv_error *error)
+{
+    struct pyhv_slot slot = {.gpa = gpa, .size = size, .host = host};
+    if (vm->slot_count == PYHV_VM_MAX_SLOTS)
+        return pyhv_fail(error, ENOSPC, "pyhv_vm_map", "more than %d memory slots", PYHV_VM_MAX_SLOTS);
+    if (vm->logs_dirty)
+        return pyhv_fail(error, EBUSY, "pyhv_vm_map", "writes to memory are being logged");
+    if (set_region(vm, vm->slot_count, &slot, false, error) < 0)
+        return -1;
+    vm->slots[vm->slot_count++] = slot;
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------- dirty pages -- */
+
+/* The words of a slot's dirty bitmap. */
+static size_t dirty_words(const struct pyhv_slot *slot)
+{
+    return (size_t)((slot->size / PYHV_PAGE_SIZE + 63) / 64);
+}
+
+/* Makes room for the largest slot's bitmap, and sees that each slot's bits begin with a word. */
+static int prepare_dirty(struct pyhv_vm *vm, struct pyhv_error *error)
+{
+    size_t most = 0;
+    for (uint32_t i = 0; i < vm->slot_count; i++) {
+        const struct pyhv_slot *slot = &vm->slots[i];
+        if (i + 1 < vm->slot_count && slot->size / PYHV_PAGE_SIZE % 64)
+            return pyhv_fail(error, EINVAL, "pyhv_vm_log_dirty",
+                             "0x%llx bytes at gpa 0x%llx are not a multiple of 64 pages",
+                             (unsigned long long)slot->size, (unsigned long long)slot->gpa);
+        most = dirty_words(slot) > most ? dirty_words(slot) : most;
+    }
+    free(vm->dirty);
+    vm->dirty = calloc(most, sizeof *vm->dirty);
+    return vm->dirty || !most ? 0 : pyhv_fail(error, ENOMEM, "pyhv_vm_log_dirty", NULL);
+}
+
+int pyhv_vm_log_dirty(struct pyhv_vm *vm, int on, struct pyhv_error *error)
+{
+    bool wanted = on != 0;
+    if (wanted == vm->logs_dirty)
+        return 0;
+    if (wanted && prepare_dirty(vm, error) < 0)
+        return -1;
+    for (uint32_t i = 0; i < vm->slot_count; i++)
+        if (set_region(vm, i, &vm->slots[i], wanted, error) < 0) {
+            while (i > 0) { /* back to how it was */
+                i--;
+                (void)set_region(vm, i, &vm->slots[i], !wanted, NULL);
+            }
+            return -1;
+        }
+    vm->logs_dirty = wanted;
+    return 0;
+}
+
+int pyhv_vm_take_dirty(struct pyhv_vm *vm, uint64_t *bitmap, struct pyhv_error *error)
+{
+    if (!vm->logs_dirty)
+        return pyhv_fail(error, EINVAL, "pyhv_vm_take_dirty", "writes to memory are not being logged");
+    for (uint32_t i = 0; i < vm->slot_count; i++) {
+        struct kvm_dirty_log log = {.slot = i, .dirty_bitmap = vm->dirty};
+        if (ioctl(vm->fd, KVM_GET_DIRTY_LOG, &log) < 0)
+            return pyhv_fail(error, errno, "KVM_GET_DIRTY_LOG", "slot %u", i);
+        for (size_t words = dirty_words(&vm->slots[i]), word = 0; word < words; word++)
+            *bitmap++ |= vm->dirty[word];
+    }
     return 0;
 }
 

@@ -1,0 +1,461 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Messages over a pair of descriptors: framing, sums, heartbeats, limits of time. What comes in is not trusted.
+ *
+ * One function, link_wait(), moves all bytes. It never blocks on one direction alone: two sides that both send would wait
+ * for each other for ever, and a side that is kept from sending would miss that the other one is gone, or has said why it
+ * does not read any more. So bytes that cannot be sent yet stay in the buffer, also across calls, and one message that
+ * comes in meanwhile is kept for pyhv_link_receive(). While it lies there nothing more is read; the limit of silence
+ * then counts from the last byte that moved either way.
+ */
+#include "link.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#define NS_PER_MS UINT64_C(1000000)
+#define NS_PER_S  UINT64_C(1000000000)
+
+/* How much later than it should a wait may end while bytes keep moving. */
+#define GRACE (100 * NS_PER_MS)
+
+/* Wanted for pipes and UNIX sockets, which begin with 64 and 208 KiB: what fits is moved without changing threads. */
+#define SOCKET_BUFFER (1 << 20)
+#define PIPE_SIZE     (1 << 20)
+
+uint64_t link_now(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * NS_PER_S + (uint64_t)now.tv_nsec;
+}
+
+int link_bad(struct pyhv_error *error, const char *format, ...)
+{
+    char detail[sizeof error->detail];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(detail, sizeof detail, format, arguments);
+    va_end(arguments);
+    return pyhv_fail(error, EBADMSG, "link", "%s", detail);
+}
+
+static void store32(uint8_t *at, uint32_t value)
+{
+    memcpy(at, &value, sizeof value); /* little-endian: x86-64 is all that pyhv runs on */
+}
+
+static uint32_t load32(const uint8_t *at)
+{
+    uint32_t value;
+    memcpy(&value, at, sizeof value);
+    return value;
+}
+
+/* The sum of the message whose header is at `header`, after one with the sum `before`. */
+static uint64_t sum_of(const uint8_t *header, const uint8_t *payload, uint64_t before)
+{
+    return pyhv_xxh64(payload, load32(header + 4), pyhv_xxh64(header, 8, before));
+}
+
+/* ------------------------------------------------------------------------------------- beginning and end -- */
+
+static int prepare(int fd, struct pyhv_error *error)
+{
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || (!(flags & O_NONBLOCK) && fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0))
+        return pyhv_fail(error, errno, "fcntl", "making descriptor %d of the link non-blocking", fd);
+    /* Larger buffers are worth having, no more: each of these may fail. TCP sizes its own. */
+    int domain = 0, size = SOCKET_BUFFER;
+    socklen_t length = sizeof domain;
+    if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length) < 0) {
+        (void)fcntl(fd, F_SETPIPE_SZ, PIPE_SIZE);
+    } else if (domain == AF_UNIX) {
+        (void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
+    }
+    return 0;
+}
+
+static bool is_socket(int fd)
+{
+    int type;
+    socklen_t length = sizeof type;
+    return getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &length) == 0;
+}
+
+struct pyhv_link *pyhv_link_create(const struct pyhv_link_config *config, struct pyhv_error *error)
+{
+    struct sigaction sigpipe;
+    struct pyhv_link *link = calloc(1, sizeof *link);
+    if (!link) {
+        pyhv_fail(error, ENOMEM, "pyhv_link_create", NULL);
+        return NULL;
+    }
+    link->in_fd = config->in_fd;
+    link->out_fd = config->out_fd;
+    link->wake = -1;
+    link->in.buffer = malloc(LINK_HEADER + LINK_PAGES_MAX + LINK_HEADER);
+    link->out.buffer = aligned_alloc(PYHV_PAGE_SIZE, LINK_FRONT + LINK_CONTENT_MAX);
+    if (!link->in.buffer || !link->out.buffer) {
+        pyhv_fail(error, ENOMEM, "pyhv_link_create", NULL);
+        goto fail;
+    }
+    if (prepare(link->in_fd, error) < 0 || prepare(link->out_fd, error) < 0)
+        goto fail;
+    link->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (link->wake < 0) {
+        pyhv_fail_errno(error, "eventfd");
+        goto fail;
+    }
+    link->out_is_socket = is_socket(link->out_fd);
+    link->guard_sigpipe = sigaction(SIGPIPE, NULL, &sigpipe) < 0 || sigpipe.sa_handler != SIG_IGN;
+    link->left = link_now();
+    pyhv_link_set_times(link, config->heartbeat_ms, config->silence_ms);
+    return link;
+
+fail:
+    pyhv_link_destroy(link);
+    return NULL;
+}
+
+void pyhv_link_destroy(struct pyhv_link *link)
+{
+    if (!link)
+        return;
+    if (link->wake >= 0)
+        close(link->wake);
+    link_zstd_destroy(link->zstd);
+    free(link->in.buffer);
+    free(link->out.buffer);
+    free(link);
+}
+
+void pyhv_link_cancel(struct pyhv_link *link)
+{
+    const uint64_t one = 1;
+    atomic_store(&link->cancelled, true);
+    /* Nobody reads it, so that it stays readable. It fails only when it has been written to for 2^64 - 2 times. */
+    while (write(link->wake, &one, sizeof one) < 0 && errno == EINTR)
+        ;
+}
+
+void pyhv_link_set_times(struct pyhv_link *link, uint32_t heartbeat_ms, uint32_t silence_ms)
+{
+    link->heartbeat_ns = heartbeat_ms * NS_PER_MS;
+    link->silence_ns = silence_ms * NS_PER_MS;
+    link->said = link->heard = link->left;
+}
+
+const struct pyhv_link_counters *pyhv_link_counters(const struct pyhv_link *link)
+{
+    return &link->counters;
+}
+
+void link_enter(struct pyhv_link *link)
+{
+    link->heard += link_now() - link->left;
+    if (link->in.used) { /* the message that the caller had */
+        link_consume(link);
+    }
+}
+
+int link_leave(struct pyhv_link *link, int result)
+{
+    link->left = link_now();
+    return result;
+}
+
+/* --------------------------------------------------------------------------------------------- bytes out -- */
+
+void link_seal(struct pyhv_link *link, uint32_t type, size_t at, size_t length)
+{
+    struct link_out *out = &link->out;
+    uint8_t *header = out->buffer + at - LINK_HEADER;
+    store32(header, type);
+    store32(header + 4, (uint32_t)length);
+    out->sum = sum_of(header, header + LINK_HEADER, out->sum);
+    memcpy(header + 8, &out->sum, sizeof out->sum);
+    out->at = at - LINK_HEADER;
+    out->end = at + length;
+    link->counters.messages_sent++;
+}
+
+static ssize_t write_some(struct pyhv_link *link, const uint8_t *data, size_t size)
+{
+    if (link->out_is_socket)
+        return send(link->out_fd, data, size, MSG_NOSIGNAL);
+    if (!link->guard_sigpipe)
+        return write(link->out_fd, data, size);
+
+    /* A pipe without readers sends a signal, which would end the process: it is blocked, and taken back if it was ours. */
+    sigset_t sigpipe, before, pending;
+    sigemptyset(&sigpipe);
+    sigaddset(&sigpipe, SIGPIPE);
+    pthread_sigmask(SIG_BLOCK, &sigpipe, &before);
+    sigemptyset(&pending);
+    if (sigismember(&before, SIGPIPE)) /* then one may be waiting that is not ours */
+        sigpending(&pending);
+    ssize_t written = write(link->out_fd, data, size);
+    int errnum = errno;
+    if (written < 0 && errnum == EPIPE && !sigismember(&pending, SIGPIPE)) {
+        const struct timespec now = {0};
+        while (sigtimedwait(&sigpipe, NULL, &now) < 0 && errno == EINTR)
+            ;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    errno = errnum;
+    return written;
+}
+
+static bool would_block(int errnum)
+{
+    return errnum == EAGAIN || errnum == EWOULDBLOCK;
+}
+
+/* Whether that is how a descriptor says that the other side has closed: a socket resets, a tty hangs up with EIO. */
+static bool means_closed(int errnum)
+{
+    return errnum == EPIPE || errnum == ECONNRESET || errnum == EIO;
+}
+
+/* Sends what can be sent at once. Returns whether anything was. What fails is left in out_errnum: the other side may have
+ * said why, and that must still be read. */
+static bool push(struct pyhv_link *link, uint64_t now)
+{
+    struct link_out *out = &link->out;
+    size_t before = out->at;
+    while (out->at < out->end) {
+        ssize_t put = write_some(link, out->buffer + out->at, out->end - out->at);
+        if (put < 0 && errno == EINTR)
+            continue;
+        if (put < 0 && !would_block(errno)) {
+            link->out_errnum = means_closed(errno) ? EPIPE : errno;
+            out->at = out->end;
+            return false;
+        }
+        if (put <= 0)
+            break;
+        out->at += (size_t)put;
+        link->counters.bytes_sent += (size_t)put;
+    }
+    if (out->at == before)
+        return false;
+    link->said = now;
+    return true;
+}
+
+/* ---------------------------------------------------------------------------------------------- bytes in -- */
+
+/* The longest payload of a message of this type; no type is 0. */
+static size_t longest(uint32_t type)
+{
+    switch (type) {
+    case PYHV_MESSAGE_HEARTBEAT:
+        return 0;
+    case PYHV_MESSAGE_PAGES:
+    case PYHV_MESSAGE_PAGES_ZSTD:
+        return LINK_PAGES_MAX;
+    default:
+        return PYHV_MESSAGE_MAX;
+    }
+}
+
+struct pyhv_message link_message(const struct pyhv_link *link)
+{
+    const uint8_t *at = link->in.buffer;
+    return (struct pyhv_message){.type = load32(at), .length = load32(at + 4), .payload = at + LINK_HEADER};
+}
+
+void link_consume(struct pyhv_link *link)
+{
+    struct link_in *in = &link->in;
+    size_t size = LINK_HEADER + link_message(link).length;
+    memmove(in->buffer, in->buffer + size, in->end - size); /* of the next message's header */
+    in->end -= size;
+    in->used = 0;
+    in->ready = false;
+}
+
+/* Looks at what has come in: takes heartbeats away, and says when a message is there. */
+static int check(struct pyhv_link *link, struct pyhv_error *error)
+{
+    struct link_in *in = &link->in;
+    while (!in->ready && in->end >= LINK_HEADER) {
+        struct pyhv_message message = link_message(link);
+        uint64_t sum;
+        if (message.type == 0)
+            return link_bad(error, "message %llu is none", (unsigned long long)link->counters.messages_received);
+        if (message.length > longest(message.type))
+            return link_bad(error, "%u bytes are too long for a message of type %u", message.length, message.type);
+        if (in->end < LINK_HEADER + (size_t)message.length)
+            return 0;
+        memcpy(&sum, in->buffer + 8, sizeof sum);
+        in->sum = sum_of(in->buffer, message.payload, in->sum);
+        if (sum != in->sum)
+            return link_bad(error, "message %llu, of type %u, was changed on the way, or one before it is missing",
+                            (unsigned long long)link->counters.messages_received, message.type);
+        link->counters.messages_received++;
+        in->ready = true;
+        if (message.type == PYHV_MESSAGE_HEARTBEAT)
+            link_consume(link);
+    }
+    return 0;
+}
+
+/* Reads some of what is there, unless a message is ready. Returns 1 if anything was, 0, or -1. */
+static int pull(struct pyhv_link *link, uint64_t now, struct pyhv_error *error)
+{
+    struct link_in *in = &link->in;
+    if (in->bad)
+        return link_bad(error, "an earlier message was bad");
+    /* First a look at what is here, for its length says how much room the rest may take: to the end of the message, and
+     * the next one's header. */
+    in->bad = check(link, error) < 0;
+    if (in->bad)
+        return -1;
+    if (in->ready || in->closed)
+        return 0;
+    size_t size = LINK_HEADER;
+    if (in->end >= LINK_HEADER)
+        size += LINK_HEADER + (size_t)link_message(link).length;
+    ssize_t got = read(link->in_fd, in->buffer + in->end, size - in->end);
+    if (got < 0 && (errno == EINTR || would_block(errno)))
+        return errno == EINTR;
+    if (got < 0 && !means_closed(errno))
+        return pyhv_fail(error, errno, "read", "from the link");
+    if (got <= 0) {
+        in->closed = true;
+        return 0;
+    }
+    in->end += (size_t)got;
+    link->counters.bytes_received += (size_t)got;
+    link->heard = now;
+    in->bad = check(link, error) < 0;
+    return in->bad ? -1 : 1;
+}
+
+/* ----------------------------------------------------------------------------------------------- waiting -- */
+
+/* The sooner of `when` and `start` + `after`, where 0 is never. */
+static uint64_t sooner(uint64_t when, uint64_t start, uint64_t after)
+{
+    return after && start + after < when ? start + after : when;
+}
+
+/* Sleeps until bytes can be moved, the link is cancelled, or `until`. */
+static int sleep_until(struct pyhv_link *link, uint64_t now, uint64_t until, struct pyhv_error *error)
+{
+    struct pollfd fds[3] = {{.fd = link->wake, .events = POLLIN},
+                            {.fd = link->in.ready || link->in.closed ? -1 : link->in_fd, .events = POLLIN},
+                            {.fd = link->out.at < link->out.end ? link->out_fd : -1, .events = POLLOUT}};
+    uint64_t left = until > now ? until - now : 0;
+    struct timespec timeout = {.tv_sec = (time_t)(left / NS_PER_S), .tv_nsec = (long)(left % NS_PER_S)};
+    if (ppoll(fds, 3, until == UINT64_MAX ? NULL : &timeout, NULL) < 0 && errno != EINTR)
+        return pyhv_fail_errno(error, "poll");
+    return 0;
+}
+
+int link_wait(struct pyhv_link *link, int what, uint64_t deadline, struct pyhv_error *error)
+{
+    struct link_out *out = &link->out;
+    struct link_in *in = &link->in;
+    for (;;) {
+        if (atomic_load_explicit(&link->cancelled, memory_order_relaxed))
+            return pyhv_fail(error, ECANCELED, "link", "it was cancelled");
+        uint64_t now = link_now();
+        bool moved = push(link, now);
+        if ((what & LINK_SENT) && link->out_errnum)
+            return pyhv_fail(error, link->out_errnum, "write",
+                             link->out_errnum == EPIPE ? "the other side has closed the link" : "to the link");
+        bool sent = out->at == out->end;
+        int pulled = (what & LINK_MESSAGE) || !sent ? pull(link, now, error) : 0;
+        if (pulled < 0)
+            return -1;
+        moved |= pulled > 0;
+        int found = what & ((sent ? LINK_SENT : 0) | (in->ready ? LINK_MESSAGE : 0));
+        if (found)
+            return found;
+        if (in->closed)
+            return pyhv_fail(error, EPIPE, "read", "the other side has closed the link%s",
+                             in->end ? " within a message" : "");
+        if (sent && !link->out_errnum && link->heartbeat_ns && now - link->said >= link->heartbeat_ns) {
+            link_seal(link, PYHV_MESSAGE_HEARTBEAT, LINK_HEADER, 0);
+            continue;
+        }
+        if (moved && (now < deadline || now - deadline < GRACE))
+            continue;
+        /* While a message lies here nothing is read, and only what the other side takes is a sign of its life. */
+        uint64_t life = in->ready && link->said > link->heard ? link->said : link->heard;
+        if (link->silence_ns && now > life && now - life >= link->silence_ns)
+            return pyhv_fail(error, ETIMEDOUT, "link", "nothing came from the other side for %llu ms",
+                             (unsigned long long)((now - life) / NS_PER_MS));
+        if (now >= deadline)
+            return 0;
+        uint64_t until = sooner(deadline, life, link->silence_ns);
+        if (sent && !link->out_errnum)
+            until = sooner(until, link->said, link->heartbeat_ns);
+        if (sleep_until(link, now, until, error) < 0)
+            return -1;
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------- messages -- */
+
+static int send_message(struct pyhv_link *link, uint32_t type, const void *payload, size_t length,
+                        struct pyhv_error *error)
+{
+    if (link_wait(link, LINK_SENT, UINT64_MAX, error) < 0) /* what an earlier call left */
+        return -1;
+    if (length)
+        memcpy(link->out.buffer + LINK_HEADER, payload, length);
+    link_seal(link, type, LINK_HEADER, length);
+    return link_wait(link, LINK_SENT, UINT64_MAX, error) < 0 ? -1 : 0;
+}
+
+int pyhv_link_send(struct pyhv_link *link, uint32_t type, const void *payload, size_t length, struct pyhv_error *error)
+{
+    if (type <= PYHV_MESSAGE_PAGES_ZSTD || length > PYHV_MESSAGE_MAX)
+        return pyhv_fail(error, EINVAL, "pyhv_link_send", "%zu bytes, type %u", length, type);
+    link_enter(link);
+    return link_leave(link, send_message(link, type, payload, length, error));
+}
+
+static int receive(struct pyhv_link *link, struct pyhv_landing *landing, uint64_t deadline,
+                   struct pyhv_message *message, struct pyhv_error *error)
+{
+    for (;;) {
+        int found = link_wait(link, LINK_MESSAGE, deadline, error);
+        if (found <= 0)
+            return found;
+        *message = link_message(link);
+        if (message->type != PYHV_MESSAGE_PAGES && message->type != PYHV_MESSAGE_PAGES_ZSTD) {
+            link->in.used = LINK_HEADER + message->length;
+            return 1;
+        }
+        if (!landing)
+            return link_bad(error, "pages were not expected");
+        if (link_land(link, landing, message, error) < 0)
+            return -1;
+        link_consume(link);
+        if (link_now() >= deadline + GRACE)
+            return 0;
+    }
+}
+
+int pyhv_link_receive(struct pyhv_link *link, struct pyhv_landing *landing, uint32_t timeout_ms,
+                      struct pyhv_message *message, struct pyhv_error *error)
+{
+    link_enter(link);
+    return link_leave(link, receive(link, landing, link_now() + timeout_ms * NS_PER_MS, message, error));
+}

@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * What link.c (messages) offers to transfer.c (pages).
+ */
+#ifndef PYHV_LINK_H
+#define PYHV_LINK_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "error.h"
+#include "pyhv.h"
+
+enum {
+    LINK_HEADER = 16,      /* type, length, sum */
+    LINK_PAGES_HEADER = 8, /* number of runs, zero */
+    LINK_CONTENT_MAX = PYHV_PAGES_MAX * PYHV_PAGE_SIZE,
+    LINK_PAGES_MAX = LINK_PAGES_HEADER + PYHV_RUNS_MAX * 8 + LINK_CONTENT_MAX, /* payload of a PAGES message */
+    /* What a buffer for outgoing messages has in front of the content of pages: all that can come before it, so that
+     * content begins on a page's boundary however many runs there turn out to be. */
+    LINK_FRONT = 2 * PYHV_PAGE_SIZE,
+};
+
+/* Bytes on their way out. */
+struct link_out {
+    uint8_t *buffer; /* LINK_FRONT + LINK_CONTENT_MAX bytes */
+    size_t at, end;  /* what of it is to be sent */
+    uint64_t sum;    /* of the message before */
+};
+
+/* Bytes that have come in. */
+struct link_in {
+    uint8_t *buffer; /* LINK_HEADER + LINK_PAGES_MAX + LINK_HEADER bytes: a message and the header of the next */
+    size_t end;      /* so many are there; a message begins at 0 */
+    size_t used;     /* those of the message that was delivered: gone at the next call */
+    bool ready;      /* a whole message is there: it is the caller's turn */
+    bool closed;     /* no more will come */
+    bool bad;        /* what came was no message: where the next one begins cannot be known */
+    uint64_t sum;
+};
+
+struct zstd; /* what one link needs of libzstd; transfer.c */
+
+struct pyhv_link {
+    int in_fd, out_fd;
+    int wake; /* an eventfd: readable for good after pyhv_link_cancel() */
+    atomic_bool cancelled;
+    bool out_is_socket;
+    bool guard_sigpipe;
+    int out_errnum;                    /* sending is over: why */
+    uint64_t heartbeat_ns, silence_ns; /* 0: never */
+    uint64_t said, heard;              /* when a byte last went out, and came in; CLOCK_MONOTONIC in ns */
+    uint64_t left;                     /* when the last call returned */
+    struct link_out out;
+    struct link_in in;
+    struct pyhv_link_counters counters;
+    struct zstd *zstd; /* NULL until pages are compressed */
+};
+
+/* What link_wait() waits for. */
+enum {
+    LINK_SENT = 1,    /* all that was to be sent is */
+    LINK_MESSAGE = 2, /* in.ready */
+};
+
+uint64_t link_now(void); /* CLOCK_MONOTONIC in ns */
+
+/* Begins a call of the API: the time since the last one is not held against the other side. */
+void link_enter(struct pyhv_link *link);
+/* Ends it; hands `result` through. */
+int link_leave(struct pyhv_link *link, int result);
+
+/* Moves bytes both ways, heartbeats among them, until one of the things in `what` is there; returns those that are. Or
+ * until `deadline` (UINT64_MAX: none), which is looked at when bytes would have to be waited for: 0. -1 with an error. */
+int link_wait(struct pyhv_link *link, int what, uint64_t deadline, struct pyhv_error *error);
+
+/* Makes a message of the payload that is in out.buffer from `at` on, behind LINK_HEADER bytes of room; the one before
+ * must have been sent. It goes out with the next link_wait(). */
+void link_seal(struct pyhv_link *link, uint32_t type, size_t at, size_t length);
+
+/* The message that is ready. */
+struct pyhv_message link_message(const struct pyhv_link *link);
+/* Takes it away. */
+void link_consume(struct pyhv_link *link);
+
+/* An EBADMSG. */
+int link_bad(struct pyhv_error *error, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* Puts the pages of a PAGES or PAGES_ZSTD message where they belong. */
+int link_land(struct pyhv_link *link, struct pyhv_landing *landing, const struct pyhv_message *message,
+              struct pyhv_error *error);
+
+void link_zstd_destroy(struct zstd *zstd);
+
+#endif

@@ -1,0 +1,410 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Pages over a link: finding those that are to go, putting together messages of them, and landing what comes in. The
+ * sender's guest may be running; what the receiver is told is not trusted.
+ */
+#include "link.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* A run in a PAGES message; see pyhv.h. */
+#define RUN_FIRST_BITS 40
+#define RUN_PAGES_BITS 23
+#define RUN_PAGES_MAX  ((UINT64_C(1) << RUN_PAGES_BITS) - 1)
+#define RUN_ZERO       (UINT64_C(1) << 63)
+
+static uint64_t load64(const uint8_t *at)
+{
+    uint64_t value;
+    memcpy(&value, at, sizeof value);
+    return value;
+}
+
+static uint32_t load32(const uint8_t *at)
+{
+    uint32_t value;
+    memcpy(&value, at, sizeof value);
+    return value;
+}
+
+/* -------------------------------------------------------------------------------------------- compression -- */
+
+/* The functions of libzstd that have been stable since 1.0 (zstd.h, "Simple API", "Explicit context"). */
+static struct {
+    void *library; /* NULL: not opened, or not there */
+    char reason[160];
+    void *(*create_cctx)(void);
+    size_t (*free_cctx)(void *);
+    size_t (*compress)(void *, void *, size_t, const void *, size_t, int);
+    void *(*create_dctx)(void);
+    size_t (*free_dctx)(void *);
+    size_t (*decompress)(void *, void *, size_t, const void *, size_t);
+    unsigned (*is_error)(size_t);
+    const char *(*error_name)(size_t);
+} zstd;
+
+static void open_library(void)
+{
+    static const struct {
+        const char *name;
+        void *place;
+    } functions[] = {
+        {"ZSTD_createCCtx", &zstd.create_cctx}, {"ZSTD_freeCCtx", &zstd.free_cctx},
+        {"ZSTD_compressCCtx", &zstd.compress},  {"ZSTD_createDCtx", &zstd.create_dctx},
+        {"ZSTD_freeDCtx", &zstd.free_dctx},     {"ZSTD_decompressDCtx", &zstd.decompress},
+        {"ZSTD_isError", &zstd.is_error},       {"ZSTD_getErrorName", &zstd.error_name},
+    };
+    void *library = dlopen("libzstd.so.1", RTLD_NOW | RTLD_LOCAL);
+    for (size_t i = 0; library && i < sizeof functions / sizeof functions[0]; i++) {
+        void *function = dlsym(library, functions[i].name);
+        if (!function) {
+            dlclose(library);
+            library = NULL;
+            break;
+        }
+        memcpy(functions[i].place, &function, sizeof function);
+    }
+    if (!library) {
+        const char *reason = dlerror();
+        strncpy(zstd.reason, reason ? reason : "libzstd.so.1", sizeof zstd.reason - 1);
+    }
+    zstd.library = library;
+}
+
+int pyhv_zstd_open(struct pyhv_error *error)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, open_library);
+    return zstd.library ? 0 : pyhv_fail(error, 0, "libzstd", "%s", zstd.reason);
+}
+
+struct zstd {
+    void *compressor, *decompressor;
+    uint8_t *buffer; /* LINK_PAGES_MAX bytes: what is to be compressed, or was */
+};
+
+/* Made when compressed pages are first sent or received. */
+static struct zstd *zstd_of(struct pyhv_link *link, struct pyhv_error *error)
+{
+    if (link->zstd)
+        return link->zstd;
+    if (pyhv_zstd_open(error) < 0)
+        return NULL;
+    struct zstd *own = calloc(1, sizeof *own);
+    if (own) {
+        own->compressor = zstd.create_cctx();
+        own->decompressor = zstd.create_dctx();
+        own->buffer = malloc(LINK_PAGES_MAX);
+    }
+    if (!own || !own->compressor || !own->decompressor || !own->buffer) {
+        link_zstd_destroy(own);
+        pyhv_fail(error, ENOMEM, "libzstd", NULL);
+        return NULL;
+    }
+    link->zstd = own;
+    return own;
+}
+
+void link_zstd_destroy(struct zstd *own)
+{
+    if (!own)
+        return;
+    zstd.free_cctx(own->compressor); /* these accept NULL, as free does */
+    zstd.free_dctx(own->decompressor);
+    free(own->buffer);
+    free(own);
+}
+
+/* ------------------------------------------------------------------------------------------------ sending -- */
+
+/* A PAGES message that is being put together: its content stands in the link's buffer, behind room for the rest. */
+struct parcel {
+    uint32_t runs, pages;
+    uint64_t zero_pages;
+    uint64_t scanned;
+    uint64_t run[PYHV_RUNS_MAX];
+};
+
+/* A message is sent, full or not, after a look at so many pages: so that the link gets its turn. */
+#define SCAN_MAX 32768
+
+/* Pages that are copied at once: they stay in the processor's first cache, and a call to the kernel is worth it. */
+#define COPY_PAGES 8
+
+static uint64_t first_of(uint64_t run)
+{
+    return run & ((UINT64_C(1) << RUN_FIRST_BITS) - 1);
+}
+
+static uint64_t pages_of(uint64_t run)
+{
+    return run >> RUN_FIRST_BITS & RUN_PAGES_MAX;
+}
+
+/* Adds a page to the last run, or a new one; there is room. */
+static void add_page(struct parcel *parcel, uint64_t page, bool is_zero)
+{
+    uint64_t zero = is_zero ? RUN_ZERO : 0;
+    if (parcel->runs) {
+        uint64_t *last = &parcel->run[parcel->runs - 1];
+        if ((*last & RUN_ZERO) == zero && first_of(*last) + pages_of(*last) == page &&
+            pages_of(*last) < RUN_PAGES_MAX) {
+            *last += UINT64_C(1) << RUN_FIRST_BITS;
+            return;
+        }
+    }
+    parcel->run[parcel->runs++] = page | UINT64_C(1) << RUN_FIRST_BITS | zero;
+}
+
+/* The first page from `page` on whose bit is set, or `end`. */
+static uint64_t find_bit(const uint64_t *bitmap, uint64_t page, uint64_t end)
+{
+    while (page < end) {
+        uint64_t word = bitmap[page / 64] >> page % 64;
+        if (word) {
+            page += (uint64_t)__builtin_ctzll(word);
+            return page < end ? page : end;
+        }
+        page = (page / 64 + 1) * 64;
+    }
+    return end;
+}
+
+/* How many bits from `page` on are set, `most` at most. They are cleared. */
+static uint64_t take_bits(uint64_t *bitmap, uint64_t page, uint64_t most)
+{
+    uint64_t count = 0;
+    while (count < most && (bitmap[(page + count) / 64] >> (page + count) % 64 & 1)) {
+        bitmap[(page + count) / 64] &= ~(UINT64_C(1) << (page + count) % 64);
+        count++;
+    }
+    return count;
+}
+
+/* Copies pages out of guest memory. */
+static int copy_pages(const struct pyhv_memory *ram, uint64_t page, uint64_t count, uint8_t *to,
+                      struct pyhv_error *error)
+{
+    const uint8_t *from = ram->host + page * PYHV_PAGE_SIZE;
+    if (ram->of_a_file)
+        return pyhv_memory_read(from, to, count * PYHV_PAGE_SIZE, error);
+    memcpy(to, from, count * PYHV_PAGE_SIZE);
+    return 0;
+}
+
+/* Fills a parcel, beginning at sending->next, with content at `content`. */
+static int collect(struct pyhv_sending *sending, struct parcel *parcel, uint8_t *content, struct pyhv_error *error)
+{
+    uint64_t total = sending->ram->size / PYHV_PAGE_SIZE, start = sending->next;
+    parcel->runs = parcel->pages = 0;
+    parcel->zero_pages = 0;
+    while (parcel->pages < PYHV_PAGES_MAX) {
+        uint64_t page = find_bit(sending->bitmap, sending->next, total);
+        sending->next = page;
+        if (page == total || page - start >= SCAN_MAX)
+            return 0;
+        /* Each page may need a run of its own. */
+        uint64_t room = PYHV_RUNS_MAX - parcel->runs, most = PYHV_PAGES_MAX - parcel->pages;
+        most = room < most ? room : most;
+        if (most > total - page)
+            most = total - page;
+        if (most > COPY_PAGES)
+            most = COPY_PAGES;
+        if (most == 0)
+            return 0;
+        uint64_t count = take_bits(sending->bitmap, page, most);
+        uint8_t *copy = content + (size_t)parcel->pages * PYHV_PAGE_SIZE;
+        if (copy_pages(sending->ram, page, count, copy, error) < 0)
+            return -1;
+        for (uint64_t i = 0; i < count; i++) {
+            const uint8_t *data = copy + i * PYHV_PAGE_SIZE;
+            bool is_zero = pyhv_is_zero(data, PYHV_PAGE_SIZE);
+            add_page(parcel, page + i, is_zero);
+            if (is_zero) {
+                parcel->zero_pages++;
+                continue;
+            }
+            uint8_t *place = content + (size_t)parcel->pages++ * PYHV_PAGE_SIZE;
+            if (place != data)
+                memcpy(place, data, PYHV_PAGE_SIZE);
+        }
+        sending->next = page + count;
+    }
+    return 0;
+}
+
+/* Makes a message of the parcel, and returns its bytes on the wire. */
+static int64_t dispatch(struct pyhv_link *link, const struct parcel *parcel, int level, struct pyhv_error *error)
+{
+    uint8_t *content = link->out.buffer + LINK_FRONT;
+    size_t front = LINK_PAGES_HEADER + (size_t)parcel->runs * 8;
+    size_t length = front + (size_t)parcel->pages * PYHV_PAGE_SIZE;
+    const uint32_t head[2] = {parcel->runs, 0};
+    memcpy(content - front, head, sizeof head);
+    memcpy(content - front + sizeof head, parcel->run, (size_t)parcel->runs * 8);
+    if (level && parcel->pages) {
+        struct zstd *own = zstd_of(link, error);
+        if (!own)
+            return -1;
+        /* Room for less than what goes in: then a payload that does not shrink is an error here, and goes as it is. */
+        size_t size = zstd.compress(own->compressor, own->buffer, length - 1, content - front, length, level);
+        if (!zstd.is_error(size)) {
+            memcpy(link->out.buffer + LINK_HEADER, own->buffer, size);
+            link_seal(link, PYHV_MESSAGE_PAGES_ZSTD, LINK_HEADER, size);
+            return (int64_t)(LINK_HEADER + size);
+        }
+    }
+    link_seal(link, PYHV_MESSAGE_PAGES, LINK_FRONT - front, length);
+    return (int64_t)(LINK_HEADER + length);
+}
+
+static int send_pages(struct pyhv_link *link, struct pyhv_sending *sending, struct pyhv_error *error)
+{
+    struct parcel parcel;
+    uint64_t deadline = sending->max_ms ? link_now() + sending->max_ms * UINT64_C(1000000) : UINT64_MAX;
+    uint64_t total = sending->ram->size / PYHV_PAGE_SIZE, bytes = 0;
+    if (sending->ram->size % PYHV_PAGE_SIZE || sending->next > total || total >> RUN_FIRST_BITS)
+        return pyhv_fail(error, EINVAL, "pyhv_link_send_pages", "page %llu of %llu", (unsigned long long)sending->next,
+                         (unsigned long long)total);
+    for (;;) {
+        int found = link_wait(link, LINK_SENT | LINK_MESSAGE, deadline, error);
+        if (found < 0)
+            return -1;
+        if (sending->next == total && (found & LINK_SENT)) {
+            sending->next = 0;
+            return 0;
+        }
+        if (!(found & LINK_SENT) || (found & LINK_MESSAGE) || (sending->max_bytes && bytes >= sending->max_bytes) ||
+            link_now() >= deadline)
+            return 1;
+        if (collect(sending, &parcel, link->out.buffer + LINK_FRONT, error) < 0)
+            return -1;
+        if (parcel.runs == 0)
+            continue;
+        int64_t size = dispatch(link, &parcel, sending->zstd_level, error);
+        if (size < 0)
+            return -1;
+        bytes += (uint64_t)size;
+        sending->bytes += (uint64_t)size;
+        sending->pages += parcel.pages;
+        sending->zero_pages += parcel.zero_pages;
+    }
+}
+
+int pyhv_link_send_pages(struct pyhv_link *link, struct pyhv_sending *sending, struct pyhv_error *error)
+{
+    link_enter(link);
+    return link_leave(link, send_pages(link, sending, error));
+}
+
+/* ------------------------------------------------------------------------------------------------ landing -- */
+
+static void set_bits(uint64_t *bitmap, uint64_t page, uint64_t count)
+{
+    for (uint64_t end = page + count; page < end; page++)
+        bitmap[page / 64] |= UINT64_C(1) << page % 64;
+}
+
+static int land_content(struct pyhv_landing *landing, uint64_t page, uint64_t count, const uint8_t *data,
+                        struct pyhv_error *error)
+{
+    uint64_t offset = landing->ram->offset + page * PYHV_PAGE_SIZE;
+    size_t size = count * PYHV_PAGE_SIZE;
+    /* pwrite and not a store: it says so when there is no memory, and a whole page need not be cleared first. */
+    while (size) {
+        ssize_t put = pwrite(landing->ram->fd, data, size, (off_t)offset);
+        if (put < 0 && errno == EINTR)
+            continue;
+        if (put <= 0)
+            return pyhv_fail(error, put < 0 ? errno : ENOSPC, "pwrite",
+                             "this host has no memory for pages %llu to %llu", (unsigned long long)page,
+                             (unsigned long long)(page + count - 1));
+        data += put;
+        offset += (uint64_t)put;
+        size -= (size_t)put;
+    }
+    set_bits(landing->written, page, count);
+    landing->pages += count;
+    return 0;
+}
+
+/* Makes pages zero that had content; their memory is given back. */
+static int land_zeros(struct pyhv_landing *landing, uint64_t page, uint64_t count, struct pyhv_error *error)
+{
+    uint64_t end = page + count;
+    while ((page = find_bit(landing->written, page, end)) < end) {
+        uint64_t some = take_bits(landing->written, page, end - page);
+        if (fallocate(landing->ram->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                      (off_t)(landing->ram->offset + page * PYHV_PAGE_SIZE), (off_t)(some * PYHV_PAGE_SIZE)) < 0)
+            return pyhv_fail(error, errno, "fallocate", "clearing pages %llu to %llu", (unsigned long long)page,
+                             (unsigned long long)(page + some - 1));
+        page += some;
+    }
+    landing->zero_pages += count;
+    return 0;
+}
+
+/* Checks the runs of a message: that they ascend, within the RAM, and have as much content as came. */
+static int check_runs(const struct pyhv_landing *landing, const uint8_t *payload, size_t length,
+                      struct pyhv_error *error)
+{
+    uint64_t total = landing->ram->size / PYHV_PAGE_SIZE, behind = 0, content = 0;
+    uint32_t runs = length >= LINK_PAGES_HEADER ? load32(payload) : 0;
+    if (runs < 1 || runs > PYHV_RUNS_MAX || load32(payload + 4) || length < LINK_PAGES_HEADER + (size_t)runs * 8)
+        return link_bad(error, "pages: %zu bytes with %u runs", length, runs);
+    for (uint32_t i = 0; i < runs; i++) {
+        uint64_t run = load64(payload + LINK_PAGES_HEADER + (size_t)i * 8);
+        uint64_t first = first_of(run), count = pages_of(run);
+        if (count == 0 || first < behind || first >= total || count > total - first)
+            return link_bad(error, "pages: run %u has %llu pages from page %llu on, after page %llu, of %llu", i,
+                            (unsigned long long)count, (unsigned long long)first, (unsigned long long)behind,
+                            (unsigned long long)total);
+        behind = first + count;
+        content += run & RUN_ZERO ? 0 : count;
+    }
+    if (content > PYHV_PAGES_MAX || length != LINK_PAGES_HEADER + (size_t)runs * 8 + content * PYHV_PAGE_SIZE)
+        return link_bad(error, "pages: %zu bytes with %u runs of %llu pages", length, runs,
+                        (unsigned long long)content);
+    return 0;
+}
+
+int link_land(struct pyhv_link *link, struct pyhv_landing *landing, const struct pyhv_message *message,
+              struct pyhv_error *error)
+{
+    const uint8_t *payload = message->payload;
+    size_t length = message->length;
+    if (landing->ram->of_a_file)
+        return pyhv_fail(error, EINVAL, "pyhv_link_receive", "pages cannot land in a mapping of a file");
+    if (message->type == PYHV_MESSAGE_PAGES_ZSTD) {
+        struct zstd *own = zstd_of(link, error);
+        if (!own)
+            return -1;
+        length = zstd.decompress(own->decompressor, own->buffer, LINK_PAGES_MAX, payload, length);
+        if (zstd.is_error(length))
+            return link_bad(error, "compressed pages: %s", zstd.error_name(length));
+        payload = own->buffer;
+    }
+    if (check_runs(landing, payload, length, error) < 0)
+        return -1;
+    uint32_t runs = load32(payload);
+    const uint8_t *data = payload + LINK_PAGES_HEADER + (size_t)runs * 8;
+    for (uint32_t i = 0; i < runs; i++) {
+        uint64_t run = load64(payload + LINK_PAGES_HEADER + (size_t)i * 8);
+        uint64_t first = first_of(run), count = pages_of(run);
+        if (run & RUN_ZERO) {
+            if (land_zeros(landing, first, count, error) < 0)
+                return -1;
+        } else {
+            if (land_content(landing, first, count, data, error) < 0)
+                return -1;
+            data += count * PYHV_PAGE_SIZE;
+        }
+    }
+    return 0;
+}
