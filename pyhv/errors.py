@@ -61,3 +61,20 @@ class Incompatible(BadInput):
     def __init__(self, subject: str, problem: str, reasons: Sequence[object]) -> None:
         self.reasons = tuple(reasons)
         super().__init__(subject, f"{problem}: {'; '.join(map(str, reasons))}")
+
+
+class HandoverUnknown(HostError):
+    """A VM was handed over to another host, and nobody knows whether it runs there: here it stands, and must not run
+    unless it is certain that it does not run there.
+
+    peer: the other side. problem: why no answer came.
+    """
+
+    def __init__(self, peer: str, problem: str) -> None:
+        self.peer = peer
+        super().__init__(
+            f"migration to {peer}",
+            0,
+            f"the VM was handed over and may run there, but no answer came ({problem}); here it stands",
+            "look there; only if it does not run there: pyhv resume NAME --force",
+        )

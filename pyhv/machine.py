@@ -14,7 +14,7 @@ from pyhv.accel.data import CpuidRecord
 from pyhv.boot import image as boot_image
 from pyhv.boot import start64
 from pyhv.cpu import policy, profiles
-from pyhv.errors import BadInput
+from pyhv.errors import BadInput, Incompatible, PyhvError
 from pyhv.vm.devices import Devices
 from pyhv.vm.memory import HIGH_RAM_BASE, LOW_RAM_LIMIT, PAGE_SIZE, GuestMemory
 from pyhv.vm.vm import Stopped, Trap, Vm
@@ -22,7 +22,11 @@ from pyhv.vm.vm import Stopped, Trap, Vm
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyhv.cpu.table import CpuidTable
-    from pyhv.state.records import MachineState
+    from pyhv.migration.destination import Destination
+    from pyhv.migration.source import Limits, Progress, Summary
+    from pyhv.migration.transport import Channel, Tls
+    from pyhv.state.needs import Needs
+    from pyhv.state.records import MachineRecord
 
 # APIC ids have 8 bits where the guest does not use the x2APIC, and 255 is the broadcast.
 MAX_VCPUS = 254
@@ -78,6 +82,11 @@ class Machine:
     Raises BadInput (NotAvailable, NotFaithful) for what the caller can mend, HostError for what the host refuses.
     Needs close(), or use as a context manager.
     """
+
+    handed_over = ""
+    """The side that this VM was handed over to by a migration; "" if it is here."""
+
+    _arrival: Destination | None = None  # of a VM that was migrated to here and has not run yet
 
     def __init__(
         self,
@@ -145,22 +154,11 @@ class Machine:
         from pyhv.snapshot import file
         from pyhv.state import capture
 
-        accelerator = choose.open_accelerator()
         with file.open_snapshot(path) as snapshot:
             if verify:
                 snapshot.reader.verify(progress)
-            machine = cls.__new__(cls)
             saved = snapshot.state.machine
-            machine.host = accelerator.describe()
-            file.check_compatible(snapshot, machine.host, strict_tsc)
-            machine.notes = file.notes_for(snapshot, machine.host)
-            machine.image = None
-            machine.guest = file.guest_cpu(snapshot, machine.host)
-            machine.facts = choose.GuestFacts(saved.image, saved.cpuid_sites, saved.enters_user_mode)
-            machine.choice = choose.choose(accelerator, machine.guest, machine.facts, "trap" if on_cpuid else intercept)
-            if machine.choice.note:
-                machine.notes.append(machine.choice.note)
-            machine.command_line = saved.command_line
+            machine = cls._for_state(saved, snapshot.needs, path, strict_tsc, "trap" if on_cpuid else intercept)
             machine.uuid = _new_uuid()
             memory = GuestMemory(saved.memory, (snapshot.reader.memory_fd, snapshot.reader.memory_offset))
             irqchip = snapshot.state.platform.irqchip
@@ -168,6 +166,160 @@ class Machine:
             prepare = functools.partial(capture.apply, state=snapshot.state, where=path)
             machine._build(plan, prepare, console_in, console_out, on_cpuid)
         return machine
+
+    @classmethod
+    def _for_state(cls, saved: MachineRecord, needs: Needs, where: str, strict_tsc: bool, intercept: str) -> Machine:
+        """A machine without a VM yet, for a guest that has run elsewhere. where: what errors call it.
+
+        Raises Incompatible with every reason why this host cannot run the guest, NotFaithful."""
+        accelerator = choose.open_accelerator()
+        machine = cls.__new__(cls)
+        machine.host = accelerator.describe()
+        needs.check(machine.host, where, strict_tsc)
+        machine.notes = needs.notes(machine.host)
+        machine.image = None
+        machine.guest = needs.guest_cpu(machine.host)
+        machine.facts = choose.GuestFacts(saved.image, saved.cpuid_sites, saved.enters_user_mode)
+        machine.choice = choose.choose(accelerator, machine.guest, machine.facts, intercept)
+        if machine.choice.note:
+            machine.notes.append(machine.choice.note)
+        machine.command_line = saved.command_line
+        machine.uuid = saved.uuid
+        return machine
+
+    @classmethod
+    def receive(
+        cls,
+        uri: str,
+        *,
+        insecure: bool = False,
+        tls: Tls | None = None,
+        timeout: float | None = None,
+        intercept: str = "auto",
+        console_in: int = -1,
+        console_out: int | None = None,
+        on_cpuid: Callable[[CpuidRecord], None] | None = None,
+    ) -> Machine:
+        """A VM that is migrated to here, paused: it is this side's now, and start() or run() lets it go on.
+
+        uri: where to wait for it (migration/transport.py). insecure: tcp:// to other addresses than loopback. tls: for
+        tls://. timeout: seconds to wait for somebody to come. The others as in Machine().
+
+        Raises BadInput for an address that cannot be used, or where nobody came; Incompatible with every reason why
+        this host cannot run the guest, NotFaithful, HostError. The VM goes on at the source then.
+        """
+        from pyhv.migration import transport
+        from pyhv.migration.destination import Destination
+
+        with transport.Listener(transport.parse(uri, insecure), tls) as listener:
+            channel = listener.accept(timeout)
+        if channel is None:
+            raise BadInput(uri, f"nobody came within {timeout:g} seconds", "start pyhv migrate at the source")
+        return cls.arrive(
+            Destination(channel),
+            intercept=intercept,
+            console_in=console_in,
+            console_out=console_out,
+            on_cpuid=on_cpuid,
+        )
+
+    @classmethod
+    def arrive(
+        cls,
+        destination: Destination,
+        *,
+        intercept: str = "auto",
+        console_in: int = -1,
+        console_out: int | None = None,
+        on_cpuid: Callable[[CpuidRecord], None] | None = None,
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> Machine:
+        """As receive(), over a connection that is there; closes it. while_waiting: is called now and then, and may
+        raise to give the migration up."""
+        from pyhv.state import capture
+
+        machine: Machine | None = None
+        try:
+            hello = destination.greet()
+            where = f"the guest {hello.name or hello.machine.image}"
+            try:
+                wish = "trap" if on_cpuid else intercept
+                needs = hello.needs()
+                candidate = cls._for_state(hello.machine, needs, where, hello.strict_tsc, wish)
+                memory = GuestMemory(parse_memory(hello.machine.memory))
+                plan = _Plan(memory, needs.tables, hello.irqchip, hello.pit, True)
+                candidate._build(plan, lambda vm: vm.devices.check(hello.devices), console_in, console_out, on_cpuid)
+                machine = candidate
+            except Incompatible as refusal:
+                destination.refuse([str(reason) for reason in refusal.reasons])
+                raise
+            except PyhvError as error:
+                destination.refuse([str(error)])
+                raise
+            destination.accept(hello, memory.ram)
+            received = destination.receive(hello, while_waiting)
+            capture.apply(machine.vm, received.state, where, received.elapsed)
+            destination.confirm(while_waiting)
+            machine._arrival = destination
+            return machine
+        except BaseException as error:
+            destination.close(error)
+            if machine is not None:
+                machine.close()
+            raise
+
+    def migrate(
+        self,
+        uri: str,
+        *,
+        limits: Limits | None = None,
+        name: str = "",
+        insecure: bool = False,
+        tls: Tls | None = None,
+        strict_tsc: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Summary:
+        """Gives the running VM to the side that waits at `uri` (Machine.receive, pyhv receive), while it runs.
+
+        limits: how (migration/source.py). name: what the other side is told that the VM is called. strict_tsc: see
+        restore(). progress: is called now and then; what it raises gives the migration up. The others as in receive().
+
+        Afterwards the VM stands here, for good, and only close() is left to do. On failure it runs on as if nothing had
+        been: Incompatible with every reason of the other side, BadInput, HostError. Only after HandoverUnknown it
+        stands, since it may run there; start(force=True) lets it run nevertheless.
+        """
+        from pyhv.migration import transport
+
+        with transport.connect(transport.parse(uri, insecure), tls) as channel:
+            return self.depart(channel, limits=limits, name=name, strict_tsc=strict_tsc, progress=progress)
+
+    def depart(
+        self,
+        channel: Channel,
+        *,
+        limits: Limits | None = None,
+        name: str = "",
+        strict_tsc: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Summary:
+        """As migrate(), over a connection that is there and stays the caller's."""
+        from pyhv.migration import protocol, source
+        from pyhv.state import capture
+
+        self._check_is_here()
+        if not self.vm.running:
+            raise BadInput("this VM", "does not run", "let it run first")
+        limits = limits or source.Limits()
+        record = self._record()
+        host = self.choice.accelerator.describe()
+        hello = protocol.hello(self.vm, record, host, limits.heartbeat, limits.silence)
+        hello = hello._replace(name=name, strict_tsc=strict_tsc, zstd=limits.compress)
+
+        def commit() -> None:
+            self.handed_over = channel.peer
+
+        outgoing = source.Outgoing(self.vm, hello, lambda: capture.capture(self.vm, record, host), commit)
+        return source.Source(outgoing, channel, limits, progress).run()
 
     def save(self, path: str, progress: Callable[[int, int], None] | None = None) -> None:
         """Writes the VM's whole state to `path`, in place of a file that is there.
@@ -179,24 +331,29 @@ class Machine:
         Raises BadInput, HostError.
         """
         from pyhv.snapshot import file
+        from pyhv.state import capture
 
+        self._check_is_here()
         running = self.vm.running
         self.vm.pause()
         try:
             if self.vm.stopped is not None:
                 raise BadInput("this VM", "has come to its end: there is nothing to save")
-            writer = file.begin(path, self._capture(), self.vm.memory, progress)
+            state = capture.capture(self.vm, self._record(), self.host)
+            writer = file.begin(path, state, self.vm.memory, progress)
         finally:
             if running:
                 self.vm.start()
         writer.commit()
 
-    def _capture(self) -> MachineState:
-        """The state of the paused VM."""
-        from pyhv.state import capture
+    def _check_is_here(self) -> None:
+        if self.handed_over:
+            raise BadInput("this VM", f"was handed over to {self.handed_over}", "it belongs to that side now")
+
+    def _record(self) -> MachineRecord:
         from pyhv.state.records import MachineRecord
 
-        record = MachineRecord(
+        return MachineRecord(
             uuid=self.uuid,
             image=self.facts.name,
             command_line=self.command_line,
@@ -206,7 +363,6 @@ class Machine:
             cpuid_sites=self.facts.cpuid_sites,
             enters_user_mode=self.facts.enters_user_mode,
         )
-        return capture.capture(self.vm, record, self.host)
 
     def _build(
         self,
@@ -260,9 +416,17 @@ class Machine:
             self.pause()
         return self.result(stopped)
 
-    def start(self) -> None:
-        """Lets the guest run in the background."""
+    def start(self, force: bool = False) -> None:
+        """Lets the guest run in the background. force: also one that was handed over to another host, and may run
+        there: two copies that both write to the outside world do harm. Raises BadInput."""
+        if not force:
+            self._check_is_here()
+        self.handed_over = ""
         self.vm.start()
+        arrival, self._arrival = self._arrival, None
+        if arrival is not None:
+            arrival.announce(self.vm.wait_for_entry())
+            arrival.close()
 
     def pause(self) -> None:
         """Stops the guest between two instructions."""
@@ -303,6 +467,9 @@ class Machine:
 
     def close(self) -> None:
         """Ends the VM and gives everything back; closing twice is allowed."""
+        if self._arrival is not None:
+            self._arrival.close()
+            self._arrival = None
         self.vm.close()
         self._close_console()
 

@@ -15,17 +15,17 @@ class Memory:
     """
 
     def __init__(self, size: int, file: tuple[int, int] | None = None) -> None:
-        self._memory: Any = ffi.new("struct pyhv_memory *")
+        self.handle: Any = ffi.new("struct pyhv_memory *")
         error = new_error()
         if file is None:
-            check(lib.pyhv_memory_create(self._memory, size, error), error)
+            check(lib.pyhv_memory_create(self.handle, size, error), error)
         else:
-            check(lib.pyhv_memory_map_file(self._memory, *file, size, error), error)
+            check(lib.pyhv_memory_map_file(self.handle, *file, size, error), error)
         self.size = size
-        self.fd: int = self._memory.fd
-        self.offset: int = self._memory.offset
+        self.fd: int = self.handle.fd
+        self.offset: int = self.handle.offset
         self.of_a_file = file is not None
-        self.host: Any = self._memory.host
+        self.host: Any = self.handle.host
         """Where it is mapped in this process (uint8_t *)."""
 
     def read(self, offset: int, size: int) -> bytes:
@@ -41,4 +41,4 @@ class Memory:
 
     def close(self) -> None:
         """Unmaps it. No VM may use it any more; closing twice is allowed."""
-        lib.pyhv_memory_destroy(self._memory)
+        lib.pyhv_memory_destroy(self.handle)

@@ -152,6 +152,14 @@ class KvmVm:
         error = new_error()
         check(lib.pyhv_vm_map(self.handle, gpa, size, host, error), error)
 
+    def log_dirty(self, on: bool) -> None:
+        error = new_error()
+        check(lib.pyhv_vm_log_dirty(self.handle, on, error), error)
+
+    def take_dirty(self, bitmap: Any) -> None:
+        error = new_error()
+        check(lib.pyhv_vm_take_dirty(self.handle, bitmap, error), error)
+
     def create_vcpu(self, index: int) -> KvmVcpu:
         return KvmVcpu(self, index)
 

@@ -71,6 +71,14 @@ class AccelVm(Protocol):
     def create_vcpu(self, index: int) -> AccelVcpu:
         """The vCPU with APIC id `index`; index 0 boots, the others wait for INIT and SIPI. Raises HostError."""
 
+    def log_dirty(self, on: bool) -> None:
+        """Begins, or ends, to note which pages of its memory are written by the guest or on its behalf. Also while it
+        runs. Raises HostError."""
+
+    def take_dirty(self, bitmap: Any) -> None:
+        """ORs the pages written since log_dirty(True), or since the last call, into `bitmap` (uint64_t *): a bit a
+        page, in the order in which memory was mapped. Also while it runs. Raises HostError."""
+
     def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
         """The state of all its vCPUs, which stand, and of what they share. tables: what their CPUID answers. Raises
         HostError."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pyhv.accel.data import Regs, Sregs
+from pyhv.cpu.msrs import IA32_TSC
 
 
 class Events(NamedTuple):
@@ -131,3 +132,14 @@ class ProcessorsState(NamedTuple):
     """kvmclock in nanoseconds: the guest's monotonic time."""
     tsc_khz: int
     """Rate of the guest's time-stamp counter."""
+
+    def later(self, elapsed: int) -> ProcessorsState:
+        """The same after `elapsed` nanoseconds in which the guest stood and its clocks ran on."""
+        ticks = elapsed * self.tsc_khz // 1_000_000
+        vcpus = tuple(
+            vcpu._replace(msrs={**vcpu.msrs, IA32_TSC: vcpu.msrs[IA32_TSC] + ticks & (1 << 64) - 1})
+            if IA32_TSC in vcpu.msrs
+            else vcpu
+            for vcpu in self.vcpus
+        )
+        return self._replace(vcpus=vcpus, clock=self.clock + elapsed)

@@ -38,8 +38,8 @@ def main(arguments: list[str]) -> int:
     host = _this_host() if given.on is None else read_host(given.on)
     where = given.on or "this host"
     with file.open_snapshot(given.file) as snapshot:
-        reasons = file.reasons_against(snapshot, host, given.strict_tsc)
-        notes = file.notes_for(snapshot, host)
+        reasons = snapshot.needs.reasons_against(host, given.strict_tsc)
+        notes = snapshot.needs.notes(host)
     if given.json:
         output.print_json({"runs": not reasons, "reasons": [_as_json(r) for r in reasons], "notes": notes})
         return 1 if reasons else 0

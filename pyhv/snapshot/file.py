@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pyhv.cpu import compare, policy, profiles
-from pyhv.cpu.host import HostDescription
+from pyhv.cpu import policy
 from pyhv.cpu.table import CpuidTable
-from pyhv.errors import BadInput, Incompatible
+from pyhv.errors import BadInput
 from pyhv.snapshot.container import Ram, Reader, Writer
+from pyhv.state.needs import Needs
 from pyhv.state.records import (
     RECORDS,
     DeviceRecord,
@@ -29,6 +29,13 @@ class Snapshot(NamedTuple):
     state: MachineState
     tables: tuple[CpuidTable, ...]
     """The CPUID table of each vCPU."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the guest needs of a host."""
+        machine, numbers = self.state.machine, {number for vcpu in self.state.vcpus for number in vcpu.msrs}
+        khz = self.state.platform.tsc_khz
+        return Needs(machine.profile, machine.hides, self.tables, frozenset(numbers), khz)
 
     def close(self) -> None:
         self.reader.close()
@@ -82,41 +89,3 @@ def open_snapshot(path: str) -> Snapshot:
     except BaseException:
         reader.close()
         raise
-
-
-def reasons_against(snapshot: Snapshot, host: HostDescription, strict_tsc: bool = False) -> list[compare.Reason]:
-    """Every reason why the guest cannot go on on this host."""
-    return compare.problems(
-        snapshot.tables[0],
-        host,
-        msrs={number for vcpu in snapshot.state.vcpus for number in vcpu.msrs},
-        tsc_khz=snapshot.state.platform.tsc_khz,
-        strict_tsc=strict_tsc,
-    )
-
-
-def notes_for(snapshot: Snapshot, host: HostDescription) -> list[str]:
-    """What a user should know about the guest on this host though it is no reason against it."""
-    khz = snapshot.state.platform.tsc_khz
-    if not compare.tsc_differs(khz, host):
-        return []
-    rates = f"the guest's TSC will run at {host.tsc_khz} kHz instead of {khz}, which cannot be scaled here"
-    return [f"{rates}; kvmclock is right, a guest that counts TSC cycles is not"]
-
-
-def check_compatible(snapshot: Snapshot, host: HostDescription, strict_tsc: bool = False) -> None:
-    """Raises Incompatible with every reason against running the guest on this host."""
-    if reasons := reasons_against(snapshot, host, strict_tsc):
-        raise Incompatible(snapshot.reader.path, "cannot run on this host", reasons)
-
-
-def guest_cpu(snapshot: Snapshot, host: HostDescription) -> policy.GuestCpu:
-    """The processor that the guest saw, as it will see it here.
-
-    It hides something if its profile did, or if this host could show it more than it saw: then hiding must be proved.
-    """
-    table, machine = snapshot.tables[0], snapshot.state.machine
-    topology = policy.Topology(len(snapshot.tables))
-    visible = table.features()
-    hides = machine.hides or not policy.guest_table(host, profiles.load("host"), topology).visible <= visible
-    return policy.GuestCpu(machine.profile, topology, hides, table, visible, (), (), ())

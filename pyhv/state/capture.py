@@ -27,8 +27,9 @@ def capture(vm: Vm, machine: MachineRecord, host: HostDescription) -> MachineSta
     )
 
 
-def apply(vm: Vm, state: MachineState, where: str) -> None:
+def apply(vm: Vm, state: MachineState, where: str, elapsed: int = 0) -> None:
     """Puts the state into a VM that has the state's tables and memory and has never run. where: what errors call it.
+    elapsed: nanoseconds that have passed for the guest since its state was taken.
 
     Raises BadInput for a state that no VM can have, HostError for what the host refuses; the VM is then good for
     nothing but close().
@@ -38,7 +39,7 @@ def apply(vm: Vm, state: MachineState, where: str) -> None:
         raise BadInput(where, "has two states of one device")
     vm.devices.load(devices)
     try:
-        vm.apply(state.processors())
+        vm.apply(state.processors().later(elapsed))
     except (OverflowError, IndexError, TypeError) as error:
         # The codec knows types and ranges; that a field of the C engine is narrower still shows here.
         raise BadInput(where, f"holds a state that no VM can have: {error}") from None

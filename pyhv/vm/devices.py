@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 from pyhv._native import check, ffi, lib, new_error, to_exception
@@ -56,13 +57,19 @@ class Devices:
             states[name] = bytes(ffi.buffer(buffer, size))
         return states
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._devices)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises BadInput unless these are the names of the devices."""
+        if set(names) != self._devices.keys():
+            raise BadInput("devices", f"the state has {', '.join(sorted(names))}; this VM has {', '.join(self.names)}")
+
     def load(self, states: dict[str, bytes]) -> None:
         """Puts the states back; they need not be trusted. Raises BadInput for a device that is missing, unknown or
         refuses its state."""
-        if states.keys() != self._devices.keys():
-            raise BadInput(
-                "devices", f"the state has {', '.join(sorted(states))}; this VM has {', '.join(self._devices)}"
-            )
+        self.check(states)
         error = new_error()
         for name, device in self._devices.items():
             if lib.pyhv_device_load(device, states[name], len(states[name]), error) < 0:

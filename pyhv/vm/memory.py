@@ -26,6 +26,8 @@ class GuestMemory:
         self.size = size
         self.low_size = min(size, LOW_RAM_LIMIT)
         self.ram = Memory(size, file)
+        self.written: set[int] | None = None
+        """Numbers of the pages that the host has written, while somebody wants to know."""
         self.regions: list[tuple[int, int, int]] = [(0, self.low_size, 0)]
         """(gpa, bytes, offset in the backing memory) of each piece."""
         if size > self.low_size:
@@ -42,7 +44,11 @@ class GuestMemory:
     def write(self, gpa: int, data: bytes) -> None:
         """Puts `data` at `gpa`; every write to guest RAM from the host goes through here. Raises BadInput where
         that is not RAM, HostError where it has gone away."""
-        self.ram.write(self._offset(gpa, len(data)), data)
+        offset = self._offset(gpa, len(data))
+        self.ram.write(offset, data)
+        if self.written is not None and data:
+            first = offset // PAGE_SIZE
+            self.written.update(range(first, (offset + len(data) - 1) // PAGE_SIZE + 1))
 
     def is_cut_short(self) -> bool:
         """Whether somebody has shortened the file behind it, so that parts of it are gone."""

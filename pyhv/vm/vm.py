@@ -13,6 +13,7 @@ from pyhv.vm.memory import GuestMemory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyhv._native.link import PageSet
     from pyhv.accel.protocol import Accelerator, AccelVcpu, AccelVm
     from pyhv.accel.state import ProcessorsState
     from pyhv.cpu.table import CpuidTable
@@ -63,6 +64,8 @@ class Vm:
         self.memory = memory
         self.devices = devices
         self.tables = tuple(tables)
+        self.irqchip = irqchip
+        self.pit = irqchip and pit
         self.vcpus: list[AccelVcpu] = []
         self.stopped: Stopped | None = None
         self._trap = trap
@@ -74,6 +77,8 @@ class Vm:
         self._pausing = False
         self._interrupted = False
         self._failure: BaseException | None = None
+        self.entered: int | None = None
+        """CLOCK_MONOTONIC in ns when the first vCPU was about to be entered for the first time."""
         try:
             self._vm = accelerator.create_vm(devices.bus, irqchip, pit, quick)
             for gpa, size, offset in memory.regions:
@@ -105,6 +110,12 @@ class Vm:
             ]
             for thread in self._threads:
                 thread.start()
+
+    def wait_for_entry(self) -> int:
+        """Waits until the first vCPU of a VM that was started is entered; the CLOCK_MONOTONIC in ns of that."""
+        while self.entered is None:
+            time.sleep(0)
+        return self.entered
 
     def pause(self) -> None:
         """Stops every vCPU between two instructions and returns when all stand. No effect on a paused VM."""
@@ -145,6 +156,19 @@ class Vm:
         self.pause()
         return self.stopped
 
+    def log_dirty(self, on: bool) -> None:
+        """Begins, or ends, to note which pages of guest RAM are written, by the guest or the host. Raises HostError."""
+        assert self._vm is not None
+        self.memory.written = set() if on else None
+        self._vm.log_dirty(on)
+
+    def take_dirty(self, pages: PageSet) -> None:
+        """Adds the pages written since log_dirty(True), or since the last call, to `pages`. Raises HostError."""
+        assert self._vm is not None and self.memory.written is not None
+        by_host, self.memory.written = self.memory.written, set()
+        pages.update(by_host)
+        self._vm.take_dirty(pages.words)
+
     def capture(self) -> ProcessorsState:
         """The state of the processors of a paused VM. Raises HostError."""
         assert self._vm is not None and not self._threads
@@ -178,6 +202,8 @@ class Vm:
 
     def _run_vcpu(self, vcpu: AccelVcpu) -> None:
         try:
+            if self.entered is None:
+                self.entered = time.monotonic_ns()
             while True:
                 exit = vcpu.run()
                 if self._trap is not None and self._trap.on_record is not None:

@@ -207,16 +207,16 @@ def test_a_host_that_lacks_something_is_refused_with_every_reason(tmp_path: Path
     table = host.table
     lesser = table.replace({(1, 0): table.get(1)._replace(ecx=table.get(1).ecx & ~(1 << 13), edx=0x1F8BFBFF & ~1)})
     with file.open_snapshot(path) as snapshot:
-        file.check_compatible(snapshot, host)
+        snapshot.needs.check(host, path)
         with pytest.raises(pyhv.Incompatible) as refusal:
-            file.check_compatible(snapshot, host._replace(table=lesser))
+            snapshot.needs.check(host._replace(table=lesser), path)
         assert {"cx16", "fpu"} <= {getattr(reason, "name", "") for reason in refusal.value.reasons}
         assert "cx16" in str(refusal.value) and "\n" not in str(refusal.value)
         with pytest.raises(pyhv.Incompatible, match="does not have MSR"):
-            file.check_compatible(snapshot, host._replace(msrs=(1, 2, 3)))
+            snapshot.needs.check(host._replace(msrs=(1, 2, 3)), path)
         slower = host._replace(tsc_khz=host.tsc_khz // 2, tsc_scaling=False)
         with pytest.raises(pyhv.Incompatible, match="TSC"):
-            file.check_compatible(snapshot, slower, strict_tsc=True)
+            snapshot.needs.check(slower, path, strict_tsc=True)
     assert as_kvm_host(table).table.vendor == table.vendor
 
 

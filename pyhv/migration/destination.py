@@ -1,0 +1,212 @@
+"""The side of a migration that takes a VM.
+
+What comes in is taken for hostile: a message is looked at only where it is due, its size is bounded by the engine and
+its content by the codec, and nothing that the other side says makes this side allocate more than the guest's memory,
+which is checked against the host's before.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pyhv._native.link import Link, open_zstd
+from pyhv.errors import BadInput, HostError, Incompatible, PyhvError
+from pyhv.migration import protocol
+from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Type
+from pyhv.state import codec
+from pyhv.state.records import DeviceRecord, MachineState, PlatformRecord, VcpuRecord, WriterRecord
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyhv._native.memory import Memory
+    from pyhv.migration.transport import Channel
+
+# Until the source has said what it keeps to.
+_HEARTBEAT, _SILENCE = 0.2, 10.0
+
+# The limits that a source may set for both sides, in ms.
+_LEAST_MS, _MOST_MS = 10, 3_600_000
+
+# With the guest standing the source has so long for what is due, in silences, while it gives signs of life.
+_PATIENCE = 10
+
+# What a guest's state is made of; each may come so often.
+_MOST_RECORDS = {WriterRecord: 1, VcpuRecord: 254, PlatformRecord: 1, DeviceRecord: 32}
+_RECORD_BY_NAME = {codec.name_of(cls): cls for cls in _MOST_RECORDS}
+
+
+class Received(NamedTuple):
+    """A guest that has come as a whole."""
+
+    state: MachineState
+    elapsed: int
+    """Nanoseconds of real time since its clock was read."""
+
+
+class Destination:
+    """One migration to here, over an open channel: greet(), then accept() or refuse(), receive(), confirm(), and when
+    the VM runs, announce(). Close it in any case.
+
+    Every call raises HostError where the link breaks or what comes is no message, BadInput for what makes no sense or
+    where the source gives up. The VM must then be forgotten, except after confirm().
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._peer = channel.peer
+        self._channel = channel
+        self._link = Link(channel.in_fd, channel.out_fd, _HEARTBEAT, _SILENCE)
+        self._over = False  # the source knows
+        self._silence = _SILENCE
+
+    def greet(self) -> Hello:
+        """What is to come."""
+        hello = self._expect(Hello, _SILENCE)
+        if not (_LEAST_MS <= hello.heartbeat <= _MOST_MS and _LEAST_MS <= hello.silence <= _MOST_MS):
+            raise BadInput("message hello", f"has the time limits {hello.heartbeat} and {hello.silence} ms")
+        return hello
+
+    def refuse(self, reasons: list[str]) -> None:
+        """Tells why this host cannot run the guest."""
+        self._over = True
+        self._send(Answer(tuple(reasons), False))
+
+    def accept(self, hello: Hello, memory: Memory) -> None:
+        """The guest can run here: its pages go to `memory`, which is all zeros."""
+        self._link.expect_pages(memory)
+        self._silence = hello.silence / 1000
+        self._link.set_times(hello.heartbeat / 1000, self._silence)
+        zstd = False
+        if hello.zstd:
+            try:
+                open_zstd()
+                zstd = True
+            except HostError:
+                pass
+        self._send(Answer((), zstd))
+
+    def receive(self, hello: Hello, while_waiting: Callable[[], None] = lambda: None) -> Received:
+        """All of the guest. while_waiting: is called now and then, and may raise to give up."""
+        found: dict[type[tuple[Any, ...]], list[Any]] = {cls: [] for cls in _MOST_RECORDS}
+        count = 0
+        limit: float | None = None
+        while True:
+            message = self._link.receive(0.1)
+            while_waiting()
+            if message is None:
+                if limit is not None and time.monotonic() > limit:
+                    raise self._late("end")
+                continue
+            kind, payload = message
+            # With the first record the guest stands there: it is not to stand for ever.
+            limit = limit or time.monotonic() + self._silence * _PATIENCE
+            if kind == Type.RECORD:
+                self._add(found, payload)
+                count += 1
+                continue
+            end = self._take(End, kind, payload)
+            landing = self._link.landing
+            if (end.pages, end.zero_pages, end.records) != (landing.pages, landing.zero_pages, count):
+                sent = f"{end.pages} pages, {end.zero_pages} pages of zeros and {end.records} records were sent"
+                came = f"{landing.pages}, {landing.zero_pages} and {count} came"
+                raise BadInput("message end", f"{sent}, {came}")
+            elapsed = max(time.time_ns() - end.taken, 0)
+            return Received(self._join(found, hello), elapsed)
+
+    def _add(self, found: dict[type[tuple[Any, ...]], list[Any]], payload: bytes) -> None:
+        name, data = protocol.split_state(payload)
+        cls = _RECORD_BY_NAME.get(name)
+        if cls is None:
+            raise BadInput("message record", f"holds the unknown record {name!a}")
+        if len(found[cls]) == _MOST_RECORDS[cls]:
+            raise BadInput("message record", f"comes too often with the record {name}")
+        found[cls].append(codec.decode(cls, data, f"message record: {name}"))
+
+    def _join(self, found: dict[type[tuple[Any, ...]], list[Any]], hello: Hello) -> MachineState:
+        if len(found[PlatformRecord]) != 1 or len(found[WriterRecord]) != 1:
+            raise BadInput("message end", "came before the records platform and writer")
+        vcpus = tuple(found[VcpuRecord])
+        if tuple(vcpu.cpuid for vcpu in vcpus) != hello.tables:
+            raise BadInput("message record: vcpu", "is not of the processors that message hello announced")
+        return MachineState(
+            found[WriterRecord][0], hello.machine, vcpus, found[PlatformRecord][0], tuple(found[DeviceRecord])
+        )
+
+    def confirm(self, while_waiting: Callable[[], None] = lambda: None) -> None:
+        """All is in place: says so, and waits for the word. After it the VM is this side's."""
+        self._send(Ready())
+        self._expect(Commit, self._silence * _PATIENCE, while_waiting)
+        self._over = True
+
+    def announce(self, since: int) -> None:
+        """The VM runs, since that CLOCK_MONOTONIC in ns. Where that cannot be told any more it runs nevertheless."""
+        try:
+            self._send(Running(protocol.boot_id(), since))
+        except HostError:
+            pass
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the conversation, with a word about the error that made this side give up. Closing twice is allowed."""
+        broken = isinstance(error, HostError) and error.errnum in (errno.EPIPE, errno.ETIMEDOUT)
+        if error is not None and not self._over and not broken:
+            self._over = True
+            try:
+                text = str(error) if isinstance(error, PyhvError) else type(error).__name__
+                self._send(Cancel(text[:500]))
+            except HostError:
+                pass
+        self._link.close()
+        self._channel.close()
+
+    # ------------------------------------------------------------------------------------------------ messages
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        self._link.send(*protocol.encode(message))
+
+    def _expect(
+        self, cls: type[protocol.R], limit: float, while_waiting: Callable[[], None] = lambda: None
+    ) -> protocol.R:
+        deadline = time.monotonic() + limit
+        while True:
+            found = self._link.receive(min(max(deadline - time.monotonic(), 0), 0.1))
+            if found is not None:
+                return self._take(cls, *found)
+            while_waiting()
+            if time.monotonic() >= deadline:
+                raise self._late(protocol.name_of(cls))
+
+    def _take(self, cls: type[protocol.R], kind: int, payload: bytes) -> protocol.R:
+        if kind == Type.CANCEL:
+            self._over = True
+            reason = protocol.decode(Cancel, payload).reason
+            text = "".join(c if c.isprintable() else " " for c in reason[:500])
+            raise BadInput(f"migration from {self._peer}", f"the source gave it up: {text}")
+        if kind != protocol.type_of(cls):
+            problem = f"a message {protocol.title(kind)} came where {protocol.name_of(cls)} was due"
+            raise HostError(f"migration from {self._peer}", errno.EBADMSG, problem)
+        return protocol.decode(cls, payload)
+
+    def _late(self, what: str) -> HostError:
+        return HostError(f"migration from {self._peer}", errno.ETIMEDOUT, f"the message {what} did not come")
+
+
+def check_memory(size: int) -> None:
+    """Raises Incompatible where this host has not so much memory to give."""
+    available = 0
+    with open("/proc/meminfo", encoding="ascii") as meminfo:
+        for line in meminfo:
+            if line.startswith(("MemAvailable:", "SwapFree:")):
+                available += int(line.split()[1]) << 10
+    if size > available:
+        short = f"the guest has {size >> 20} MiB of memory, this host {available >> 20} MiB available"
+        raise Incompatible("the guest", "cannot be taken", [short])
+
+
+def name_is_ours(hello: Hello) -> bool:
+    """Whether the source runs on this very host, so that its name can be taken over from it."""
+    return bool(hello.name) and hello.host == protocol.boot_id() and hello.pid != os.getpid()

@@ -1,0 +1,250 @@
+"""The messages of a migration, in one table, and what they carry.
+
+A migration goes
+
+    source                          destination
+    hello                      ->                     what the guest is and needs
+                               <-   answer            no reasons: it can run here; else every one against it
+    pages ...                  ->                     rounds of pre-copy, the guest runs
+    pages ..., record ..., end ->                     the guest stands: what is left of its memory, and its state
+                               <-   ready             all has come and is in place
+    commit                     ->                     from here on the source never runs it again
+                               <-   running           the guest runs here
+
+Either side may say `cancel` with a reason instead of what is due, up to `commit`; then the source goes on running the
+guest and the destination forgets it. How messages are framed, checked and timed is in csrc/link.c.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import IntEnum
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pyhv import __version__
+from pyhv._native.link import MAX_MESSAGE
+from pyhv.cpu import msrs
+from pyhv.cpu.table import CpuidTable
+from pyhv.errors import BadInput
+from pyhv.state import codec
+from pyhv.state.codec import U32, U64, Length, record
+from pyhv.state.needs import Needs
+from pyhv.state.records import CpuidEntry, MachineRecord
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyhv.cpu.host import HostDescription
+    from pyhv.vm.vm import Vm
+
+R = TypeVar("R", bound=tuple[Any, ...])
+
+
+class Type(IntEnum):
+    """What kind of message it is; the first three are the engine's (csrc/pyhv.h)."""
+
+    HEARTBEAT = 1
+    PAGES = 2
+    PAGES_ZSTD = 3
+    HELLO = 16
+    ANSWER = 17
+    RECORD = 18
+    END = 19
+    READY = 20
+    COMMIT = 21
+    RUNNING = 22
+    CANCEL = 23
+
+
+@record("hello", 1)
+class Hello(NamedTuple):
+    """What the guest is and what it needs of a host. Its version is that of the protocol."""
+
+    pyhv: str
+    """The source's version, for people."""
+    name: Annotated[str, Length(0, 64)]
+    """The VM's name, which travels with it; "" without one."""
+    host: str
+    """The source's boot id (random(4)): on the same one the two sides have the same CLOCK_MONOTONIC."""
+    pid: U32
+    """The source's process: on the same host, the destination takes the name over from it."""
+    machine: MachineRecord
+    tables: Annotated[tuple[Annotated[tuple[CpuidEntry, ...], Length(1, 256)], ...], Length(1, 254)]
+    """The CPUID table of each vCPU."""
+    msrs: Annotated[tuple[U32, ...], Length(0, 512)]
+    """The MSRs in the vCPUs' state."""
+    tsc_khz: U32
+    strict_tsc: bool
+    irqchip: bool
+    pit: bool
+    devices: Annotated[tuple[str, ...], Length(0, 32)]
+    zstd: bool
+    """Whether the source would compress pages."""
+    heartbeat: U32
+    """Both sides give a sign of life after so many milliseconds."""
+    silence: U32
+    """After so many milliseconds without one the link is broken."""
+
+    def needs(self) -> Needs:
+        """What the guest needs of a host. Raises BadInput for CPUID tables that make no sense."""
+        tables = tuple(CpuidTable.from_entries(entries) for entries in self.tables)
+        return Needs(self.machine.profile, self.machine.hides, tables, frozenset(self.msrs), self.tsc_khz)
+
+
+def hello(vm: Vm, machine: MachineRecord, host: HostDescription, heartbeat: float, silence: float) -> Hello:
+    """What a VM says about itself; name, strict_tsc and zstd are the caller's to fill in. Times in seconds."""
+    granted = {number for table in vm.tables for number in msrs.granted(table)}
+    return Hello(
+        pyhv=__version__,
+        name="",
+        host=boot_id(),
+        pid=os.getpid(),
+        machine=machine,
+        tables=tuple(tuple(table.as_entries()) for table in vm.tables),
+        msrs=tuple(sorted(granted.difference(msrs.missing(granted, host.msrs)))),
+        tsc_khz=vm.vcpus[0].read_tsc_khz(),
+        strict_tsc=False,
+        irqchip=vm.irqchip,
+        pit=vm.pit,
+        devices=vm.devices.names,
+        zstd=False,
+        heartbeat=round(heartbeat * 1000),
+        silence=round(silence * 1000),
+    )
+
+
+@record("answer", 1)
+class Answer(NamedTuple):
+    """Whether the destination takes the guest."""
+
+    reasons: tuple[str, ...]
+    """Every reason why not."""
+    zstd: bool
+    """Whether it can decompress pages."""
+
+
+@record("end", 1)
+class End(NamedTuple):
+    """All was sent. What must have come by now, and when the state was taken."""
+
+    pages: U64
+    """How often a page with content was sent."""
+    zero_pages: U64
+    records: U32
+    taken: U64
+    """CLOCK_REALTIME in ns when the guest's clock was read: the destination adds what has passed since."""
+
+
+@record("ready", 1)
+class Ready(NamedTuple):
+    """The destination has it all, checked and in place, and waits for the word."""
+
+
+@record("commit", 1)
+class Commit(NamedTuple):
+    """The source has recorded that it will not run the guest again."""
+
+
+@record("running", 1)
+class Running(NamedTuple):
+    """The guest runs."""
+
+    host: str
+    """The destination's boot id."""
+    since: U64
+    """Its CLOCK_MONOTONIC in ns when the first vCPU was entered."""
+
+
+@record("cancel", 1)
+class Cancel(NamedTuple):
+    """The sender gives the migration up."""
+
+    reason: str
+
+
+class Kind(NamedTuple):
+    """One kind of message: who may send it, and what it carries."""
+
+    number: Type
+    sender: str
+    """ "source", "destination" or "both"."""
+    carries: type[tuple[Any, ...]] | None
+    """Its record; None where the engine makes it, or where it is one of the state's records."""
+
+
+KINDS = (
+    Kind(Type.HEARTBEAT, "both", None),
+    Kind(Type.PAGES, "source", None),
+    Kind(Type.PAGES_ZSTD, "source", None),
+    Kind(Type.HELLO, "source", Hello),
+    Kind(Type.ANSWER, "destination", Answer),
+    Kind(Type.RECORD, "source", None),
+    Kind(Type.END, "source", End),
+    Kind(Type.READY, "destination", Ready),
+    Kind(Type.COMMIT, "source", Commit),
+    Kind(Type.RUNNING, "destination", Running),
+    Kind(Type.CANCEL, "both", Cancel),
+)
+
+_BY_TYPE = {kind.number: kind for kind in KINDS}
+_BY_RECORD = {kind.carries: kind for kind in KINDS if kind.carries is not None}
+
+# A record of the state on the wire: 16 bytes of its name, padded with zeros, then the record's own bytes.
+_NAME_BYTES = 16
+
+
+def encode(message: tuple[Any, ...]) -> tuple[int, bytes]:
+    """Type and payload of a message that carries a record of its own. Raises BadInput for one that is too large."""
+    kind = _BY_RECORD[type(message)]
+    return kind.number, _checked_size(codec.encode(message), kind.number)
+
+
+def encode_state(message: tuple[Any, ...]) -> tuple[int, bytes]:
+    """Type and payload of a RECORD message."""
+    name = codec.name_of(type(message)).encode().ljust(_NAME_BYTES, b"\0")
+    return Type.RECORD, _checked_size(name + codec.encode(message), Type.RECORD)
+
+
+def _checked_size(payload: bytes, kind: Type) -> bytes:
+    if len(payload) > MAX_MESSAGE:
+        raise BadInput(f"message {kind.name.lower()}", f"has {len(payload)} bytes, at most {MAX_MESSAGE} are possible")
+    return payload
+
+
+def decode(cls: type[R], payload: bytes) -> R:
+    """What a message carries, from bytes that need not be trusted. Raises BadInput."""
+    return codec.decode(cls, payload, f"message {_BY_RECORD[cls].number.name.lower()}")
+
+
+def split_state(payload: bytes) -> tuple[str, bytes]:
+    """The record's name and bytes in a RECORD message."""
+    return payload[:_NAME_BYTES].rstrip(b"\0").decode("ascii", "replace"), payload[_NAME_BYTES:]
+
+
+def type_of(cls: type[tuple[Any, ...]]) -> Type:
+    """The type of the message that carries this record."""
+    return _BY_RECORD[cls].number
+
+
+def name_of(cls: type[tuple[Any, ...]]) -> str:
+    """What people call that message."""
+    return type_of(cls).name.lower()
+
+
+def title(number: int) -> str:
+    """What people call a message of this type."""
+    try:
+        return Type(number).name.lower()
+    except ValueError:
+        return f"of the unknown type {number}"
+
+
+def sender_of(number: int) -> str:
+    """Who may send a message of this type; "" for one that there is not."""
+    kind = _BY_TYPE.get(number)  # type: ignore[call-overload]
+    return kind.sender if kind else ""
+
+
+def boot_id() -> str:
+    """What tells this boot of this host from all others (random(4), /proc/sys/kernel/random/boot_id)."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()

@@ -1,0 +1,360 @@
+"""The side of a migration that has the VM, and gives it away."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pyhv._native.link import PAGE_SIZE, Link, PageSet
+from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible
+from pyhv.migration import protocol
+from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Type
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyhv.migration.transport import Channel
+    from pyhv.state.records import MachineState
+    from pyhv.vm.vm import Vm
+
+# A piece of work between two looks at the clock, at what the other side says, and at who waits for progress; seconds.
+_SLICE_MS = 50
+
+# The rate is not known before something was sent; bytes a second, that of a slow network.
+_FIRST_RATE = 100e6
+
+# What a hand-over takes besides sending pages: stopping the vCPUs, their state, one message there and two back.
+_FIXED_DOWNTIME = 0.002
+
+# The destination has so long, in silences, to say what is due while it gives signs of life.
+_PATIENCE = 10
+
+
+class Limits(NamedTuple):
+    """How a migration is to be done. Times in seconds."""
+
+    downtime: float = 0.05
+    """The guest stands for about so long: pre-copy goes on until what is left can be sent in this time."""
+    bandwidth: float = 0.0
+    """Bytes a second while the guest runs; 0: no limit."""
+    timeout: float = 0.0
+    """After so long pre-copy has not come to its end; 0: no limit."""
+    rounds: int = 30
+    """After so many rounds neither."""
+    on_timeout: str = "cancel"
+    """What happens then: "cancel", or "stop": the guest stands however long the rest takes."""
+    least_rounds: int = 1
+    """At least so many rounds of pre-copy, even if what is left is little."""
+    compress: bool = False
+    """Whether pages are compressed by zstd."""
+    heartbeat: float = 0.2
+    """Both sides give a sign of life after so long."""
+    silence: float = 1.0
+    """After so long without one the link is broken."""
+
+
+# zstd's quickest level that is no negative one: what takes longer costs more time than the link does.
+_ZSTD_LEVEL = 1
+
+
+class Progress(NamedTuple):
+    """How far pre-copy is."""
+
+    round: int
+    """From 1 on; 0 is the hand-over."""
+    left: int
+    """Bytes of memory left in this round."""
+    total: int
+    """Bytes that the round began with."""
+    sent: int
+    """Bytes on the wire so far."""
+    rate: float
+    """Bytes of memory a second."""
+    dirty_rate: float
+    """Bytes of memory that the guest writes a second, in pages; 0 before it is known."""
+    downtime: float
+    """How long the guest would stand if pre-copy ended with what is left, in seconds."""
+
+
+class Summary(NamedTuple):
+    """How a migration went. Times in seconds."""
+
+    total_time: float
+    downtime: float
+    """From the last instruction here to the first there. Where the two sides have no clock in common, to when the news
+    of it came, which is longer."""
+    one_clock: bool
+    rounds: int
+    pages: int
+    """How often a page was sent."""
+    zero_pages: int
+    """How often a page was sent that has only zeros, as such."""
+    bytes: int
+    """All that was sent."""
+    rate: float
+    """Bytes of memory a second, while they were sent."""
+
+
+class Outgoing(NamedTuple):
+    """What a source needs to know of a machine."""
+
+    vm: Vm
+    hello: Hello
+    capture: Callable[[], MachineState]
+    """Takes the state of the paused VM."""
+    commit: Callable[[], None]
+    """Records that the VM is not to run here again."""
+
+
+class Source:
+    """One migration of a running VM, over an open channel.
+
+    progress: is called now and then, and may raise to give the migration up.
+    """
+
+    def __init__(
+        self,
+        outgoing: Outgoing,
+        channel: Channel,
+        limits: Limits,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self._out = outgoing
+        self._vm = outgoing.vm
+        self._peer = channel.peer
+        self._limits = limits
+        self._progress = progress or (lambda progress: None)
+        # The handshake takes the other side longer than a silence: it makes a VM. Until then nothing stands still.
+        self._link = Link(channel.in_fd, channel.out_fd, limits.heartbeat, limits.silence * _PATIENCE)
+        self._round = 0
+        self._rate = _FIRST_RATE
+        self._dirty_rate = 0.0
+        self._sent_bytes = 0  # of memory
+        self._sending_time = 0.0
+        self._committed = False
+
+    def run(self) -> Summary:
+        """Does it all; afterwards the VM stands and belongs to the other side.
+
+        Raises Incompatible or BadInput where the other side does not take the VM, HostError where something broke,
+        BadInput if pre-copy did not come to its end: then the VM goes on running here. Raises HandoverUnknown where
+        nobody knows whether the VM runs there: then it stands here.
+        """
+        begin = time.monotonic()
+        try:
+            try:
+                self._handshake()
+                stopped = self._copy()
+                running = self._hand_over()
+            except BaseException as error:
+                if not self._committed:
+                    self._resume(error)
+                raise
+            one_clock = running.host == self._out.hello.host
+            end = running.since if one_clock else time.monotonic_ns()
+            counts = self._sending
+            return Summary(
+                total_time=time.monotonic() - begin,
+                downtime=(end - stopped) / 1e9,
+                one_clock=one_clock,
+                rounds=self._round,
+                pages=counts.pages,
+                zero_pages=counts.zero_pages,
+                bytes=self._link.counters()[0],
+                rate=self._rate,
+            )
+        finally:
+            self._link.close()
+
+    def _resume(self, error: BaseException) -> None:
+        """Lets the VM run on, first of all; then tells the other side."""
+        self._vm.start()
+        self._vm.log_dirty(False)
+        broken = isinstance(error, HostError) and error.errnum in (errno.EPIPE, errno.ETIMEDOUT, errno.EBADMSG)
+        if not broken and not isinstance(error, _Refused):
+            try:
+                self._send(Cancel(_one_line(error)))
+            except HostError:
+                pass
+
+    # -------------------------------------------------------------------------------------------- conversation
+
+    def _handshake(self) -> None:
+        self._send(self._out.hello)
+        answer = self._expect(Answer)
+        if answer.reasons:
+            raise _Refused(self._peer, "does not take this guest", answer.reasons)
+        if self._limits.compress and not answer.zstd:
+            raise BadInput(self._peer, "has no zstd library", "install libzstd there, or migrate without --compress")
+        self._link.set_times(self._limits.heartbeat, self._limits.silence)
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        self._link.send(*protocol.encode(message))
+
+    def _expect(self, cls: type[protocol.R], limit: float | None = None) -> protocol.R:
+        """The next message, which must be this one. Raises what a cancel or silence means."""
+        limit = self._limits.silence * _PATIENCE if limit is None else limit
+        deadline = time.monotonic() + limit
+        while True:
+            found = self._link.receive(min(max(deadline - time.monotonic(), 0), 0.1))
+            if found is not None:
+                return self._take(cls, *found)
+            if time.monotonic() >= deadline:
+                wanted = protocol.name_of(cls)
+                raise HostError(f"migration to {self._peer}", errno.ETIMEDOUT, f"no {wanted} within {limit:g} seconds")
+            if not self._committed:
+                self._check_guest()
+
+    def _take(self, cls: type[protocol.R] | None, kind: int, payload: bytes) -> protocol.R:
+        wanted = protocol.name_of(cls) if cls else "nothing"
+        if kind == Type.CANCEL:
+            cancel = protocol.decode(Cancel, payload)
+            raise _Refused(self._peer, "gave the migration up", (_shown(cancel.reason),))
+        if cls is None or kind != protocol.type_of(cls):
+            problem = f"a message {protocol.title(kind)} came where {wanted} was due"
+            raise HostError(f"migration to {self._peer}", errno.EBADMSG, problem)
+        return protocol.decode(cls, payload)
+
+    def _check_guest(self) -> None:
+        if self._vm.stopped is not None:
+            raise BadInput("the guest", "came to its end during the migration")
+
+    # ---------------------------------------------------------------------------------------------- pre-copy
+
+    def _copy(self) -> int:
+        """Sends the memory in rounds until the rest fits into the downtime, stops the VM and sends the rest. Returns
+        the CLOCK_MONOTONIC in ns of its last instruction."""
+        vm, limits = self._vm, self._limits
+        ram = vm.memory.ram
+        pages = PageSet(vm.memory.size)
+        # First the log, then the look at what is there: a page that is written in between is in both.
+        vm.log_dirty(True)
+        pages.add_content(ram)
+        self._sending = self._link.sending(ram, pages, _ZSTD_LEVEL if limits.compress else 0)
+        begin = time.monotonic()
+        while True:
+            self._round += 1
+            since = time.monotonic()
+            self._send_round(pages, begin)
+            vm.take_dirty(pages)
+            left = len(pages) * PAGE_SIZE
+            self._dirty_rate = left / max(time.monotonic() - since, 1e-6)
+            self._check_guest()
+            if self._downtime(left) <= limits.downtime and self._round >= limits.least_rounds:
+                break
+            if self._is_late(begin) or self._round >= max(limits.rounds, limits.least_rounds):
+                if limits.on_timeout == "stop":
+                    break
+                raise self._no_end(left)
+        stopped = time.monotonic_ns()
+        vm.pause()
+        self._check_guest()
+        vm.take_dirty(pages)
+        self._tell(0, len(pages) * PAGE_SIZE)
+        self._send_all(pages)
+        return stopped
+
+    def _no_end(self, left: int) -> BadInput:
+        rates = f"it writes {self._dirty_rate / 1e6:.0f} MB/s, and {self._rate / 1e6:.0f} MB/s can be sent"
+        rest = f"{left >> 20} MiB are left, which would take {self._downtime(left) * 1e3:.0f} ms"
+        return BadInput(
+            "the guest",
+            f"writes its memory too fast to be migrated: after {self._round} rounds {rest}; {rates}",
+            "allow more --downtime, or say --on-timeout stop",
+        )
+
+    def _downtime(self, left: int) -> float:
+        return left / self._rate + _FIXED_DOWNTIME
+
+    def _is_late(self, begin: float) -> bool:
+        return self._limits.timeout > 0 and time.monotonic() - begin > self._limits.timeout
+
+    def _send_round(self, pages: PageSet, begin: float) -> None:
+        """Sends the pages, until the time for all of pre-copy is over."""
+        total = len(pages) * PAGE_SIZE
+        limits, sending = self._limits, self._sending
+        sending.next = 0
+        sending.max_ms = _SLICE_MS
+        sending.max_bytes = max(int(limits.bandwidth * _SLICE_MS / 1000), 1) if limits.bandwidth else 0
+        done = False
+        while not done and not self._is_late(begin):
+            since, sent = time.monotonic(), sending.bytes
+            done = self._send_some()
+            self._check_guest()
+            self._tell(total, len(pages) * PAGE_SIZE)
+            if limits.bandwidth:
+                self._rest(since + (sending.bytes - sent) / limits.bandwidth)
+
+    def _send_all(self, pages: PageSet) -> None:
+        """The rest, with the guest standing and without a limit."""
+        sending = self._sending
+        sending.next = sending.max_bytes = 0
+        sending.max_ms = _SLICE_MS
+        while not self._send_some():
+            self._tell(0, len(pages) * PAGE_SIZE)
+
+    def _send_some(self) -> bool:
+        """Sends pages up to a limit; whether all are sent. Takes what the other side says meanwhile."""
+        sending = self._sending
+        before, since = sending.pages + sending.zero_pages, time.monotonic()
+        done = self._link.send_pages(sending)
+        took = time.monotonic() - since
+        self._sent_bytes += (sending.pages + sending.zero_pages - before) * PAGE_SIZE
+        self._sending_time += took
+        # Not from a moment that the buffers of the link can swallow whole.
+        if self._sending_time > 0.001:
+            self._rate = max(self._sent_bytes / self._sending_time, 1.0)
+        found = self._link.receive(0)
+        if found is not None:
+            self._take(None, *found)
+        return done
+
+    def _rest(self, until: float) -> None:
+        """Waits for the bandwidth limit, and listens."""
+        while (left := until - time.monotonic()) > 0:
+            found = self._link.receive(min(left, 0.1))
+            if found is not None:
+                self._take(None, *found)
+
+    def _tell(self, total: int, left: int) -> None:
+        counters = self._link.counters()
+        round = 0 if total == 0 else self._round
+        self._progress(
+            Progress(round, left, total, counters[0], self._rate, self._dirty_rate, self._downtime(left))
+        )
+
+    # ---------------------------------------------------------------------------------------------- hand-over
+
+    def _hand_over(self) -> Running:
+        """Sends the state of the VM, which stands, and gives it away."""
+        taken = time.time_ns()
+        state = self._out.capture()
+        records = [state.writer, *state.vcpus, state.platform, *state.devices]
+        for record in records:
+            self._link.send(*protocol.encode_state(record))
+        self._send(End(self._sending.pages, self._sending.zero_pages, len(records), taken))
+        self._expect(Ready)
+        self._committed = True
+        self._out.commit()
+        try:
+            self._send(Commit())
+            return self._expect(Running)
+        except (HostError, BadInput) as error:
+            raise HandoverUnknown(self._peer, _one_line(error)) from None
+
+
+class _Refused(Incompatible):
+    """The other side said no; it need not be told that it is over."""
+
+
+def _one_line(error: BaseException) -> str:
+    return _shown(str(error) or type(error).__name__)
+
+
+def _shown(text: str) -> str:
+    """What the other side wrote: not longer than a person reads, and nothing that drives a terminal."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= 500 else text[:500] + "..."

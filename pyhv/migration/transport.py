@@ -1,0 +1,362 @@
+"""How two processes that migrate a VM reach each other. Each way ends in a Channel: two descriptors.
+
+unix:PATH               a socket in the file system, which only its user can connect to
+tcp://HOST:PORT         unprotected: to other addresses than loopback only with `insecure`
+tls://HOST:PORT         both sides show a certificate; a thread moves the bytes between TLS and a socketpair
+ssh://[USER@]HOST       runs `pyhv receive -` on the other side: who may log in there may migrate to there
+fd:IN,OUT               descriptors that this process has
+-                       its stdin and stdout (to receive)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import stat
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pyhv.errors import BadInput, HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import ssl
+    import subprocess
+
+SCHEMES = "unix:PATH, tcp://HOST:PORT, tls://HOST:PORT, ssh://[USER@]HOST or fd:IN,OUT"
+
+# Both ends of a connection may have so much on its way; the kernel takes less where net.core.wmem_max is smaller.
+_BUFFER = 4 << 20
+
+# ssh's user and host, and nothing that could be taken for an option.
+_SSH_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_@:[]%")
+
+
+class Address(NamedTuple):
+    """Where the other side is."""
+
+    scheme: str
+    """ "unix", "tcp", "tls", "ssh", "fd"."""
+    text: str
+    """As the user wrote it."""
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    fds: tuple[int, int] = (-1, -1)
+
+
+class Tls(NamedTuple):
+    """The files that prove who one is, all in PEM: one's certificate, its key, and the authority that the other side's
+    certificate must come from."""
+
+    certificate: str
+    key: str
+    authority: str
+
+
+class Channel:
+    """A connection: in_fd and out_fd may be the same. A context manager; close() closes it."""
+
+    def __init__(self, in_fd: int, out_fd: int, peer: str, on_close: Callable[[], None] = lambda: None) -> None:
+        self.in_fd = in_fd
+        self.out_fd = out_fd
+        self.peer = peer
+        """What people call the other side."""
+        self._on_close: Callable[[], None] | None = on_close
+
+    def close(self) -> None:
+        """Closing twice is allowed."""
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close()
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def parse(uri: str, insecure: bool = False) -> Address:
+    """What a URI names. Raises BadInput."""
+    advice = f"name {SCHEMES}"
+    scheme, colon, rest = uri.partition(":")
+    if uri == "-":
+        return Address("fd", uri, fds=(0, 1))
+    if not colon:
+        raise BadInput(uri, "is no URI", advice)
+    if scheme == "unix":
+        if not rest:
+            raise BadInput(uri, "has no path", advice)
+        if len(os.fsencode(rest)) > 107:  # sockaddr_un (unix(7))
+            raise BadInput(uri, "is too long: a socket's path has at most 107 bytes", "take a shorter path")
+        return Address("unix", uri, path=rest)
+    if scheme == "fd":
+        return Address("fd", uri, fds=_parse_fds(uri, rest, advice))
+    if scheme not in ("tcp", "tls", "ssh") or not rest.startswith("//"):
+        raise BadInput(uri, "is of no kind that pyhv knows", advice)
+    rest = rest[2:]
+    if scheme == "ssh":
+        if not rest or rest.startswith("-") or not _SSH_NAME.issuperset(rest):
+            raise BadInput(uri, "has no host that ssh could take", "write ssh://[USER@]HOST")
+        return Address("ssh", uri, host=rest)
+    host, _, port = rest.rpartition(":")
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not host or not (port.isascii() and port.isdigit() and int(port[:6]) <= 65535):
+        raise BadInput(uri, "has no host and port", f"write {scheme}://HOST:PORT")
+    if scheme == "tcp" and not insecure and not _is_loopback(host):
+        problem = "would send a VM's memory unprotected, and take anybody's"
+        raise BadInput(uri, problem, "use tls:// or ssh://, or say --insecure")
+    return Address(scheme, uri, host, int(port))
+
+
+def _parse_fds(uri: str, text: str, advice: str) -> tuple[int, int]:
+    numbers = text.split(",")
+    if len(numbers) == 1:
+        numbers *= 2
+    if len(numbers) != 2 or not all(n.isascii() and n.isdigit() and len(n) < 8 for n in numbers):
+        raise BadInput(uri, "names no descriptors", advice)
+    fds = int(numbers[0]), int(numbers[1])
+    for fd in fds:
+        try:
+            mode = os.fstat(fd).st_mode
+        except OSError:
+            raise BadInput(uri, f"descriptor {fd} is not open", "give one that this process has") from None
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            raise BadInput(uri, f"descriptor {fd} is a file", "name a socket, pipe or tty; to a file goes pyhv save")
+    return fds
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def connect(address: Address, tls: Tls | None = None, timeout: float = 10.0) -> Channel:
+    """Reaches the side that receives, within `timeout` seconds. Raises BadInput where it cannot be there, HostError."""
+    match address.scheme:
+        case "fd":
+            return Channel(*address.fds, address.text)
+        case "ssh":
+            return _run_ssh(address)
+        case _:
+            sock = _connect(address, timeout)
+    if address.scheme == "tls":
+        return _wrap_tls(sock, _context(address, tls, server=False), address, timeout, server=False)
+    return _of_socket(sock, address.text)
+
+
+def _connect(address: Address, timeout: float) -> socket.socket:
+    advice = "is pyhv receive running there?"
+    try:
+        if address.scheme == "unix":
+            sock = socket.socket(socket.AF_UNIX)
+            try:
+                sock.settimeout(timeout)
+                sock.connect(address.path)
+            except BaseException:
+                sock.close()
+                raise
+        else:
+            sock = socket.create_connection((address.host, address.port), timeout)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError as error:
+        nobody = (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTSOCK)
+        missing = error.errno in nobody or isinstance(error, socket.gaierror)
+        reason = error.strerror or "it did not answer"
+        if missing:
+            raise BadInput(address.text, f"cannot be reached: {reason}", advice) from None
+        raise HostError(f"connect to {address.text}", error.errno or errno.ETIMEDOUT, "", advice) from None
+    return sock
+
+
+class Listener:
+    """Waits for the one side that sends. A context manager; close() closes it, and removes the socket that it made.
+
+    Raises BadInput for an address that cannot be listened at.
+    """
+
+    def __init__(self, address: Address, tls: Tls | None = None) -> None:
+        self.address = address
+        self._socket: socket.socket | None = None
+        self._made: os.stat_result | None = None
+        self._context = _context(address, tls, server=True) if address.scheme == "tls" else None
+        if address.scheme == "ssh":
+            raise BadInput(address.text, "cannot be listened at", "the source runs pyhv receive - here by itself")
+        if address.scheme == "fd":
+            return
+        try:
+            self._listen()
+        except OSError as error:
+            self.close()
+            reason = error.strerror or str(error)
+            raise BadInput(address.text, f"cannot be listened at: {reason}", "choose another address") from None
+
+    def _listen(self) -> None:
+        if self.address.scheme == "unix":
+            self._socket = socket.socket(socket.AF_UNIX)
+            _remove_stale(self.address.path)
+            os.fchmod(self._socket.fileno(), 0o600)  # before bind: the file never has another mode
+            self._socket.bind(self.address.path)
+            self._made = os.stat(self.address.path)
+            self._socket.listen(1)
+        else:
+            found = socket.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)[0]
+            self._socket = socket.socket(found[0])
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind(found[4])
+            self._socket.listen(1)
+
+    @property
+    def where(self) -> str:
+        """The URI to migrate to: with the port that was chosen where it was 0."""
+        if self._socket is None or self.address.scheme == "unix" or self.address.port:
+            return self.address.text
+        return self.address.text.rpartition(":")[0] + f":{self._socket.getsockname()[1]}"
+
+    def fileno(self) -> int:
+        """Readable when somebody has come."""
+        return self.address.fds[0] if self._socket is None else self._socket.fileno()
+
+    def accept(self, timeout: float | None = None) -> Channel | None:
+        """The connection; None when nobody has come within `timeout` seconds. Raises HostError, BadInput for a side
+        that has not the right certificate."""
+        if self._socket is None:
+            return Channel(*self.address.fds, self.address.text)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            if not poll.poll(None if left is None else left * 1000):
+                return None
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                sock, peer = self._socket.accept()
+                break
+        if self.address.scheme != "unix":
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        name = f"{peer[0]}:{peer[1]}" if peer else self.address.text
+        if self._context is None:
+            return _of_socket(sock, name)
+        return _wrap_tls(sock, self._context, self.address, 10.0, server=True)
+
+    def close(self) -> None:
+        """Closing twice is allowed."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._made is not None:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(self.address.path), self._made):
+                    os.unlink(self.address.path)
+            self._made = None
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _remove_stale(path: str) -> None:
+    """Removes a socket that nobody listens at any more."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return
+    except OSError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except OSError:
+            pass
+
+
+def _of_socket(sock: socket.socket, peer: str) -> Channel:
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+    return Channel(sock.fileno(), sock.fileno(), peer, sock.close)
+
+
+# --------------------------------------------------------------------------------------------------------- ssh
+
+
+def _run_ssh(address: Address) -> Channel:
+    """ssh, with `pyhv receive -` at its other end; its complaints go to our stderr."""
+    import subprocess
+
+    # A socketpair, not pipes: it holds more than 64 KiB on the way.
+    ours, theirs = socket.socketpair()
+    command = os.environ.get("PYHV_SSH", "ssh").split()
+    try:
+        with theirs:
+            remote = "exec " + os.environ.get("PYHV_REMOTE", "pyhv") + " receive -"
+            process = subprocess.Popen([*command, address.host, remote], stdin=theirs.fileno(), stdout=theirs.fileno())
+    except OSError as error:
+        ours.close()
+        raise BadInput(command[0], f"cannot be run: {error.strerror}", "install an ssh client") from None
+    return Channel(ours.fileno(), ours.fileno(), address.text, lambda: _end_ssh(ours, process))
+
+
+def _end_ssh(ours: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    import subprocess
+
+    ours.close()
+    try:
+        process.wait(5.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+# --------------------------------------------------------------------------------------------------------- TLS
+
+
+def _context(address: Address, tls: Tls | None, server: bool) -> ssl.SSLContext:
+    import ssl
+
+    if tls is None:
+        raise BadInput(address.text, "needs certificates", "give --tls-cert, --tls-key and --tls-ca")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_verify_locations(tls.authority)
+        context.load_cert_chain(tls.certificate, tls.key)
+    except OSError as error:  # SSLError is one
+        files, problem = f"{tls.certificate}, {tls.key}, {tls.authority}", f"cannot be used: {error.strerror or error}"
+        raise BadInput(files, problem, "give PEM files that belong together") from None
+    return context
+
+
+def _wrap_tls(
+    sock: socket.socket, context: ssl.SSLContext, address: Address, timeout: float, server: bool
+) -> Channel:
+    import ssl
+
+    sock.settimeout(timeout)
+    try:
+        wrapped = context.wrap_socket(sock, server_side=server, server_hostname=None if server else address.host)
+    except ssl.SSLError as error:
+        sock.close()
+        reason = getattr(error, "verify_message", "") or error.reason or str(error)
+        problem = f"the two sides do not trust each other: {reason}"
+        raise BadInput(address.text, problem, "check the certificates") from None
+    except OSError as error:
+        sock.close()
+        raise HostError(f"TLS with {address.text}", error.errno or errno.ETIMEDOUT) from None
+    from pyhv.migration.tls import Pump
+
+    pump = Pump(wrapped)
+    return Channel(pump.fd, pump.fd, address.text, pump.close)

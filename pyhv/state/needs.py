@@ -1,0 +1,58 @@
+"""What a guest needs of a host that it is to go on on, and whether a host has it: the same question for a snapshot and
+for a migration, asked before anything is touched."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from pyhv.cpu import compare, policy, profiles
+from pyhv.cpu.host import HostDescription
+from pyhv.cpu.table import CpuidTable
+from pyhv.errors import Incompatible
+
+
+class Needs(NamedTuple):
+    """What a host is asked for."""
+
+    profile: str
+    hides: bool
+    """Whether the profile hides anything."""
+    tables: tuple[CpuidTable, ...]
+    """The CPUID table of each vCPU."""
+    msrs: frozenset[int]
+    """Numbers of the MSRs in the guest's state."""
+    tsc_khz: int
+
+    def reasons_against(self, host: HostDescription, strict_tsc: bool = False) -> list[compare.Reason]:
+        """Every reason why the guest cannot go on on this host."""
+        return compare.problems(self.tables[0], host, self.msrs, self.tsc_khz, strict_tsc)
+
+    def check(self, host: HostDescription, where: str, strict_tsc: bool = False) -> None:
+        """Raises Incompatible, about `where`, with every reason against running the guest on this host."""
+        if reasons := self.reasons_against(host, strict_tsc):
+            raise Incompatible(where, "cannot run on this host", reasons)
+
+    def notes(self, host: HostDescription) -> list[str]:
+        """What a user should know about the guest on this host though it is no reason against it."""
+        if not compare.tsc_differs(self.tsc_khz, host):
+            return []
+        rates = f"the guest's TSC will run at {host.tsc_khz} kHz instead of {self.tsc_khz}, which cannot be scaled here"
+        return [f"{rates}; kvmclock is right, a guest that counts TSC cycles is not"]
+
+    def guest_cpu(self, host: HostDescription) -> policy.GuestCpu:
+        """The processor that the guest saw, as it will see it here.
+
+        It hides something if its profile did, or if this host could show it more than it saw: then hiding must be
+        proved.
+        """
+        table, topology = self.tables[0], policy.Topology(len(self.tables))
+        visible = table.features()
+        hides = self.hides or not _shown_at_most(host.table, topology) <= visible
+        return policy.GuestCpu(self.profile, topology, hides, table, visible, (), (), ())
+
+
+@functools.lru_cache(maxsize=4)  # a quarter of the time that a restore takes, and always the same on one host
+def _shown_at_most(offered: CpuidTable, topology: policy.Topology) -> frozenset[str]:
+    """All the features that a host which offers this table can show a guest."""
+    return policy.guest_table(HostDescription(offered), profiles.load("host"), topology).visible
