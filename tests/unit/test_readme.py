@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pyhv import guests
+from pyhv.cli import COMMANDS
 from pyhv.outcome import CAUSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +23,16 @@ def test_the_table_of_exit_statuses_is_the_codes() -> None:
 def test_every_bundled_guest_is_named() -> None:
     for name in guests.names():
         assert f"`{name}`" in README
+
+
+def test_the_tour_shows_every_command_and_no_other() -> None:
+    shown = set(re.findall(r"pyhv ([a-z]+)\b", " ".join(re.findall(r"^\$ .*$|`[^`\n]+`", README, re.MULTILINE))))
+    assert shown == set(COMMANDS)
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists()
 
 
 def test_every_make_target_in_the_table_exists() -> None:
