@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ def main() -> int:
     if options.with_pykvm and "pykvm" not in names:
         names.append("pykvm")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by the way that removes files, of which some are large
     print(machine_line(), end="\n\n", flush=True)
     start, busy = time.monotonic(), busy_seconds()
     lines: list[tuple[str, ...]] = [_COLUMNS]

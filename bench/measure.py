@@ -94,6 +94,6 @@ class Row(NamedTuple):
     goal: Goal | None
     """None: reported only."""
     pairs: int
-    """How many pairs are taken by default: the whole table stays under a minute."""
+    """How many pairs are taken by default: the whole table stays under two minutes."""
     measure: Callable[[int], Pairs]
     """Takes that many pairs of samples in `unit`. Raises Skip."""

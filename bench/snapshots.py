@@ -163,10 +163,10 @@ class _Saved(NamedTuple):
     status: int
     """That byte."""
     content: list[tuple[int, bytes]]
-    """What the memory holds: (gpa, bytes) of all that is used; of each stretch that is not, a page."""
+    """What the memory holds, (gpa, bytes): all of a small one, of a large one all that is used and a page behind it."""
 
 
-_FIRST_PAGES = 2 * _MIB
+_CHECKED_WHOLE = 64 * _MIB
 # The processor marks the entries of page tables that it has used (SDM Vol. 3, "Accessed and Dirty Flags"): bits 5 and 6
 # of the entries in the start state's tables, 0x2000 to 0x7fff (guest_images/README.md).
 _TABLES = slice(0x2000, 0x8000)
@@ -185,8 +185,9 @@ def _save_guest(path: Path, size: int) -> _Saved:
         code = b"\x8a\x04\x25" + read_at.to_bytes(4, "little")  # mov al, [read_at]
         code += b"\xe6\xf4\xf4"  # out 0xf4, al; hlt
         memory.write(machine.vm.vcpus[0].get_regs().rip, code)
-        content = [(0, memory.read(0, _FIRST_PAGES))] + [(gpa, memory.read(gpa, _MIB)) for gpa in places]
-        content += [(gpa + _MIB, bytes(_PAGE)) for gpa in places[:-1] if gpa + _MIB not in places]
+        content = [(0, memory.read(0, min(size, _CHECKED_WHOLE)))]
+        if size > _CHECKED_WHOLE:
+            content += [(gpa, memory.read(gpa, _MIB + _PAGE)) for gpa in places if gpa >= _CHECKED_WHOLE]
         machine.save(str(path))
     return _Saved(str(path), status, content)
 
