@@ -310,6 +310,7 @@ class Machine:
         if not self.vm.running:
             raise BadInput("this VM", "does not run", "let it run first")
         limits = limits or source.Limits()
+        limits.check()
         record = self._record()
         host = self.choice.accelerator.describe()
         hello = protocol.hello(self.vm, record, host, limits.heartbeat, limits.silence)
@@ -449,7 +450,9 @@ class Machine:
         else:
             status = outcome.status_of(cause)
         message = registers = ""
-        if cause not in ("guest-exit", "power-off"):
+        if cause == "migrated":
+            message = f"migrated to {self.handed_over}"
+        elif cause not in ("guest-exit", "power-off"):
             from pyhv.vm import report
 
             message = report.message(self.choice.accelerator, self.vm, cause, stopped)

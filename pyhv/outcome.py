@@ -15,6 +15,7 @@ CAUSES: dict[str, tuple[int, str]] = {
     "reset": (0, "the guest reset itself; pyhv does not start it again"),
     "halted": (0, "all vCPUs halted with interrupts off: nothing can wake them"),
     "stopped": (0, "pyhv stop or pyhv save --stop ended it"),
+    "migrated": (0, "it was migrated: the guest runs on elsewhere, and its console and status with it"),
     "usage": (2, "bad input or usage: nothing was run"),
     "triple-fault": (121, "an exception in the guest that it had no handler for, three deep"),
     "not-executable": (122, "the accelerator cannot execute an instruction, or refuses the vCPU's state"),

@@ -29,6 +29,8 @@ COMMANDS = {
     "pause": "stop a running VM between two instructions",
     "resume": "let a paused VM run on",
     "save": "save a running VM to a file",
+    "migrate": "move a running VM to another host while it runs",
+    "receive": "wait for a VM that is migrated to here, and run it",
     "stop": "end a running VM",
     "restore": "let a saved VM go on",
     "inspect": "what is inside a snapshot",

@@ -12,7 +12,7 @@ import os
 import select
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 from pyhv import cli
@@ -22,7 +22,7 @@ from pyhv.cli.terminal import CHUNK, ENDING, Console, Signals
 from pyhv.control import names
 from pyhv.control.operations import Operations
 from pyhv.control.server import Server
-from pyhv.errors import BadInput, HostError
+from pyhv.errors import BadInput, HostError, PyhvError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,68 +41,91 @@ def run(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
     if given.detach and given.json:
         raise BadInput("--json", "cannot be combined with --detach", "pyhv status NAME --json tells about a running VM")
     if given.detach:
-        return _detach(given, make)
-    return _run(given, make, lambda: None)
+        return detach(lambda leave: run_as(given.name, given, make, leave), f"the VM {given.name}")
+    return run_as(given.name, given, make)
 
 
-def _detach(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
-    """Runs the machine in a process of its own, and returns once it runs; what goes wrong before that ends both
-    processes as it would have ended one."""
+def detach(
+    start: Callable[[Callable[[str], None]], int], what: str, keep: Sequence[int] = (), tell: bool = True
+) -> int:
+    """Runs a machine in a process of its own, and returns once it runs; what goes wrong before that ends both processes
+    as it would have ended one.
+
+    start: runs the machine there and returns the exit status; it calls what it is given, with the VM's name, when the
+    VM runs. what: what errors call that process. keep: descriptors that it needs. tell: print a line about the VM.
+    """
     ready, tell_ready = os.pipe()
     sys.stdout.flush()
     # Nothing has started a thread yet: the child is as good as its parent.
     child = os.fork()
     if child == 0:
-        os._exit(cli.guard(lambda: _in_background(given, make, tell_ready)))
+        os._exit(cli.guard(lambda: _in_background(start, keep, tell_ready)))
     os.close(tell_ready)
     with open(ready, "rb", buffering=0) as pipe:
-        runs = pipe.read(1)
-    if runs:
-        print(f"{given.name} runs in the background, pid {child}")
+        name = pipe.read().decode()
+    if name:
+        if tell:
+            print(f"{name} runs in the background, pid {child}")
         return 0
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status < 0:
-        raise HostError(f"the VM {given.name}", 0, f"its process was killed by signal {-status}")
+        raise HostError(what, 0, f"its process was killed by signal {-status}")
     return status
 
 
-def _in_background(given: SimpleNamespace, make: Callable[..., Machine], tell_ready: int) -> int:
+def _in_background(start: Callable[[Callable[[str], None]], int], keep: Sequence[int], tell_ready: int) -> int:
     # Whoever waits for the end of a pipe that we inherited shall not wait for the VM's.
-    os.closerange(3, tell_ready)
-    os.closerange(tell_ready + 1, os.sysconf("SC_OPEN_MAX"))
+    begin = 3
+    for kept in sorted([*keep, tell_ready]):
+        os.closerange(begin, kept)
+        begin = kept + 1
+    os.closerange(begin, os.sysconf("SC_OPEN_MAX"))
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     os.dup2(nothing, 0)
 
-    def leave() -> None:
+    def leave(name: str) -> None:
         # Until here Ctrl-C ends the start as it ends that of any run. A session of its own has no terminal.
         os.setsid()
         os.chdir("/")  # no file system is kept busy
         sys.stdout.flush()
         os.dup2(nothing, 1)
         os.dup2(nothing, 2)
-        os.write(tell_ready, b"!")  # BrokenPipeError: who wanted it is gone, and so are we
+        os.write(tell_ready, name.encode())  # BrokenPipeError: who wanted it is gone, and so are we
         os.close(tell_ready)
 
-    return _run(given, make, leave)
+    return start(leave)
 
 
-def _run(given: SimpleNamespace, make: Callable[..., Machine], on_started: Callable[[], None]) -> int:
+def run_as(
+    name: str,
+    given: SimpleNamespace,
+    make: Callable[..., Machine],
+    on_started: Callable[[str], None] = lambda name: None,
+    predecessor: int = 0,
+) -> int:
+    """Runs a machine under a name, with given.detach (whether it is in the background), timeout and json.
+
+    make: gets console_in and console_out. on_started: is called with the name when the VM runs. predecessor: the
+    process that has the name until then. Returns the exit status; raises what making and running the machine raise.
+    """
     # Such a process may live for weeks.
     gc.enable()
     with (
-        names.claim(given.name) as claim,
+        names.claim(name, predecessor) as claim,
         contextlib.closing(_NamedConsole(given.json, given.detach)) as console,
         Server(claim) as server,
         make(console_in=console.input, console_out=console.output) as machine,
-        Operations(given.name, machine) as operations,
+        Operations(name, machine) as operations,
     ):
         for note in machine.notes:
             cli.complain(note)
 
         def begin() -> None:
+            if predecessor:
+                _take(claim, predecessor)
             operations.start()
             server.start(operations, console.take_copy(), console.keys)
-            on_started()
+            on_started(name)
 
         console.on_begin, console.operations = begin, operations
         with Signals() as signals:
@@ -117,6 +140,14 @@ def _run(given: SimpleNamespace, make: Callable[..., Machine], on_started: Calla
     if given.json:
         output.print_json(description)
     return result.status
+
+
+def _take(claim: names.Claim, predecessor: int) -> None:
+    """Takes the name over. The VM runs already: whatever is wrong with its name, it runs on."""
+    try:
+        claim.take(predecessor)
+    except PyhvError as error:
+        cli.complain(f"{error}; the VM runs on without a name")
 
 
 class _NamedConsole(Console):
@@ -169,8 +200,8 @@ class _NamedConsole(Console):
         if result.cause == "timeout":
             if self.operations.failure is not None:
                 raise self.operations.failure
-            if self.operations.stopping:
-                return machine.result(None, "stopped")
+            if self.operations.ending:
+                return machine.result(None, self.operations.ending)
         return result
 
     def drain(self, signals: Signals, patient: bool) -> None:

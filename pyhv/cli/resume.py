@@ -8,9 +8,13 @@ from pyhv.control.client import Client
 _COMMAND = Command(
     "resume",
     "Let a paused VM run on.",
-    (Option("NAME", "as given to pyhv run --name; see pyhv ls"),),
+    (
+        Option("NAME", "as given to pyhv run --name; see pyhv ls"),
+        Option("--force", "also one that was handed over to another host by a migration, whatever became of it there"),
+    ),
     """
-A running VM stays as it is.
+A running VM stays as it is. One that was handed over, and whose other side did not answer, may run there: --force is
+for when it is certain that it does not, for two copies of one VM do harm.
 
 example:
   pyhv resume t
@@ -23,5 +27,5 @@ def main(arguments: list[str]) -> int:
     given = _COMMAND.parse(arguments)
     with Client(given.name) as client:
         client.status()  # does it answer at all?
-        client.resume()
+        client.resume(given.force)
     return 0

@@ -160,7 +160,7 @@ def tell(result: RunResult) -> None:
     """Says on stderr what became of a guest that did not end by itself."""
     if result.message:
         complain(result.message)
-    if result.registers and result.cause not in ("interrupted", "stopped"):
+    if result.registers and result.cause not in ("interrupted", "stopped", "migrated"):
         os.write(2, result.registers.encode() + b"\n")
 
 

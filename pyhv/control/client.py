@@ -62,16 +62,33 @@ class Client:
         """Stops the guest between two instructions; returns when it stands. No effect on a paused VM."""
         self.call("pause")
 
-    def resume(self) -> None:
-        """Lets the guest run on. No effect on a running VM."""
-        self.call("resume")
+    def resume(self, force: bool = False) -> None:
+        """Lets the guest run on. No effect on a running VM. force: also one that was handed over to another host, and
+        may run there."""
+        self.call("resume", {"force": True} if force else None)
+
+    def migrate(
+        self, uri: str, params: dict[str, Any] | None = None, progress: Callable[[dict[str, Any]], None] | None = None
+    ) -> dict[str, Any]:
+        """Migrates the VM to the side that waits at `uri`; raises what Machine.migrate raises. params: of the method;
+        docs/control.md has them. progress: is called now and then with the fields of migration.source.Progress. Returns
+        those of its Summary."""
+        summary = self.call("migrate", {"uri": uri, **(params or {})}, progress)
+        if not isinstance(summary, dict):
+            raise self._broken("what came from it is no summary")
+        return summary
 
     def save(self, path: str, stop: bool = False, progress: Callable[[int, int], None] | None = None) -> None:
         """Saves the VM to the absolute path, as Machine.save does; raises what that raises. stop: end the VM then, and
         return when its name is free; nothing in it runs after what was saved. progress: is called now and then with the
         bytes of memory done and all that there are."""
         params = {"path": path} | ({"stop": True} if stop else {})
-        self.call("save", params, progress=progress)
+
+        def tell(facts: dict[str, Any]) -> None:
+            if progress is not None:
+                progress(*self._numbers(facts, "done", "total"))
+
+        self.call("save", params, tell)
 
     def stop(self) -> None:
         """Ends the VM, with the cause "stopped"; returns when its name is free."""
@@ -81,7 +98,7 @@ class Client:
         self,
         method: str,
         params: dict[str, Any] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[dict[str, Any]], None] | None = None,
         within: float | None = None,
     ) -> Any:
         """Sends a request and waits for its result, at most `within` seconds. Raises the error that it is answered
@@ -102,7 +119,7 @@ class Client:
                     if answer.method != "progress":
                         others.append(answer)
                     elif progress is not None:
-                        progress(*self._numbers(answer.result, "done", "total"))
+                        progress(answer.result)
                 self._wait(deadline, within)
         finally:
             self._answers[:0] = others  # for exchange()

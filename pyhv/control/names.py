@@ -18,6 +18,7 @@ import os
 import re
 import socket
 import stat
+import struct
 import time
 from collections.abc import Iterator
 
@@ -125,47 +126,67 @@ class Directory:
         with self._locked():
             return self._connect_or_clean(name)
 
-    def claim(self, name: str) -> Claim:
-        """Makes the name this process's. Raises BadInput where a VM has it, HostError."""
+    def claim(self, name: str, predecessor: int = 0) -> Claim:
+        """Makes the name this process's; with a predecessor, the process that has it now, as soon as Claim.take() is
+        called. Raises BadInput where another VM has it, HostError."""
         with self._locked():
-            try:
-                live = self._connect_or_clean(name)
-            except HostError:  # it is there, and only too busy
-                pass
-            else:
-                if live is None:
-                    return self._listen(name)
-                live.close()
+            if self._may_have(name, 0):
+                return self._listen(name, name + _SUFFIX)
+            if predecessor and self._may_have(name, predecessor):
+                # Nobody looks for a VM there: no name begins with a dot.
+                return self._listen(name, f".{os.getpid()}-{name}{_SUFFIX}")
         raise BadInput(f"name {name}", "is that of a VM that runs", "choose another, or see pyhv ls")
 
-    def remove(self, name: str, made: os.stat_result) -> None:
-        """Removes the socket of that name if it is the one described by `made`. Raises OSError."""
-        if os.path.samestat(os.stat(name + _SUFFIX, dir_fd=self._fd, follow_symlinks=False), made):
-            os.unlink(name + _SUFFIX, dir_fd=self._fd)
+    def take(self, name: str, entry: str, predecessor: int) -> None:
+        """Puts the socket `entry` in the place of the predecessor's. Raises BadInput, HostError."""
+        with self._locked():
+            if not self._may_have(name, predecessor):
+                raise BadInput(f"name {name}", "was taken by another VM meanwhile", "see pyhv ls")
+            try:
+                os.rename(entry, name + _SUFFIX, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            except OSError as error:
+                raise HostError(f"make {self.path}/{name}{_SUFFIX}", error.errno or 0) from None
 
-    def _listen(self, name: str) -> Claim:
+    def _may_have(self, name: str, predecessor: int) -> bool:
+        """With the lock held: whether nobody has the name, or that process."""
+        try:
+            live = self._connect_or_clean(name)
+        except HostError:  # it is there, and only too busy
+            return False
+        if live is None:
+            return True
+        with live:
+            pid, _, _ = struct.unpack("3i", live.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return bool(pid == predecessor)
+
+    def remove(self, entry: str, made: os.stat_result) -> None:
+        """Removes the socket `entry` if it is the one described by `made`. Raises OSError."""
+        if os.path.samestat(os.stat(entry, dir_fd=self._fd, follow_symlinks=False), made):
+            os.unlink(entry, dir_fd=self._fd)
+
+    def _listen(self, name: str, entry: str) -> Claim:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
             os.fchmod(listener.fileno(), 0o600)  # before bind: the file never has another mode
-            listener.bind(self._address(name))
+            listener.bind(self._address(entry))
             listener.listen(_BACKLOG)
-            made = os.stat(name + _SUFFIX, dir_fd=self._fd, follow_symlinks=False)
+            made = os.stat(entry, dir_fd=self._fd, follow_symlinks=False)
         except OSError as error:
             listener.close()
-            raise HostError(f"make {self.path}/{name}{_SUFFIX}", error.errno or 0) from None
-        return Claim(self, name, listener, made)
+            raise HostError(f"make {self.path}/{entry}", error.errno or 0) from None
+        return Claim(self, name, listener, entry, made)
 
-    def _address(self, name: str) -> str:
+    def _address(self, entry: str) -> str:
         """The socket's path, so that others find it in /proc/net/unix under its name; through the directory's
         descriptor where that would be too long."""
-        path = f"{self.path}/{name}{_SUFFIX}"
-        return path if len(os.fsencode(path)) <= _MAX_ADDRESS else f"/proc/self/fd/{self._fd}/{name}{_SUFFIX}"
+        path = f"{self.path}/{entry}"
+        return path if len(os.fsencode(path)) <= _MAX_ADDRESS else f"/proc/self/fd/{self._fd}/{entry}"
 
     def _try(self, name: str) -> socket.socket | None:
         """A connection, or None where nobody listens."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
-            connection.connect(self._address(name))
+            connection.connect(self._address(name + _SUFFIX))
         except (ConnectionRefusedError, FileNotFoundError):
             connection.close()
             return None
@@ -207,11 +228,21 @@ class Directory:
 class Claim:
     """A name that is this process's: its listening socket (non-blocking). A context manager; release() gives it up."""
 
-    def __init__(self, directory: Directory, name: str, listener: socket.socket, made: os.stat_result) -> None:
+    def __init__(
+        self, directory: Directory, name: str, listener: socket.socket, entry: str, made: os.stat_result
+    ) -> None:
         self.name = name
         self.listener = listener
         self._directory = directory
+        self._entry = entry  # in the directory: the name's, or one that waits for it
         self._made = made
+
+    def take(self, predecessor: int) -> None:
+        """Takes the name over from the process that has it, if that is still to be done. Raises BadInput where another
+        VM has got it, HostError."""
+        if self._entry != self.name + _SUFFIX:
+            self._directory.take(self.name, self._entry, predecessor)
+            self._entry = self.name + _SUFFIX
 
     def release(self) -> None:
         """Removes the socket, so that the name is free; releasing twice is allowed."""
@@ -220,7 +251,7 @@ class Claim:
         # As long as it listens nobody takes it for stale. But somebody may have removed it by hand, and another VM may
         # have its place.
         with contextlib.suppress(OSError):
-            self._directory.remove(self.name, self._made)
+            self._directory.remove(self._entry, self._made)
         self.listener.close()
         self._directory.close()
 
@@ -231,13 +262,14 @@ class Claim:
         self.release()
 
 
-def claim(name: str) -> Claim:
-    """Makes the name this process's, until it is released. Raises BadInput for a name that is none or is taken, or a
-    runtime directory that cannot be trusted; HostError."""
+def claim(name: str, predecessor: int = 0) -> Claim:
+    """Makes the name this process's, until it is released. predecessor: a process that may have the name until
+    Claim.take() is called. Raises BadInput for a name that is none or is taken, or a runtime directory that cannot be
+    trusted; HostError."""
     check_name(name)
     directory = Directory(create=True)
     try:
-        return directory.claim(name)
+        return directory.claim(name, predecessor)
     except BaseException:
         directory.close()
         raise

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyhv.machine import Machine, RunResult
+    from pyhv.migration.source import Progress
 
 
 class Deferred:
@@ -27,15 +28,15 @@ class Deferred:
 
 class Call:
     """One call for the worker. finished: is called once, on the worker's thread, with the result or the exception.
-    progress: is called now and then with the bytes done and all that there are. cancelled: may be set by anybody; a
-    save is given up then."""
+    progress: is called now and then with what is to be told. cancelled: may be set by anybody; a save or a migration is
+    given up then."""
 
     def __init__(
         self,
         method: str,
         params: dict[str, Any],
         finished: Callable[[object], None],
-        progress: Callable[[int, int], None],
+        progress: Callable[[dict[str, Any]], None],
     ) -> None:
         self.method = method
         self.params = params
@@ -51,8 +52,8 @@ class Operations:
     """
 
     def __init__(self, name: str, machine: Machine) -> None:
-        self.stopping = False
-        """Whether the VM is to end because somebody asked for it here."""
+        self.ending = ""
+        """Why the VM is to end, where somebody asked for it here: a cause of pyhv.outcome."""
         self.failure: BaseException | None = None
         """What a vCPU's thread failed with, where that was found out here: the run's owner is to raise it."""
         self._name = name
@@ -89,7 +90,7 @@ class Operations:
         """What `pyhv status` shows; docs/control.md has the meaning of each."""
         with self._lock:
             end = self._end
-            state = "ended" if end is not None else "paused" if self._paused else "running"
+            state = "ended" if end is not None else self._state()
             current = self._current
             return {
                 "name": self._name,
@@ -103,6 +104,11 @@ class Operations:
                 "counters": self._counters(),
             }
 
+    def _state(self) -> str:
+        if self._machine.handed_over:
+            return "handed-over"
+        return "paused" if self._paused else "running"
+
     def _counters(self) -> dict[str, int]:
         if self._closed:
             return self._final_counters
@@ -113,7 +119,14 @@ class Operations:
         return total
 
     def submit(self, call: Call) -> None:
-        """Queues a call. After close() it fails with BadInput at once."""
+        """Queues a call. After close() it fails with BadInput at once, and so does a second migration."""
+        current = self._current
+        if current is not None and current.method == "migrate":
+            if call.method == "migrate":
+                call.finished(BadInput(self._name, "is being migrated already", "pyhv status tells about it"))
+                return
+            if call.method == "stop":  # whoever ends the VM does not wait until it is gone elsewhere
+                current.cancelled = True
         self._calls.put(call)
         if self._closed:
             self._refuse_rest()
@@ -181,16 +194,20 @@ class Operations:
                 self._pause()
                 return {}
             case "resume":
-                self._resume()
+                self._resume(call.params.get("force", False))
                 return {}
             case "stop":
-                return self._stop()
+                return self._stop("stopped")
+            case "migrate":
+                return self._migrate(call)
             case "save":
                 return self._save(call)
             case _:
                 raise AssertionError(call.method)
 
     def _pause(self) -> None:
+        if self._machine.handed_over:
+            return  # it stands already
         try:
             self._machine.pause()
         except BaseException as failure:
@@ -200,14 +217,35 @@ class Operations:
             raise _over(self._name)
         self._paused = True
 
-    def _resume(self) -> None:
+    def _resume(self, force: bool = False) -> None:
+        self._machine.start(force)
         self._paused = False
-        self._machine.start()
 
-    def _stop(self) -> Deferred:
-        self.stopping = True
+    def _stop(self, cause: str) -> Deferred:
+        self.ending = cause
         self._machine.vm.interrupt()
         return Deferred()
+
+    def _migrate(self, call: Call) -> object:
+        from pyhv.migration.source import Limits
+        from pyhv.migration.transport import Tls
+
+        params = dict(call.params)
+        given = {key: params.pop(key) for key in Limits._fields if key in params}
+        files = [params.pop(key, "") for key in ("tls_cert", "tls_key", "tls_ca")]
+
+        def progress(progress: Progress) -> None:
+            if self._give_up or call.cancelled:
+                raise BadInput(self._name, "was not migrated", "the VM ended, or nobody waits for it any more")
+            call.progress(progress._asdict())
+
+        uri = params.pop("uri")
+        tls = Tls(*files) if any(files) else None
+        summary = self._machine.migrate(
+            uri, limits=Limits(**given), tls=tls, name=self._name, progress=progress, **params
+        )
+        self._stop("migrated")
+        return summary._asdict()
 
     def _save(self, call: Call) -> object:
         path, stop = call.params["path"], call.params.get("stop", False)
@@ -216,7 +254,7 @@ class Operations:
         def progress(done: int, total: int) -> None:
             if self._give_up or call.cancelled:
                 raise BadInput(path, "nothing was saved", "the VM ended, or nobody waits for it any more")
-            call.progress(done, total)
+            call.progress({"done": done, "total": total})
 
         if stop:
             # The file is to have the last that there is to know: nothing runs between saving and the end.
@@ -230,7 +268,7 @@ class Operations:
                 advice = f"{failure.advice}; {self._name} runs on" if failure.advice else f"{self._name} runs on"
                 raise HostError(failure.what, failure.errnum, failure.detail, advice) from None
             raise
-        return self._stop() if stop else {}
+        return self._stop("stopped") if stop else {}
 
 
 def _over(name: str) -> BadInput:

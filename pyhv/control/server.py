@@ -41,9 +41,26 @@ if TYPE_CHECKING:
 METHODS: dict[str, dict[str, Param]] = {
     "status": {},
     "pause": {},
-    "resume": {},
+    "resume": {"force": Param(bool)},
     "stop": {},
     "save": {"path": Param(str, True, path=True), "stop": Param(bool)},
+    "migrate": {
+        "uri": Param(str, True),
+        "insecure": Param(bool),
+        "tls_cert": Param(str, path=True),
+        "tls_key": Param(str, path=True),
+        "tls_ca": Param(str, path=True),
+        "strict_tsc": Param(bool),
+        "downtime": Param(float),
+        "bandwidth": Param(float),
+        "timeout": Param(float),
+        "rounds": Param(int),
+        "least_rounds": Param(int),
+        "on_timeout": Param(str),
+        "compress": Param(bool),
+        "heartbeat": Param(float),
+        "silence": Param(float),
+    },
     "console": {"write": Param(bool)},
     "input": {"data": Param(str, True)},
 }
@@ -349,7 +366,7 @@ class Server:
             request.method,
             request.params,
             finished=lambda outcome: self._post(lambda: self._finish_call(connection, outcome)),
-            progress=lambda done, total: self._post(lambda: self._tell_progress(connection, done, total)),
+            progress=lambda facts: self._post(lambda: self._tell_progress(connection, facts)),
         )
         connection.call, connection.call_id = call, request.id
         connection.call_answered = not request.notification
@@ -368,9 +385,9 @@ class Server:
         else:
             connection.send(jsonrpc.encode_result(connection.call_id, outcome))
 
-    def _tell_progress(self, connection: _Connection, done: int, total: int) -> None:
+    def _tell_progress(self, connection: _Connection, facts: dict[str, Any]) -> None:
         if connection in self._connections and connection.call_answered and not connection.outgoing:
-            connection.send(jsonrpc.encode_notification("progress", {"done": done, "total": total}))
+            connection.send(jsonrpc.encode_notification("progress", facts))
 
     def _send(self, connection: _Connection) -> None:
         """Sends what there is, as far as the client reads."""

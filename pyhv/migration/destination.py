@@ -8,13 +8,12 @@ which is checked against the host's before.
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from pyhv._native.link import Link, open_zstd
-from pyhv.errors import BadInput, HostError, Incompatible, PyhvError
+from pyhv.errors import BadInput, HostError, PyhvError
 from pyhv.migration import protocol
 from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Type
 from pyhv.state import codec
@@ -63,12 +62,16 @@ class Destination:
         self._link = Link(channel.in_fd, channel.out_fd, _HEARTBEAT, _SILENCE)
         self._over = False  # the source knows
         self._silence = _SILENCE
+        self._hello: Hello | None = None
 
     def greet(self) -> Hello:
-        """What is to come."""
+        """What is to come; may be asked again."""
+        if self._hello is not None:
+            return self._hello
         hello = self._expect(Hello, _SILENCE)
         if not (_LEAST_MS <= hello.heartbeat <= _MOST_MS and _LEAST_MS <= hello.silence <= _MOST_MS):
             raise BadInput("message hello", f"has the time limits {hello.heartbeat} and {hello.silence} ms")
+        self._hello = hello
         return hello
 
     def refuse(self, reasons: list[str]) -> None:
@@ -193,20 +196,3 @@ class Destination:
 
     def _late(self, what: str) -> HostError:
         return HostError(f"migration from {self._peer}", errno.ETIMEDOUT, f"the message {what} did not come")
-
-
-def check_memory(size: int) -> None:
-    """Raises Incompatible where this host has not so much memory to give."""
-    available = 0
-    with open("/proc/meminfo", encoding="ascii") as meminfo:
-        for line in meminfo:
-            if line.startswith(("MemAvailable:", "SwapFree:")):
-                available += int(line.split()[1]) << 10
-    if size > available:
-        short = f"the guest has {size >> 20} MiB of memory, this host {available >> 20} MiB available"
-        raise Incompatible("the guest", "cannot be taken", [short])
-
-
-def name_is_ours(hello: Hello) -> bool:
-    """Whether the source runs on this very host, so that its name can be taken over from it."""
-    return bool(hello.name) and hello.host == protocol.boot_id() and hello.pid != os.getpid()

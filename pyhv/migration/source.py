@@ -33,6 +33,9 @@ _FIXED_DOWNTIME = 0.002
 _PATIENCE = 10
 
 
+ON_TIMEOUT = ("cancel", "stop")
+
+
 class Limits(NamedTuple):
     """How a migration is to be done. Times in seconds."""
 
@@ -54,6 +57,18 @@ class Limits(NamedTuple):
     """Both sides give a sign of life after so long."""
     silence: float = 1.0
     """After so long without one the link is broken."""
+
+    def check(self) -> None:
+        """Raises BadInput for limits that make no sense."""
+        for name in ("downtime", "bandwidth", "timeout"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise BadInput(f"{name} {value}", "is no limit", "give a number that is not negative")
+        if self.on_timeout not in ON_TIMEOUT:
+            raise BadInput(f"on_timeout {self.on_timeout}", "is unknown", f"choose one of {', '.join(ON_TIMEOUT)}")
+        if not 0.01 <= self.heartbeat <= self.silence / 2 or self.silence > 3600:
+            problem = f"do not fit: heartbeat {self.heartbeat:g}, silence {self.silence:g}"
+            raise BadInput("time limits", problem, "0.01 is the least, an hour the most, a silence has two heartbeats")
 
 
 # zstd's quickest level that is no negative one: what takes longer costs more time than the link does.

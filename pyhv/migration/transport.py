@@ -4,6 +4,7 @@ unix:PATH               a socket in the file system, which only its user can con
 tcp://HOST:PORT         unprotected: to other addresses than loopback only with `insecure`
 tls://HOST:PORT         both sides show a certificate; a thread moves the bytes between TLS and a socketpair
 ssh://[USER@]HOST       runs `pyhv receive -` on the other side: who may log in there may migrate to there
+tty:PATH                a serial line, which is set to raw mode
 fd:IN,OUT               descriptors that this process has
 -                       its stdin and stdout (to receive)
 """
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import ssl
     import subprocess
 
-SCHEMES = "unix:PATH, tcp://HOST:PORT, tls://HOST:PORT, ssh://[USER@]HOST or fd:IN,OUT"
+SCHEMES = "unix:PATH, tcp://HOST:PORT, tls://HOST:PORT, ssh://[USER@]HOST, tty:PATH or fd:IN,OUT"
 
 # Both ends of a connection may have so much on its way; the kernel takes less where net.core.wmem_max is smaller.
 _BUFFER = 4 << 20
@@ -40,7 +41,7 @@ class Address(NamedTuple):
     """Where the other side is."""
 
     scheme: str
-    """ "unix", "tcp", "tls", "ssh", "fd"."""
+    """ "unix", "tcp", "tls", "ssh", "tty", "fd"."""
     text: str
     """As the user wrote it."""
     host: str = ""
@@ -95,6 +96,8 @@ def parse(uri: str, insecure: bool = False) -> Address:
         if len(os.fsencode(rest)) > 107:  # sockaddr_un (unix(7))
             raise BadInput(uri, "is too long: a socket's path has at most 107 bytes", "take a shorter path")
         return Address("unix", uri, path=rest)
+    if scheme == "tty":
+        return Address("tty", uri, path=rest)
     if scheme == "fd":
         return Address("fd", uri, fds=_parse_fds(uri, rest, advice))
     if scheme not in ("tcp", "tls", "ssh") or not rest.startswith("//"):
@@ -147,6 +150,8 @@ def connect(address: Address, tls: Tls | None = None, timeout: float = 10.0) -> 
             return Channel(*address.fds, address.text)
         case "ssh":
             return _run_ssh(address)
+        case "tty":
+            return _open_tty(address)
         case _:
             sock = _connect(address, timeout)
     if address.scheme == "tls":
@@ -191,7 +196,7 @@ class Listener:
         self._context = _context(address, tls, server=True) if address.scheme == "tls" else None
         if address.scheme == "ssh":
             raise BadInput(address.text, "cannot be listened at", "the source runs pyhv receive - here by itself")
-        if address.scheme == "fd":
+        if address.scheme in ("fd", "tty"):
             return
         try:
             self._listen()
@@ -222,13 +227,11 @@ class Listener:
             return self.address.text
         return self.address.text.rpartition(":")[0] + f":{self._socket.getsockname()[1]}"
 
-    def fileno(self) -> int:
-        """Readable when somebody has come."""
-        return self.address.fds[0] if self._socket is None else self._socket.fileno()
-
     def accept(self, timeout: float | None = None) -> Channel | None:
         """The connection; None when nobody has come within `timeout` seconds. Raises HostError, BadInput for a side
         that has not the right certificate."""
+        if self.address.scheme == "tty":
+            return _open_tty(self.address)
         if self._socket is None:
             return Channel(*self.address.fds, self.address.text)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -287,6 +290,22 @@ def _of_socket(sock: socket.socket, peer: str) -> Channel:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
     return Channel(sock.fileno(), sock.fileno(), peer, sock.close)
+
+
+def _open_tty(address: Address) -> Channel:
+    import tty
+
+    try:
+        fd = os.open(address.path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadInput(address.text, f"cannot be opened: {reason}", "name a serial line") from None
+    try:
+        tty.setraw(fd)
+    except Exception as error:  # termios.error
+        os.close(fd)
+        raise BadInput(address.text, f"is no serial line: {error}", "name one, such as tty:/dev/ttyS1") from None
+    return Channel(fd, fd, address.text, lambda: os.close(fd))
 
 
 # --------------------------------------------------------------------------------------------------------- ssh

@@ -63,7 +63,7 @@ def test_requests() -> None:
         (request(id={}), -32600),
         (request(method=7), -32600),
         (request(method=...), -32600),
-        (request(method="migrate"), -32601),
+        (request(method="fly"), -32601),
         (request(method="__init__"), -32601),
         (request(method=""), -32601),
         (request(params=["/x"]), -32602),

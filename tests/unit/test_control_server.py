@@ -189,7 +189,7 @@ def test_progress(served: Served) -> None:
         wait_for(lambda: served.vm.calls)
         call = served.vm.calls[0]
         for done in (1, 2):
-            call.progress(done, 2)
+            call.progress({"done": done, "total": 2})
             wait_for(lambda: len(seen) == done)  # noqa: B023
         call.finished({})
         thread.join()
@@ -347,7 +347,7 @@ def test_who_hangs_up_cancels(served: Served) -> None:
         wait_for(lambda: served.vm.calls)
         assert not served.vm.calls[0].cancelled
     wait_for(lambda: served.vm.calls[0].cancelled)
-    served.vm.calls[0].progress(1, 2)
+    served.vm.calls[0].progress({"done": 1, "total": 2})
     served.vm.calls[0].finished({})
     assert_well()
 

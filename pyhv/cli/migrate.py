@@ -1,0 +1,169 @@
+"""`pyhv migrate NAME URI`: moves a running VM to another host."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+from pyhv.cli import options, output
+from pyhv.cli.options import Command, Option
+from pyhv.control.client import Client
+from pyhv.errors import BadInput
+from pyhv.migration import transport
+from pyhv.migration.source import ON_TIMEOUT
+
+# What both sides of tls:// need; also for pyhv receive.
+TLS_OPTIONS = (
+    Option("--tls-cert", "for tls://: this side's certificate, in PEM", "FILE"),
+    Option("--tls-key", "its key", "FILE"),
+    Option("--tls-ca", "the authority that the other side's certificate must come from", "FILE"),
+)
+
+
+def _rate(text: str) -> float:
+    """Bytes a second for 100M and the like."""
+    unit = {"k": 1e3, "m": 1e6, "g": 1e9}.get(text[-1:].lower(), 1.0)
+    try:
+        value = float(text[:-1] if unit > 1 else text) * unit
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e15:
+        raise ValueError("is no rate; give bytes a second, such as 100M")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise ValueError("is not a number that is not negative")
+    return value
+
+
+_COMMAND = Command(
+    "migrate",
+    "Move a running VM to another host, or another process, while it runs.",
+    (
+        Option("NAME", "as given to pyhv run --name; see pyhv ls"),
+        Option("URI", "to where: unix:PATH, tcp://HOST:PORT, tls://HOST:PORT, ssh://[USER@]HOST, tty:PATH"),
+        Option("--downtime", "the guest may stand for MS milliseconds at the end (default: 50)", "MS", 50.0, _number),
+        Option("--bandwidth", "bytes a second while it runs, such as 100M (default: no limit)", "RATE", 0.0, _rate),
+        Option("--timeout", "seconds that copying may take while it runs (default: no limit)", "S", 0.0, _number),
+        Option("--rounds", "copy at most N times what the guest has written (default: 30)", "N", 30, options.number),
+        Option(
+            "--on-timeout",
+            "what to do when time or rounds are used up: cancel, and the VM stays here; or stop it for as long as the "
+            "rest takes (default: cancel)",
+            default="cancel",
+            choices=ON_TIMEOUT,
+        ),
+        Option("--compress", "compress memory by zstd, for slow links"),
+        Option("--strict-tsc", "refuse a host whose TSC runs at another rate, even if the guest was promised none"),
+        Option("--silence", "without a sign of life for S seconds the link is broken (default: 1)", "S", 1.0, _number),
+        Option("--insecure", "allow tcp:// to other addresses than loopback: anybody on the way can read the memory"),
+        *TLS_OPTIONS,
+        Option("--json", "print one JSON object a line: its event is progress or migrated"),
+    ),
+    """
+The other side is asked first whether the guest can run there, and says every reason why not; nothing is moved then. Its
+memory is copied while it runs, again and again what it has written meanwhile, until the rest is little. Then it stands
+for a moment, and goes on there; here its run ends with status 0. Until that moment any failure, or Ctrl-C, leaves it
+running here. With ssh:// the other side is started by itself (PYHV_REMOTE: how pyhv is called there).
+
+examples:
+  pyhv receive unix:/tmp/m          # in one terminal, or on another host with tls:// or ssh://
+  pyhv migrate t unix:/tmp/m        # in another
+""",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """The command. Returns the exit status."""
+    given = _COMMAND.parse(arguments)
+    address = transport.parse(given.uri, given.insecure)
+    if address.scheme == "fd":
+        raise BadInput(given.uri, "names descriptors of this process, which the VM's does not have", "name another URI")
+    uri = given.uri
+    if address.path:  # the VM's process has another working directory
+        uri = f"{address.scheme}:{os.path.abspath(address.path)}"
+    params: dict[str, Any] = {
+        "downtime": given.downtime / 1000,
+        "bandwidth": given.bandwidth,
+        "timeout": given.timeout,
+        "rounds": given.rounds,
+        "on_timeout": given.on_timeout,
+        "compress": given.compress,
+        "insecure": given.insecure,
+        "strict_tsc": given.strict_tsc,
+        "silence": given.silence,
+        "heartbeat": min(given.silence / 5, 0.2),
+    }
+    for name in ("tls_cert", "tls_key", "tls_ca"):
+        if path := getattr(given, name):
+            params[name] = os.path.abspath(path)
+    with Client(given.name) as client:
+        client.status()  # does it answer at all?
+        if given.json:
+            summary = client.migrate(uri, params, lambda facts: _print("progress", facts))
+            _print("migrated", summary)
+            return 0
+        with _Progress() as progress:
+            summary = client.migrate(uri, params, progress)
+    print(f"{given.name}: {_describe(summary)}")
+    return 0
+
+
+def _print(event: str, facts: dict[str, Any]) -> None:
+    print(json.dumps({"event": event, **facts}), flush=True)
+
+
+def _describe(summary: dict[str, Any]) -> str:
+    """A summary for a person."""
+    stood = f"{summary['downtime'] * 1e3:.1f} ms"
+    if not summary["one_clock"]:
+        stood = f"at most {stood}"
+    return (
+        f"migrated in {summary['total_time']:.2f} s, of which the guest stood {stood}; {summary['rounds']} rounds, "
+        f"{output.size(summary['bytes'])} sent, at {output.size(int(summary['rate']))}/s"
+    )
+
+
+class _Progress:
+    """Shows how far a migration is, on stderr: a line on a terminal, one of JSON a second elsewhere. A context
+    manager."""
+
+    def __init__(self) -> None:
+        self._terminal = os.isatty(2)
+        self._last = time.monotonic()
+        self._drawn = False
+
+    def __call__(self, facts: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if now - self._last < (0.1 if self._terminal else 1):
+            return
+        self._last = now
+        if not self._terminal:
+            os.write(2, (json.dumps({"progress": "migrate", **facts}) + "\n").encode())
+            return
+        total, left = facts["total"], facts["left"]
+        done = total - left if total else 0
+        filled = 20 * done // max(total, 1)
+        where = f"round {facts['round']}" if facts["round"] else "hand-over"
+        text = (
+            f"\r{where} [{'#' * filled}{'.' * (20 - filled)}] {output.size(left)} left  "
+            f"{output.size(int(facts['rate']))}/s  guest writes {output.size(int(facts['dirty_rate']))}/s  "
+            f"would stand {facts['downtime'] * 1e3:.0f} ms\x1b[K"
+        )
+        self._drawn = True
+        os.write(2, text.encode())
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._drawn:
+            os.write(2, b"\r\x1b[K")

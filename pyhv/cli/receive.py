@@ -1,0 +1,108 @@
+"""`pyhv receive URI`: waits for a VM that is migrated to here, and runs it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+
+from pyhv.accel.choose import INTERCEPTS
+from pyhv.cli import complain, options, run
+from pyhv.cli.migrate import TLS_OPTIONS
+from pyhv.cli.options import Command, Option
+from pyhv.cli.terminal import HELP
+from pyhv.errors import BadInput
+from pyhv.machine import Machine
+from pyhv.migration import protocol, transport
+from pyhv.migration.destination import Destination
+
+_COMMAND = Command(
+    "receive",
+    "Wait for a VM that is migrated to here, run it, and end with its guest's exit status.",
+    (
+        Option("URI", "where: unix:PATH, tcp://HOST:PORT, tls://HOST:PORT, tty:PATH, fd:IN,OUT, or - (stdin, stdout)"),
+        Option("--wait", "give up when nobody has come after S seconds", "S", convert=options.seconds),
+        Option("--name", "give it this name instead of the one that it brings", "NAME"),
+        Option("--detach", "leave it in the background once it runs, where its name finds it; with - always"),
+        Option("--intercept", "who answers CPUID (see pyhv run --help)", default="auto", choices=INTERCEPTS),
+        Option("--timeout", "end the VM after S seconds here, with status 124", "S", convert=options.seconds),
+        Option("--insecure", "allow tcp:// at other addresses than loopback: anybody may send a VM"),
+        *TLS_OPTIONS,
+        Option("--json", "capture the console and print one JSON object, as pyhv run does"),
+    ),
+    f"""
+One VM is taken. Whether it can run on this host is decided before anything is moved; if it cannot, the source hears
+every reason. Until the VM runs here, any failure leaves it running there. Its name comes with it.
+
+The console is stdin and stdout. Is stdin a terminal, then
+  {HELP}
+
+example:
+  pyhv receive unix:/tmp/m
+""",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """The command. Returns the exit status."""
+    given = _COMMAND.parse(arguments)
+    if given.name is not None:
+        from pyhv.control import names
+
+        names.check_name(given.name)
+    tls = None
+    if given.tls_cert or given.tls_key or given.tls_ca:
+        tls = transport.Tls(given.tls_cert or "", given.tls_key or "", given.tls_ca or "")
+    address = transport.parse(given.uri, given.insecure)
+    given.detach = given.detach or given.uri == "-"
+    if given.detach and given.json:
+        raise BadInput("--json", "cannot be combined with --detach", "pyhv status NAME --json tells about a running VM")
+    if not given.detach:
+        return _receive(given, address, tls, lambda name: None)
+    from pyhv.cli import named
+
+    if address.scheme == "fd":
+        # As descriptors of their own: in the background 0 and 1 become others.
+        address = address._replace(fds=(os.dup(address.fds[0]), os.dup(address.fds[1])))
+    keep = [fd for fd in address.fds if fd >= 0]
+    tell = given.uri != "-"  # with it our stdout is the link
+    return named.detach(lambda leave: _receive(given, address, tls, leave), "the receiver", keep, tell)
+
+
+def _receive(
+    given: SimpleNamespace, address: transport.Address, tls: transport.Tls | None, leave: Callable[[str], None]
+) -> int:
+    with transport.Listener(address, tls) as listener:
+        if listener.where != address.text:
+            complain(f"waiting at {listener.where}")  # the port was not known before
+        channel = listener.accept(given.wait)
+    if channel is None:
+        raise BadInput(given.uri, f"nobody came within {given.wait:g} seconds", "start pyhv migrate at the source")
+    if address.scheme == "fd":
+        # They are nobody else's, and whoever waits for their end, as ssh does, shall not wait for the VM's.
+        channel = transport.Channel(*address.fds, channel.peer, lambda: _close(set(address.fds)))
+    destination = Destination(channel)
+    try:
+        hello = destination.greet()
+        name = given.name or hello.name
+        make = functools.partial(Machine.arrive, destination, intercept=given.intercept)
+        if not name:
+            if given.detach:
+                raise BadInput("the VM", "has no name", "give pyhv receive --name, so that it can be found")
+            given.name = None
+            return run.run_machine(given, make)
+        from pyhv.cli import named
+        from pyhv.control import names
+
+        names.check_name(name)
+        here = hello.host == protocol.boot_id()
+        return named.run_as(name, given, make, leave, hello.pid if here and name == hello.name else 0)
+    except BaseException as error:
+        destination.close(error)
+        raise
+
+
+def _close(fds: set[int]) -> None:
+    for fd in fds:
+        os.close(fd)
