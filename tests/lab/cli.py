@@ -154,6 +154,8 @@ def _test(options: argparse.Namespace) -> int:
     if text := testing.failures(outcomes):
         print(text, end="\n\n")
     print(testing.table(outcomes))
+    if text := testing.generations(outcomes):
+        print(text)
     print(f"in {time.monotonic() - begin:.0f} s")
     print(testing.summary(outcomes), flush=True)
     ran = any(outcome.cases for outcome in outcomes)

@@ -44,7 +44,8 @@ SUITES = {"amd": ("inside", "host"), "intel": ("inside",)}
 DESELECTED = ("tests/host/test_compat.py::test_stepping_gives_the_same_output_as_breakpoints",)
 
 #: Plugins of pytest that cost time under emulation and do nothing here.
-_PYTEST = ("-p", "no:cacheprovider", "-p", "no:doctest", "-p", "no:unittest", "-p", "no:pastebin", "--color=no", "-ra")
+_PYTEST = ("-p", "no:cacheprovider", "-p", "no:doctest", "-p", "no:unittest", "-p", "no:pastebin", "--color=no", "-ra",
+           "-o", "junit_family=xunit1")  # which has record_property
 
 
 class Case(NamedTuple):
@@ -55,6 +56,7 @@ class Case(NamedTuple):
     outcome: str  # "passed", "failed", "skipped"
     seconds: float
     message: str
+    properties: tuple[tuple[str, str], ...] = ()  # what it recorded by pytest's record_property
 
     @property
     def function(self) -> str:
@@ -95,7 +97,8 @@ def read_junit(text: bytes) -> tuple[Case, ...]:
         # Without a class it is a whole module, skipped or not importable.
         whole = item.get("classname") or item.get("name") or ""
         name = item.get("name", "") if item.get("classname") else "(all)"
-        cases.append(Case(whole.rpartition(".")[2], name, outcome, float(item.get("time", 0)), message))
+        recorded = tuple((p.get("name", ""), p.get("value", "")) for p in item.iterfind("properties/property"))
+        cases.append(Case(whole.rpartition(".")[2], name, outcome, float(item.get("time", 0)), message, recorded))
     return tuple(cases)
 
 
@@ -236,10 +239,39 @@ def table(outcomes: Sequence[Outcome]) -> str:
     lines += [[name, *(cell(found.get(outcome.host)) for outcome in outcomes)] for name, found in sorted(rows.items())]
     lines.append(["(the host)", *("ok" if not outcome.error else "FAILED" for outcome in outcomes)])
     lines.append(["(seconds)", *(f"{outcome.seconds:.0f}" for outcome in outcomes)])
+    return _aligned(lines)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def generations(outcomes: Sequence[Outcome]) -> str:
+    """What moves where: a row for every host that saved guests, a column for every host that was to restore them; ""
+    where no test tried. outside/test_generations.py records it as `moved`: source, target, profile, and ok or no."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for outcome in outcomes:
+        for case in outcome.cases:
+            for name, value in case.properties:
+                if name == "moved":
+                    source, target, profile, became = value.split(" ")
+                    cells.setdefault((source, target), {})[profile] = "FAIL" if case.outcome == "failed" else became
+    if not cells:
+        return ""
+    names = [name for name in kinds.KINDS if any(name in pair for pair in cells)]
+
+    def cell(source: str, target: str) -> str:
+        found = cells.get((source, target))
+        return "." if found is None else "/".join(found.get(profile, "-") for profile in ("hyperv-r2", "host"))
+
+    split = [name.partition("-") for name in names]
+    lines = [["", *(f"to {vendor}" for vendor, _, _ in split)], ["from", *(model for _, _, model in split)]]
+    lines += [[source, *(cell(source, target) for target in names)] for source in names]
+    title = "Saved on one host, restored on another: with --compat/without it (no: refused, as it must be)"
+    return f"{title}\n{_aligned(lines)}"
 
 
 def failures(outcomes: Sequence[Outcome]) -> str:

@@ -220,6 +220,24 @@ def test_the_table_and_its_last_line() -> None:
     assert testing.summary(outcomes[:1]) == "3 passed, 0 failed, 1 skipped"
 
 
+def test_the_table_of_generations() -> None:
+    def case(moved: str, became: str = "passed") -> testing.Case:
+        return testing.Case("test_generations", "test_it", became, 0, "", (("moved", moved), ("other", "a b c d")))
+
+    cases = (case("amd-phenom amd-epyc hyperv-r2 ok"), case("amd-epyc amd-phenom hyperv-r2 ok"),
+             case("amd-epyc amd-phenom host no"), case("amd-phenom amd-epyc host ok", "failed"),
+             case("amd-epyc intel-penryn host no"))  # fmt: skip
+    _, vendors, models, *rows = testing.generations([testing.Outcome("lab", cases, "", 0, 0)]).splitlines()
+    assert vendors.split() == ["to", "amd", "to", "amd", "to", "intel"]
+    assert models.split() == ["from", "phenom", "epyc", "penryn"]
+    assert [row.split() for row in rows] == [
+        ["amd-phenom", ".", "ok/FAIL", "."], ["amd-epyc", "ok/no", ".", "-/no"], ["intel-penryn", ".", ".", "."],
+    ]  # fmt: skip
+    assert testing.generations([outcome("amd-epyc")]) == ""
+    recorded = JUNIT.replace(b"<failure", b'<properties><property name="moved" value="a b c ok"/></properties><failure')
+    assert testing.read_junit(recorded)[1].properties == (("moved", "a b c ok"),)
+
+
 def test_reports_for_machines() -> None:
     outcomes = [outcome("amd-epyc"), testing.Outcome("amd-phenom", (), "died", 0, 0)]
     again = testing.read_junit(testing.as_junit(outcomes))
