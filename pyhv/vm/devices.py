@@ -76,18 +76,22 @@ class Devices:
                 raise BadInput(f"device {name}", str(to_exception(error)))
 
     def start_input(self) -> None:
-        """Starts moving console input to the UART, once; a VM without input needs no thread for it."""
+        """Starts moving console input to the UART; a VM without input needs no thread for it."""
         if self._has_input and self._pump is None:
             self._pump = threading.Thread(
                 target=lambda: lib.pyhv_uart16550_pump_input(self._uart, ffi.NULL), name="console-input", daemon=True
             )
             self._pump.start()
 
-    def close(self) -> None:
-        """Stops the input and destroys bus and devices. No vCPU may run any more."""
+    def stop_input(self) -> None:
+        """Stops it: what has not been read by then stays where it comes from, for whoever lets the VM run on."""
         if self._pump is not None:
             lib.pyhv_uart16550_stop_input(self._uart)
             self._pump.join()
             self._pump = None
+
+    def close(self) -> None:
+        """Stops the input and destroys bus and devices. No vCPU may run any more."""
+        self.stop_input()
         lib.pyhv_bus_destroy(self.bus)
         self.bus = ffi.NULL

@@ -118,7 +118,8 @@ class Vm:
         return self.entered
 
     def pause(self) -> None:
-        """Stops every vCPU between two instructions and returns when all stand. No effect on a paused VM."""
+        """Stops every vCPU between two instructions, and the input, and returns when all stand. No effect on a paused
+        VM."""
         with self._control:
             self._pausing = True
             for vcpu in self.vcpus if self._threads else ():
@@ -129,6 +130,8 @@ class Vm:
                 while thread.is_alive():
                     vcpu.kick()
                     thread.join(_KICK_AGAIN)
+            if self._threads:
+                self.devices.stop_input()  # or bytes would get into a VM whose state is saved already
             self._threads = []
             failure, self._failure = self._failure, None
             if failure is not None:
