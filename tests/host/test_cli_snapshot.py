@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 
 import pyhv
+from pyhv.cpu import features
 from pyhv.cpu.host import HostDescription
 from pyhv.snapshot import file, layout
 from pyhv.snapshot.container import Ram, Reader, Writer
@@ -33,7 +34,7 @@ from pyhv.state import codec
 from pyhv.state.records import RECORDS
 
 from .cli import COMMAND, IN_THE_LAB, LAB_REASON, TIMEOUT, call, call_here, environment
-from .named import TICKER, console, detach, ok, read_until, rounds_of, status, wait_for
+from .named import ECHO, TICKER, console, detach, ok, read_until, rounds_of, status, wait_for
 
 if IN_THE_LAB:
     pytest.skip(LAB_REASON, allow_module_level=True)
@@ -160,6 +161,56 @@ def test_a_timeout_of_a_restored_vm(saved: Path) -> None:
     done = call("restore", str(saved), "--timeout", "0.3")
     assert done.returncode == 124 and "timeout: the guest was still running" in done.stderr
     assert is_without_gap(numbers(done.stdout[done.stdout.index("\n") + 1 :]))
+
+
+def test_a_serial_port_goes_on_in_both_directions(tmp_path: Path) -> None:
+    path = str(tmp_path / "e.pyhv")
+    detach("t", *ECHO)
+    with console("t") as reader:
+        assert reader.stdin is not None
+        reader.stdin.write(b"ab")
+        assert read_until(reader, b"b") == b"ab"
+        ok("save", "t", path, "--stop")
+    done = subprocess.run(
+        [*COMMAND, "restore", path], input=b"cdq", capture_output=True, timeout=TIMEOUT, check=False, env=environment()
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"cdq", b"")
+
+
+def test_a_guest_that_this_host_cannot_run(saved: Path, tmp_path: Path) -> None:
+    """Every feature that is missing is named, in one line; and a guest of another vendor is always refused."""
+    path = tmp_path / "f.pyhv"
+    forger = Forger(saved, path)
+    with pyhv.Machine("hello") as machine:
+        has = machine.host.table
+    word = (0x80000001, 6)  # EDX: 3DNow! and its extension, which only old AMD processors have
+    bits = features.find("3dnow").mask | features.find("3dnowext").mask
+    assert not has.get(word[0]).edx & bits
+
+    def older(section: Section, record: Any) -> Any:
+        if section.name == "vcpu":
+            for entry in record["fields"]["cpuid"]:
+                if entry[0] == word[0]:
+                    entry[word[1]] |= bits
+        return record
+
+    def foreign(section: Section, record: Any) -> Any:
+        if section.name == "vcpu":
+            for entry in record["fields"]["cpuid"]:
+                if entry[0] == 0:  # CentaurHauls
+                    entry[4:] = [0x746E6543, 0x736C7561, 0x48727561]
+        return record
+
+    for change, problems in ((older, ("3dnow", "3dnowext")), (foreign, ("vendor",))):
+        forger.write_records(change)
+        for words in (("restore",), ("restore", "--name", "t"), ("restore", "--name", "t", "--detach")):
+            done = call(words[0], str(path), *words[1:])
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+            assert done.stderr.startswith(f"pyhv: {path}: cannot run on this host: ")
+            for problem in problems:
+                assert problem in done.stderr
+        done = call("check", str(path))
+        assert done.returncode == 1 and all(problem in done.stdout for problem in problems)
 
 
 def test_inspect(saved: Path, capfd: Capture) -> None:
@@ -496,6 +547,7 @@ def test_a_file_cut_short_under_a_running_vm(copy: Path, tmp_path: Path) -> None
     assert "the file ends at offset 0x1000" in done.stderr and "no snapshot was made" in done.stderr
     assert not (tmp_path / "u.pyhv").exists()
     with console("t") as reader:
+        read_until(reader, b"round")  # it is there
         ok("resume", "t")
         assert reader.stderr is not None
         assert b"the snapshot became shorter while its memory was in use" in reader.stderr.read()
@@ -715,7 +767,7 @@ def kill_savers(large: Path, folder: Path, victim: str, times: int) -> list[bool
 def test_kill_at_random_moments_of_a_save(large: Path, tmp_path: Path, victim: str) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    found = kill_savers(large, folder, victim, 12)
+    found = kill_savers(large, folder, victim, 8)
     assert False in found  # some were killed early enough
 
 
