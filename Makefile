@@ -1,6 +1,7 @@
 # make demo    build everything and show compatibility mode
 # make test    all tests: checks, unit, C with sanitizers, host, and the lab where it can run
 # make lab     the tests on real kvm_amd and kvm_intel, in emulated hosts of two generations each; lab-full: of all
+# make soak    110,000 live migrations of one guest, each checked; goes on where it was interrupted
 # make bench   the benchmarks, each against a named peer in the same run; ROWS="save restore": these only
 # make clean   remove what was built
 #
@@ -14,7 +15,7 @@ GENERATED_FROM := pyhv/cpu/features.toml pyhv/cpu/generate.py $(wildcard pyhv/cp
 ENGINE  := $(wildcard csrc/*.[ch] csrc/*/*.[ch]) pyhv/_native/build.py
 GUESTS  := $(shell find guest_images -type f)
 
-.PHONY: demo test check unit c-test sanitize host lab lab-full bench clean install
+.PHONY: demo test check unit c-test sanitize host lab lab-full soak bench clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -68,6 +69,10 @@ lab: $(VENV)/dev
 
 lab-full: $(VENV)/dev
 	$(BIN)/python -m tests.lab test --kinds full
+
+soak: $(VENV)/installed
+	@mkdir -p build
+	$(BIN)/pyhv soak --count 110000 --state build/soak.json
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench $(ROWS)

@@ -32,6 +32,7 @@ COMMANDS = {
     "migrate": "move a running VM to another host while it runs",
     "receive": "wait for a VM that is migrated to here, and run it",
     "stop": "end a running VM",
+    "soak": "migrate a guest round a ring of processes, and check every hop",
     "restore": "let a saved VM go on",
     "inspect": "what is inside a snapshot",
     "verify": "check every byte of a snapshot",

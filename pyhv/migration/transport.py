@@ -251,6 +251,13 @@ class Listener:
             return _of_socket(sock, name)
         return _wrap_tls(sock, self._context, self.address, 10.0, server=True)
 
+    def forget(self) -> None:
+        """After a fork: leaves it to the other process."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        self._made = None
+
     def close(self) -> None:
         """Closing twice is allowed."""
         if self._socket is not None:

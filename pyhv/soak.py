@@ -1,0 +1,419 @@
+"""A ring of processes that hand one guest on and on, and check each time that nothing was lost.
+
+The guest is `ticker` (guest_images/ticker.c), which checks itself: every page of its memory, what CPUID says, that the
+TSC does not go back. It prints a line a round; all nodes' consoles are one pipe, so that what comes out of it says
+whether exactly one copy was alive all the time: a second one, or one that fell back, would repeat rounds, and a lost
+one would leave some out.
+
+Nodes are forked from the driver and talk to it by one line of JSON an event over a pipe each.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import signal
+import struct
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from pyhv.cpu import features
+from pyhv.errors import BadInput, HostError, PyhvError
+from pyhv.machine import Machine
+from pyhv.migration import transport
+from pyhv.migration.destination import Destination
+from pyhv.migration.source import Limits
+
+# Where ticker's stamped pages begin, and the distance of their stamps within a block of 16 (guest_images/ticker.c).
+_FIRST_BYTE, _PAGE, _BLOCK = 0x200000, 4096, 16
+
+# What a hop may take before the ring is taken for stuck; in seconds.
+HOP_LIMIT = 60.0
+
+# A node tells what it uses every so many of its departures; the first are for warming up.
+_CENSUS, _WARM_UP = 50, 100
+
+# Growth that is no leak: the allocator's; in bytes.
+_SLACK = 8 << 20
+
+FAULTS = ("stale-page", "dropped-page", "cpuid-bit", "tsc-back", "second-copy")
+
+
+class Plan(NamedTuple):
+    """What a ring does."""
+
+    hops: int
+    nodes: int = 4
+    pages: int = 1024
+    """Pages that the guest stamps in each round: 4 MiB."""
+    compat: bool = True
+    downtime: float = 0.05
+    fault: str = ""
+    """One of FAULTS, brought about on purpose in the middle, to see that it is noticed."""
+    start: str = ""
+    """A snapshot of the guest to go on with."""
+    save: str = ""
+    """Where to save the guest at the end; "" for nowhere."""
+
+
+class Hop(NamedTuple):
+    """One migration, as the source reports it."""
+
+    number: int
+    node: int
+    total_time: float
+    downtime: float
+    rounds: int
+    bytes: int
+    guest_rounds: int
+    """Complete rounds over all its pages that the guest began and ended on the node."""
+
+
+class Failure(PyhvError):
+    """A check that failed; the text says which, on which hop."""
+
+
+class Ring:
+    """The driver. A context manager; close() ends every node, whatever it does.
+
+    Raises BadInput for a plan that cannot be, HostError.
+    """
+
+    def __init__(self, plan: Plan, directory: str) -> None:
+        """directory: for the nodes' sockets; the caller's to remove."""
+        if plan.nodes < 2:
+            raise BadInput(f"{plan.nodes} nodes", "are no ring", "take two at least")
+        if plan.hops < 1:
+            raise BadInput(f"{plan.hops} hops", "are none", "take one at least")
+        self.plan = plan
+        self.lines = 0
+        """Rounds that the guest has printed."""
+        self._console, console_in = os.pipe()
+        os.set_blocking(self._console, False)
+        self._rest = b""
+        self._expected: int | None = None
+        self._events: dict[int, int] = {}  # descriptor -> node
+        self._buffers: dict[int, bytes] = {}
+        self._children: list[int] = []
+        self._census: dict[int, dict[str, int]] = {}
+        listeners = []
+        try:
+            for index in range(plan.nodes):
+                listeners.append(transport.Listener(transport.parse(f"unix:{directory}/{index}")))
+            for index in range(plan.nodes):
+                self._fork(index, listeners, console_in)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            for listener in listeners:
+                listener.forget()
+            os.close(console_in)
+
+    def _fork(self, index: int, listeners: list[transport.Listener], console: int) -> None:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver's to decide
+                for fd in [self._console, reader, *self._events]:
+                    os.close(fd)
+                for other, listener in enumerate(listeners):
+                    if other != index:
+                        listener.forget()
+                status = _Node(self.plan, index, listeners, console, writer).run()
+            finally:
+                os._exit(status)
+        os.close(writer)
+        self._children.append(child)
+        self._events[reader] = index
+        self._buffers[reader] = b""
+
+    def hops(self) -> Iterator[Hop]:
+        """Each hop when it is done. Raises Failure when a check fails, HostError when a node breaks."""
+        done = 0
+        while done < self.plan.hops:
+            for event in self._wait(f"hop {done + 1}"):
+                if event["event"] == "hop":
+                    done += 1
+                    hop = Hop(done, *(event[name] for name in Hop._fields[1:]))
+                    self._check(hop)
+                    yield hop
+                else:
+                    self._take(event, done)
+
+    def finish(self) -> None:
+        """After the last hop: ends the nodes, and makes sure that nothing is left of them."""
+        deadline = time.monotonic() + HOP_LIMIT
+        while self._events and time.monotonic() < deadline:
+            for event in self._wait("the end"):
+                self._take(event, self.plan.hops)
+        self._read_console()
+        for child in self._children:
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if status:
+                raise Failure(f"a node ended with status {status}")
+        self._children = []
+        if self.lines < self.plan.hops:
+            raise Failure(f"{self.plan.hops} hops, and the guest printed only {self.lines} rounds")
+
+    def _check(self, hop: Hop) -> None:
+        self._read_console()
+        if hop.guest_rounds < 1:
+            raise Failure(f"hop {hop.number}: the guest completed no round on node {hop.node}")
+        if hop.rounds < 2:
+            raise Failure(f"hop {hop.number}: no round of pre-copy had dirty pages")
+
+    def _take(self, event: dict[str, Any], done: int) -> None:
+        match event["event"]:
+            case "failed":
+                self._read_console()
+                raise Failure(f"hop {done + 1}, node {event['node']}: {event['error']}")
+            case "census":
+                self._compare(event)
+
+    def _compare(self, event: dict[str, Any]) -> None:
+        """Whether a node uses more than it did."""
+        node, now = event["node"], {key: event[key] for key in ("descriptors", "threads", "memory")}
+        before = self._census.setdefault(node, now)
+        for what in ("descriptors", "threads"):
+            if now[what] > before[what]:
+                raise Failure(f"node {node} had {before[what]} {what} and has {now[what]}: they leak")
+        then, memory = before["memory"] >> 10, now["memory"] >> 10
+        if memory > then + (_SLACK >> 10):
+            raise Failure(f"node {node} had {then} KiB of memory and has {memory}: it leaks")
+
+    def _wait(self, what: str) -> list[dict[str, Any]]:
+        """The next events; [] when only the console had something."""
+        poll = select.poll()
+        for fd in [self._console, *self._events]:
+            poll.register(fd, select.POLLIN)
+        ready = dict(poll.poll(HOP_LIMIT * 1000))
+        if not ready:
+            raise Failure(f"{what} did not come within {HOP_LIMIT:g} seconds")
+        if self._console in ready:
+            self._read_console()
+        events = []
+        for fd in [fd for fd in self._events if fd in ready]:
+            data = os.read(fd, 65536)
+            if not data:
+                os.close(fd)
+                node = self._events.pop(fd)
+                if self._buffers.pop(fd) != b"end\n":
+                    raise Failure(f"the process of node {node} ended in the middle of {what}")
+                continue
+            *lines, rest = (self._buffers[fd] + data).split(b"\n")
+            if lines and lines[-1] == b"end":
+                lines.pop()
+                rest = b"end\n"
+            self._buffers[fd] = rest
+            events += [json.loads(line) for line in lines]
+        return events
+
+    def _read_console(self) -> None:
+        """Takes what the guest has printed: round after round, and nothing else."""
+        while True:
+            try:
+                data = os.read(self._console, 65536)
+            except BlockingIOError:
+                return
+            if not data:
+                return
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            for line in lines:
+                self._take_line(line.decode("ascii", "replace"))
+
+    def _take_line(self, line: str) -> None:
+        number = line.removeprefix("ticker: round ")
+        if number == line or not number.isdigit():
+            if "pages from" in line:
+                return
+            raise Failure(f"the guest: {line}")
+        if self._expected is not None and int(number) != self._expected:
+            raise Failure(
+                f"the guest printed round {number} where {self._expected} was due: more than one copy, or none, ran"
+            )
+        self._expected = int(number) + 1
+        self.lines += 1
+
+    def close(self) -> None:
+        """Ends every node; closing twice is allowed."""
+        for child in self._children:
+            os.kill(child, signal.SIGKILL)
+        for child in self._children:
+            os.waitpid(child, 0)
+        self._children = []
+        for fd in self._events:
+            os.close(fd)
+        self._events = {}
+        if self._console >= 0:
+            os.close(self._console)
+            self._console = -1
+
+    def __enter__(self) -> Ring:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _Node:
+    """One process of the ring: takes the guest, lets it work, gives it to the next one."""
+
+    def __init__(
+        self, plan: Plan, index: int, listeners: list[transport.Listener], console: int, events: int
+    ) -> None:
+        self._plan = plan
+        self._index = index
+        self._listener = listeners[index]
+        self._next = listeners[(index + 1) % plan.nodes].address
+        self._console = console
+        self._events = events
+        self._departures = 0
+        # Every node's share of the hops: the guest starts on node 0, and hop n leaves node (n - 1) % nodes.
+        self._hops = [n for n in range(plan.hops) if n % plan.nodes == index]
+        self._limits = Limits(downtime=plan.downtime, least_rounds=2)
+
+    def run(self) -> int:
+        """All hops of this node. Returns the process's exit status."""
+        try:
+            machine = self._start() if self._index == 0 else None
+            for hop in self._hops:
+                if machine is None:
+                    machine = self._receive()
+                self._depart(machine, hop)
+                machine.close()
+                machine = None
+            if self._plan.hops % self._plan.nodes == self._index:
+                self._receive_last(machine)
+            os.write(self._events, b"end\n")
+            return 0
+        except Exception as error:
+            if os.environ.get("PYHV_DEBUG"):
+                import traceback
+
+                traceback.print_exc()
+            self._tell("failed", error=str(error) if isinstance(error, PyhvError) else repr(error))
+            os.write(self._events, b"end\n")
+            return 0
+
+    def _tell(self, event: str, **facts: object) -> None:
+        os.write(self._events, json.dumps({"event": event, "node": self._index, **facts}).encode() + b"\n")
+
+    def _start(self) -> Machine:
+        plan = self._plan
+        if plan.start:
+            machine = Machine.restore(plan.start, console_out=self._console)
+        else:
+            size = _FIRST_BYTE + plan.pages * _PAGE
+            words = f"pages={plan.pages} every=1"
+            memory = -(-size // (1 << 20)) << 20
+            machine = Machine("ticker", compat=plan.compat, memory=memory, append=words, console_out=self._console)
+        machine.start()
+        return machine
+
+    def _receive(self) -> Machine:
+        channel = self._listener.accept(HOP_LIMIT)
+        if channel is None:
+            raise HostError(f"node {self._index}", 0, f"nobody came within {HOP_LIMIT:g} seconds")
+        machine = Machine.arrive(Destination(channel), console_out=self._console)
+        self._plant_at_arrival(machine)
+        machine.start()
+        return machine
+
+    def _receive_last(self, machine: Machine | None) -> None:
+        if machine is None:
+            machine = self._receive()
+        self._wait_for_round(machine, self._stamp(machine, 0))
+        machine.pause()
+        if self._plan.save:
+            machine.save(self._plan.save)
+        machine.close()
+
+    def _depart(self, machine: Machine, hop: int) -> None:
+        begun = self._stamp(machine, 0)
+        self._wait_for_round(machine, begun)
+        self._plant_at_departure(machine, hop)
+        with transport.connect(self._next) as channel:
+            summary = machine.depart(channel, limits=self._limits)
+        if self._plan.fault == "second-copy" and hop == self._plan.hops // 2:
+            machine.start(force=True)
+            time.sleep(0.1)
+            machine.pause()
+        self._tell(
+            "hop",
+            total_time=summary.total_time,
+            downtime=summary.downtime,
+            rounds=summary.rounds,
+            bytes=summary.bytes,
+            guest_rounds=self._stamp(machine, self._plan.pages - 1) - begun,
+        )
+        self._departures += 1
+        if self._departures >= _WARM_UP and self._departures % _CENSUS == 0:
+            self._take_census()
+
+    def _stamp(self, machine: Machine, page: int) -> int:
+        """The round of a page's stamp."""
+        place = (_FIRST_BYTE // _PAGE + page) % _BLOCK
+        data = machine.vm.memory.read(_FIRST_BYTE + page * _PAGE + 8 * place, 8)
+        return int(struct.unpack("<Q", data)[0]) >> 32
+
+    def _wait_for_round(self, machine: Machine, begun: int) -> None:
+        """Until the guest has begun and ended a round here. begun: the last that it had begun before."""
+        deadline = time.monotonic() + HOP_LIMIT
+        while self._stamp(machine, self._plan.pages - 1) <= begun:
+            if machine.vm.stopped is not None:
+                raise HostError("the guest", 0, "came to its end")
+            if time.monotonic() > deadline:
+                raise HostError("the guest", 0, f"completed no round within {HOP_LIMIT:g} seconds")
+            time.sleep(0.0002)
+
+    def _take_census(self) -> None:
+        gc.collect()
+        with open("/proc/self/status", encoding="ascii") as status:
+            facts = dict(line.split(":", 1) for line in status)
+        self._tell(
+            "census",
+            descriptors=len(os.listdir("/proc/self/fd")),
+            threads=int(facts["Threads"]),
+            memory=int(facts["VmRSS"].split()[0]) << 10,
+        )
+
+    # ------------------------------------------------------------------------------------ faults on purpose
+
+    def _plant_at_arrival(self, machine: Machine) -> None:
+        if self._departures != len(self._hops) // 2 or self._index != 1:
+            return
+        place = _FIRST_BYTE + 8 * ((_FIRST_BYTE // _PAGE) % _BLOCK)
+        stamp = struct.unpack("<Q", machine.vm.memory.read(place, 8))[0]
+        if self._plan.fault == "stale-page":
+            machine.vm.memory.write(place, struct.pack("<Q", stamp - (1 << 32)))
+        elif self._plan.fault == "dropped-page":
+            machine.vm.memory.write(place, bytes(8))
+        elif self._plan.fault == "tsc-back":
+            state = machine.vm.capture()
+            machine.vm.apply(state.later(-(10**8)))
+
+    def _plant_at_departure(self, machine: Machine, hop: int) -> None:
+        if self._plan.fault == "cpuid-bit" and hop == self._plan.hops // 2:
+            table = machine.vm.tables[0]
+            ecx = table.get(1).ecx & ~features.find("cx16").mask
+            machine.vm.tables = (table.replace({(1, 0): table.get(1)._replace(ecx=ecx)}), *machine.vm.tables[1:])
+
+
+def directory_for_sockets() -> str:
+    """A new directory with a short name: a socket's path has at most 107 bytes."""
+    import tempfile
+
+    return tempfile.mkdtemp(prefix="pyhv-soak-", dir="/tmp" if len(tempfile.gettempdir()) > 60 else None)
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value that this share of the values does not exceed. values: sorted, not empty."""
+    return values[min(int(share * len(values)), len(values) - 1)]
+
+
