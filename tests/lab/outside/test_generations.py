@@ -104,7 +104,7 @@ def typed_at(target: str) -> list[str]:
 ALL = [(source, target) for source in hosts() for target in hosts() if source != target]
 SAME = [pair for pair in ALL if vendor(pair[0]) == vendor(pair[1])]
 OTHER = [pair for pair in ALL if vendor(pair[0]) != vendor(pair[1])]
-TWO_OF_A_VENDOR = [one for one in oldest() if oldest()[one] != newest()[one]]
+TWO_OF_A_VENDOR = [one for one, name in newest().items() if name != oldest()[one]]
 
 
 def named(pairs: list[tuple[str, str]]) -> pytest.MarkDecorator:
@@ -348,7 +348,9 @@ def test_faults_are_noticed(played: Played, one: str) -> None:
 
 
 def test_a_gap_and_a_reason_kept_quiet_are_noticed(played: Played) -> None:
-    source, target = next(pair for pair in reversed(SAME) if SHOWN[pair[0]] - SHOWN[pair[1]])
+    source, target = next((pair for pair in reversed(SAME) if SHOWN[pair[0]] - SHOWN[pair[1]]), ("", ""))
+    if not source:
+        pytest.skip("needs two generations of a vendor (--kinds)")
     saved, restored = played.save(source, "hyperv-r2"), played.restore(source, target, "hyperv-r2")
     first = rounds(restored["console"])[0]
     planted = copy.deepcopy(restored)
