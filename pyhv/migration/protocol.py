@@ -101,7 +101,7 @@ def hello(vm: Vm, machine: MachineRecord, host: HostDescription, heartbeat: floa
         machine=machine,
         tables=tuple(tuple(table.as_entries()) for table in vm.tables),
         msrs=tuple(sorted(granted.difference(msrs.missing(granted, host.msrs)))),
-        tsc_khz=vm.vcpus[0].read_tsc_khz(),
+        tsc_khz=vm.tsc_khz,
         strict_tsc=False,
         irqchip=vm.irqchip,
         pit=vm.pit,

@@ -77,6 +77,7 @@ class Vm:
         self._pausing = False
         self._interrupted = False
         self._failure: BaseException | None = None
+        self._tsc_khz = 0
         self.entered: int | None = None
         """CLOCK_MONOTONIC in ns when the first vCPU was about to be entered for the first time."""
         try:
@@ -97,12 +98,18 @@ class Vm:
     def running(self) -> bool:
         return bool(self._threads)
 
+    @property
+    def tsc_khz(self) -> int:
+        """Rate of the TSC, of a VM that runs or has run. A running vCPU cannot be asked: it answers when it stands."""
+        return self._tsc_khz
+
     def start(self) -> None:
         """Lets the vCPUs run, or run on after pause(). No effect on a running VM or one that came to its end."""
         with self._control:
             if self._threads or self.stopped is not None:
                 return
             self._pausing = False
+            self._tsc_khz = self._tsc_khz or self.vcpus[0].read_tsc_khz()
             self.devices.start_input()
             self._threads = [
                 threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu-{vcpu.index}", daemon=True)
