@@ -2,11 +2,11 @@
  *
  * Messages over a pair of descriptors: framing, sums, heartbeats, limits of time. What comes in is not trusted.
  *
- * One function, link_wait(), moves all bytes. It never blocks on one direction alone: two sides that both send would wait
- * for each other for ever, and a side that is kept from sending would miss that the other one is gone, or has said why it
- * does not read any more. So bytes that cannot be sent yet stay in the buffer, also across calls, and one message that
- * comes in meanwhile is kept for pyhv_link_receive(). While it lies there nothing more is read; the limit of silence
- * then counts from the last byte that moved either way.
+ * One function, link_wait(), moves all bytes. It never blocks on one direction alone: two sides that both send would
+ * wait for each other for ever, and a side that is kept from sending would miss that the other one is gone, or has
+ * said why it does not read any more. So bytes that cannot be sent yet stay in the buffer, also across calls, and one
+ * message that comes in meanwhile is kept for pyhv_link_receive(). While it lies there nothing more is read; the limit
+ * of silence then counts from the last byte that moved either way.
  */
 #include "link.h"
 
@@ -198,7 +198,7 @@ static ssize_t write_some(struct pyhv_link *link, const uint8_t *data, size_t si
     if (!link->guard_sigpipe)
         return write(link->out_fd, data, size);
 
-    /* A pipe without readers sends a signal, which would end the process: it is blocked, and taken back if it was ours. */
+    /* A pipe without readers sends a signal, which would end the process: it is blocked, and taken back if ours. */
     sigset_t sigpipe, before, pending;
     sigemptyset(&sigpipe);
     sigaddset(&sigpipe, SIGPIPE);
@@ -229,8 +229,8 @@ static bool means_closed(int errnum)
     return errnum == EPIPE || errnum == ECONNRESET || errnum == EIO;
 }
 
-/* Sends what can be sent at once. Returns whether anything was. What fails is left in out_errnum: the other side may have
- * said why, and that must still be read. */
+/* Sends what can be sent at once. Returns whether anything was. What fails is left in out_errnum: the other side may
+ * have said why, and that must still be read. */
 static bool push(struct pyhv_link *link, uint64_t now)
 {
     struct link_out *out = &link->out;

@@ -71,7 +71,7 @@ void link_enter(struct pyhv_link *link);
 int link_leave(struct pyhv_link *link, int result);
 
 /* Moves bytes both ways, heartbeats among them, until one of the things in `what` is there; returns those that are. Or
- * until `deadline` (UINT64_MAX: none), which is looked at when bytes would have to be waited for: 0. -1 with an error. */
+ * until `deadline` (UINT64_MAX: none), which is looked at when bytes would have to be waited for: 0. Or -1. */
 int link_wait(struct pyhv_link *link, int what, uint64_t deadline, struct pyhv_error *error);
 
 /* Makes a message of the payload that is in out.buffer from `at` on, behind LINK_HEADER bytes of room; the one before

@@ -258,9 +258,10 @@ static int read_private(struct reader *reader, uint64_t at, const uint64_t *page
         while (page < pages && is_own(pagemap[page]) == own)
             page++;
         size_t skip = first * PYHV_PAGE_SIZE, size = (page - first) * PYHV_PAGE_SIZE;
-        if (own)
-            memcpy(buffer + skip, reader->piece.mapped + at + skip, size);
-        else if (read_file(reader, from + skip, from + skip + size, buffer + skip, error) < 0)
+        /* Who shortens the file takes the process's own pages behind its new end away as well. */
+        int failed = own ? pyhv_memory_read(reader->piece.mapped + at + skip, buffer + skip, size, error)
+                         : read_file(reader, from + skip, from + skip + size, buffer + skip, error);
+        if (failed)
             return -1;
     }
     return 0;
@@ -292,8 +293,8 @@ static int read_chunk(struct reader *reader, uint64_t at, size_t size, uint8_t *
         own += is_own(pagemap[page]);
     if (own == 0 && reader->piece.data >= to)
         return 0;
-    *data = own == pages ? mapped : buffer;
-    return *data == buffer ? read_private(reader, at, pagemap, pages, buffer, error) : 0;
+    *data = buffer; /* never where it is mapped: that may be gone at any moment */
+    return read_private(reader, at, pagemap, pages, buffer, error);
 }
 
 /* Moves *at on to the first chunk that may have content, or to the end. */
@@ -556,7 +557,8 @@ int pyhv_pages_find(const struct pyhv_memory *ram, uint64_t *bitmap, struct pyhv
             break;
         /* Data ends where it likes in a file; a page with some of it has content. */
         uint64_t from = piece->data > at ? piece->data : at, to = piece->data_end < end ? piece->data_end : end;
-        set_bits(bitmap, (from - ram->offset) / PYHV_PAGE_SIZE, (to - ram->offset + PYHV_PAGE_SIZE - 1) / PYHV_PAGE_SIZE);
+        set_bits(bitmap, (from - ram->offset) / PYHV_PAGE_SIZE,
+                 (to - ram->offset + PYHV_PAGE_SIZE - 1) / PYHV_PAGE_SIZE);
     }
     reader_close(&reader);
     return result;

@@ -223,22 +223,23 @@ uint64_t pyhv_pages_count(const uint64_t *bitmap, uint64_t pages);
 /* ---------------------------------------------------------------------------------------------------- links -- */
 
 /* A link carries messages both ways over two descriptors: sockets, pipes, ttys. A message is, little-endian: u32 type,
- * u32 length of the payload, u64 sum; then the payload. The sum is the XXH64 of the payload; its seed is the XXH64 of the
- * message's first 8 bytes, whose seed is the sum of the message before in the same direction (0 for the first). So the
- * next message tells when anything was changed, lost or repeated on the way.
+ * u32 length of the payload, u64 sum; then the payload. The sum is the XXH64 of the payload; its seed is the XXH64 of
+ * the message's first 8 bytes, whose seed is the sum of the message before in the same direction (0 for the first). So
+ * the next message tells when anything was changed, lost or repeated on the way.
  *
  * Errors of all calls, by errnum:
  *  - EPIPE: the other side has closed the link, within a message or between two;
  *  - ETIMEDOUT: nothing came from it for silence_ms;
  *  - ECANCELED: pyhv_link_cancel();
  *  - EBADMSG: what came is no message, too long, or has another sum; detail says which.
- * A link that had an error is good for one thing only: pyhv_link_receive() still gives messages that have come in before
- * (after EPIPE from a sending call: the other side's last words). One thread at a time, except pyhv_link_cancel(). */
+ * A link that had an error is good for one thing only: pyhv_link_receive() still gives messages that have come in
+ * before (after EPIPE from a sending call: the other side's last words). One thread at a time, except
+ * pyhv_link_cancel(). */
 
 /* No payload. The link itself sends it when it waits and nothing was sent for heartbeat_ms, and swallows it. */
 #define PYHV_MESSAGE_HEARTBEAT 1
 /* Pages: u32 number of runs (1 to PYHV_RUNS_MAX), u32 zero; then a u64 a run: bits 0 to 39 the first page, 40 to 62 how
- * many, at least 1, 63: they are zeros, and have no content here; then the content of the others in order. Runs ascend. */
+ * many, at least 1, 63: they are zeros, and have no content here; then the content of the others. Runs ascend. */
 #define PYHV_MESSAGE_PAGES 2
 /* The payload of a PAGES message as one zstd frame, which is shorter. */
 #define PYHV_MESSAGE_PAGES_ZSTD 3
@@ -301,9 +302,9 @@ struct pyhv_sending {
 };
 
 /* Sends pages until all are sent: returns 0; or 1 when a limit is reached or a message has come in that
- * pyhv_link_receive() should take: call again afterwards. The end of a message may still wait in the link then; the next
- * call of whatever kind sends it first. The guest may write meanwhile: each page is copied once, and checked, summed and
- * sent from the copy. Call without the GIL. */
+ * pyhv_link_receive() should take: call again afterwards. The end of a message may still wait in the link then; the
+ * next call of whatever kind sends it first. The guest may write meanwhile: each page is copied once, and checked,
+ * summed and sent from the copy. Call without the GIL. */
 int pyhv_link_send_pages(struct pyhv_link *link, struct pyhv_sending *sending, struct pyhv_error *error);
 
 /* Since the link was created, heartbeats included. */
@@ -312,7 +313,7 @@ struct pyhv_link_counters {
 };
 const struct pyhv_link_counters *pyhv_link_counters(const struct pyhv_link *link);
 
-/* Opens libzstd.so.1, which a link that meets compressed pages needs. Returns -1 with the reason where it is not there. */
+/* Opens libzstd.so.1, which a link that meets compressed pages needs. Returns -1 with the reason where it is missing. */
 int pyhv_zstd_open(struct pyhv_error *error);
 
 /* ------------------------------------------------------------------------------------------- vCPU registers -- */
@@ -425,11 +426,11 @@ int pyhv_vm_fd(const struct pyhv_vm *vm);
 #define PYHV_VM_MAX_SLOTS 16
 int pyhv_vm_map(struct pyhv_vm *vm, uint64_t gpa, uint64_t size, void *host, struct pyhv_error *error);
 
-/* Begins (on = 1) or ends logging which pages of its memory the VM's vCPUs write, and KVM on their behalf. After all memory
- * is mapped; every piece of it but the last must be a multiple of 64 pages. On failure it is as it was. */
+/* Begins (on = 1) or ends logging which pages of its memory the VM's vCPUs write, and KVM on their behalf. After all
+ * memory is mapped; every piece of it but the last must be a multiple of 64 pages. On failure it is as it was. */
 int pyhv_vm_log_dirty(struct pyhv_vm *vm, int on, struct pyhv_error *error);
-/* KVM_GET_DIRTY_LOG: sets the bits of the pages that were written since logging began or since the last call; the others
- * stay as they are. A bit a page, in the order in which memory was mapped. */
+/* KVM_GET_DIRTY_LOG: sets the bits of the pages that were written since logging began or since the last call; the
+ * others stay as they are. A bit a page, in the order in which memory was mapped. */
 int pyhv_vm_take_dirty(struct pyhv_vm *vm, uint64_t *bitmap, struct pyhv_error *error);
 
 struct pyhv_vcpu;

@@ -346,6 +346,79 @@ static void failures_are_named(void)
     destroy(&machine);
 }
 
+/* Which pages a guest writes, with a slot more that it does not touch. */
+static void dirty_pages(void)
+{
+    /* mov byte [0x3000], 1; mov byte [0x5fff], 1; mov dx, 0xf4; out dx, al; then the same without the first */
+    static const uint8_t code[] = {0xc6, 0x06, 0x00, 0x30, 0x01, 0xc6, 0x06, 0xff, 0x5f, 0x01,
+                                   0xba, 0xf4, 0x00, 0xee, 0xc6, 0x06, 0xff, 0x5f, 0x02, 0xee};
+    struct machine machine;
+    struct pyhv_error error = {0};
+    struct pyhv_exit exit;
+    struct pyhv_memory more, small;
+    uint64_t bitmap[3] = {0};
+    build(&machine, code, sizeof code, 0);
+    CHECK_EQUAL(pyhv_vm_take_dirty(machine.vm, bitmap, &error), -1);
+    CHECK_EQUAL(error.errnum, EINVAL);
+    /* The first slot has 16 pages: another one's bits would begin within a word. */
+    CHECK_EQUAL(pyhv_memory_create(&small, 0x1000, &error), 0);
+    CHECK_EQUAL(pyhv_vm_log_dirty(machine.vm, 1, &error), 0);
+    CHECK_EQUAL(pyhv_vm_map(machine.vm, 0x100000, small.size, small.host, &error), -1);
+    CHECK_EQUAL(error.errnum, EBUSY);
+    CHECK_EQUAL(pyhv_vm_log_dirty(machine.vm, 1, &error), 0); /* it is on */
+
+    pyhv_vcpu_run(machine.vcpu, &exit);
+    CHECK_EQUAL(exit.stop, PYHV_STOP_GUEST_EXIT);
+    bitmap[0] = UINT64_C(1) << 63; /* what is set stays */
+    CHECK_EQUAL(pyhv_vm_take_dirty(machine.vm, bitmap, &error), 0);
+    CHECK_EQUAL(bitmap[0], UINT64_C(1) << 63 | 1 << 3 | 1 << 5);
+    CHECK_EQUAL(bitmap[1] | bitmap[2], 0);
+    bitmap[0] = 0;
+    CHECK_EQUAL(pyhv_vm_take_dirty(machine.vm, bitmap, &error), 0); /* each page is told once */
+    CHECK_EQUAL(bitmap[0], 0);
+    pyhv_vcpu_run(machine.vcpu, &exit);
+    CHECK_EQUAL(pyhv_vm_take_dirty(machine.vm, bitmap, &error), 0);
+    CHECK_EQUAL(bitmap[0], 1 << 5);
+
+    CHECK_EQUAL(pyhv_vm_log_dirty(machine.vm, 0, &error), 0);
+    CHECK_EQUAL(pyhv_vm_take_dirty(machine.vm, bitmap, &error), -1);
+    CHECK_EQUAL(pyhv_vm_map(machine.vm, 0x100000, small.size, small.host, &error), 0);
+    CHECK_EQUAL(pyhv_vm_log_dirty(machine.vm, 1, &error), -1);
+    CHECK_EQUAL(error.errnum, EINVAL);
+    destroy(&machine);
+    pyhv_memory_destroy(&small);
+
+    /* Two slots: the second one's bits follow the first one's, and its last word is not full. */
+    struct pyhv_vm_config config = {0};
+    struct pyhv_vm *vm = pyhv_vm_create(kvm_fd, &config, NULL, &error);
+    CHECK_EQUAL(pyhv_memory_create(&small, 64 * 0x1000, &error), 0);
+    CHECK_EQUAL(pyhv_memory_create(&more, 65 * 0x1000, &error), 0);
+    CHECK_EQUAL(pyhv_vm_map(vm, 0x400000, small.size, small.host, &error), 0);
+    CHECK_EQUAL(pyhv_vm_map(vm, 0, more.size, more.host, &error), 0);
+    memcpy(more.host + ENTRY, code, 10);
+    more.host[ENTRY + 10] = 0xf4; /* hlt */
+    struct pyhv_vcpu *vcpu = pyhv_vcpu_create(vm, 0, &error);
+    struct pyhv_sregs sregs;
+    struct pyhv_regs regs = {.rip = ENTRY, .rflags = 2};
+    CHECK_EQUAL(pyhv_vcpu_get_sregs(vcpu, &sregs, &error), 0);
+    sregs.cs.base = sregs.cs.selector = 0;
+    sregs.ds.base = 0x40000 - 0x5000; /* the first byte goes to 0x3e000, the second to 0x40fff: the last page */
+    CHECK_EQUAL(pyhv_vcpu_set_sregs(vcpu, &sregs, &error), 0);
+    CHECK_EQUAL(pyhv_vcpu_set_regs(vcpu, &regs, &error), 0);
+    CHECK_EQUAL(pyhv_vm_log_dirty(vm, 1, &error), 0);
+    pyhv_vcpu_run(vcpu, &exit);
+    memset(bitmap, 0, sizeof bitmap);
+    CHECK_EQUAL(pyhv_vm_take_dirty(vm, bitmap, &error), 0);
+    CHECK_EQUAL(bitmap[0], 0);
+    CHECK_EQUAL(bitmap[1], UINT64_C(1) << 62);
+    CHECK_EQUAL(bitmap[2], 1);
+    CHECK(more.host[0x3e000] == 1 && more.host[0x40fff] == 1);
+    pyhv_vcpu_destroy(vcpu);
+    pyhv_vm_destroy(vm);
+    pyhv_memory_destroy(&small);
+    pyhv_memory_destroy(&more);
+}
+
 static void system_questions(void)
 {
     struct pyhv_cpuid_entry entries[PYHV_CPUID_MAX_ENTRIES];
@@ -389,6 +462,7 @@ int main(void)
     trap_on_the_wrong_address();
     state_written_back_is_unchanged();
     failures_are_named();
+    dirty_pages();
     system_questions();
     close(kvm_fd);
     return check_report("test_kvm");

@@ -582,6 +582,54 @@ static void test_verify(void)
     free(expected);
 }
 
+/* ------------------------------------------------------------------------------------------------- bitmaps -- */
+
+/* Finding pages against a model: pages with content, and holes, of a memfd and behind a private mapping. */
+static void test_find_pages(void)
+{
+    enum { PAGES = 1000, WORDS = PAGES / 64 + 1 };
+    for (int is_private = 0; is_private < 2; is_private++)
+        for (int density = 1; density <= 64; density *= 8) {
+            uint64_t expected[WORDS] = {0}, bitmap[WORDS] = {0};
+            struct pyhv_memory ram;
+            int fd = new_file(OUT_OFFSET + PAGES * PAGE);
+            for (size_t page = 0; page < PAGES; page++)
+                if (random64() >> 20 & 1 && random64() % (uint64_t)density == 0) {
+                    CHECK_EQUAL(pwrite(fd, "x", 1, (off_t)(OUT_OFFSET + page * PAGE + random64() % PAGE)), 1);
+                    expected[page / 64] |= UINT64_C(1) << page % 64;
+                }
+            if (is_private) {
+                CHECK_EQUAL(pyhv_memory_map_file(&ram, fd, OUT_OFFSET, PAGES * PAGE, &error), 0);
+                for (int i = 0; i < 50; i++) { /* the guest's own */
+                    size_t page = random64() % PAGES;
+                    ram.host[page * PAGE] = 1;
+                    expected[page / 64] |= UINT64_C(1) << page % 64;
+                }
+            } else {
+                ram = (struct pyhv_memory){.size = PAGES * PAGE, .offset = OUT_OFFSET, .fd = fd};
+            }
+            CHECK_EQUAL(pyhv_pages_find(&ram, bitmap, &error), 0);
+            CHECK(memcmp(bitmap, expected, sizeof bitmap) == 0);
+            uint64_t count = 0;
+            for (size_t page = 0; page < PAGES; page++) {
+                CHECK_EQUAL(pyhv_pages_count(bitmap, page), count);
+                count += expected[page / 64] >> page % 64 & 1;
+            }
+            CHECK_EQUAL(pyhv_pages_count(bitmap, PAGES), count);
+            bitmap[WORDS - 1] |= UINT64_C(1) << 63; /* beyond the last page */
+            CHECK_EQUAL(pyhv_pages_count(bitmap, PAGES), count);
+            bitmap[WORDS - 1] &= ~(UINT64_C(1) << 63);
+
+            lseek_fault = (struct fault){.times = 1, .errnum = EIO};
+            CHECK_EQUAL(pyhv_pages_find(&ram, bitmap, &error), -1);
+            CHECK_EQUAL(error.errnum, EIO);
+            no_faults();
+            if (is_private)
+                pyhv_memory_destroy(&ram);
+            close(fd);
+        }
+}
+
 int main(void)
 {
     alarm(100);
@@ -597,5 +645,6 @@ int main(void)
     test_calls_that_do_less();
     test_calls_that_fail();
     test_verify();
+    test_find_pages();
     return check_report("test_pages");
 }

@@ -1,0 +1,1159 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * link.c and transfer.c over sockets and pipes, against streams that are made here, byte by byte, and against every
+ * way in which they can be wrong. transfer.c is included so that its calls can be made to fail.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "check.h"
+
+static int pwrite_errnum, fallocate_errnum; /* 0: the call works */
+
+static ssize_t faulty_pwrite(int fd, const void *data, size_t size, off_t offset)
+{
+    if (pwrite_errnum) {
+        errno = pwrite_errnum;
+        return -1;
+    }
+    return pwrite(fd, data, size < 5000 ? size : 5000, offset); /* what it does not write at once is written later */
+}
+
+static int faulty_fallocate(int fd, int mode, off_t offset, off_t size)
+{
+    if (fallocate_errnum) {
+        errno = fallocate_errnum;
+        return -1;
+    }
+    return fallocate(fd, mode, offset, size);
+}
+
+#define pwrite    faulty_pwrite
+#define fallocate faulty_fallocate
+#include "transfer.c"
+#undef pwrite
+#undef fallocate
+
+/* ------------------------------------------------------------------------------------------------- helpers -- */
+
+#define PAGE       ((size_t)PYHV_PAGE_SIZE)
+#define TYPE       100   /* any type that is the caller's */
+#define LONG_MS    20000 /* longer than any test should take */
+#define STREAM_MAX (4 << 20)
+
+static struct pyhv_error error;
+
+static uint64_t random64(void)
+{
+    static uint64_t state = 88172645463325252u; /* xorshift64: the same numbers in every run */
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return state;
+}
+
+static void fill_random(uint8_t *at, size_t size)
+{
+    for (size_t i = 0; i < size; i += 8) {
+        uint64_t value = random64() | 1;
+        memcpy(at + i, &value, size - i < 8 ? size - i : 8);
+    }
+}
+
+static uint64_t now_ms(void)
+{
+    return link_now() / 1000000;
+}
+
+static void sleep_ms(unsigned ms)
+{
+    const struct timespec time = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L};
+    nanosleep(&time, NULL);
+}
+
+/* The two ends of a connection: of one socket each, or of two pipes. */
+struct ends {
+    int in[2], out[2]; /* [side] */
+};
+
+static struct ends connect_ends(bool pipes)
+{
+    struct ends ends;
+    int one[2], two[2];
+    if (pipes) {
+        CHECK(pipe(one) == 0 && pipe(two) == 0);
+        ends = (struct ends){{one[0], two[0]}, {two[1], one[1]}};
+    } else {
+        CHECK_EQUAL(socketpair(AF_UNIX, SOCK_STREAM, 0, one), 0);
+        ends = (struct ends){{one[0], one[1]}, {one[0], one[1]}};
+    }
+    return ends;
+}
+
+static void close_side(struct ends *ends, int side)
+{
+    if (ends->in[side] >= 0)
+        close(ends->in[side]);
+    if (ends->out[side] >= 0 && ends->out[side] != ends->in[side])
+        close(ends->out[side]);
+    ends->in[side] = ends->out[side] = -1;
+}
+
+static struct pyhv_link *open_link(const struct ends *ends, int side, uint32_t heartbeat_ms, uint32_t silence_ms)
+{
+    const struct pyhv_link_config config = {ends->in[side], ends->out[side], heartbeat_ms, silence_ms};
+    struct pyhv_link *link = pyhv_link_create(&config, &error);
+    if (!link) {
+        fprintf(stderr, "pyhv_link_create: %s %s\n", error.what, error.detail);
+        exit(1);
+    }
+    return link;
+}
+
+/* What a call returned, when it should have failed with that errnum. */
+#define CHECK_FAILS(call, expected)              \
+    do {                                         \
+        error = (struct pyhv_error){0};          \
+        CHECK_EQUAL(call, -1);                   \
+        CHECK_EQUAL(error.errnum, expected);     \
+        CHECK(error.what[0] && error.detail[0]); \
+    } while (0)
+
+/* A stream that is made here. */
+struct stream {
+    uint8_t *bytes;
+    size_t size;
+    uint64_t sum;
+};
+
+static void add_message(struct stream *stream, uint32_t type, const void *payload, size_t length)
+{
+    uint8_t *at = stream->bytes + stream->size;
+    uint32_t head[2] = {type, (uint32_t)length};
+    stream->sum = pyhv_xxh64(payload, length, pyhv_xxh64(head, 8, stream->sum));
+    memcpy(at, head, 8);
+    memcpy(at + 8, &stream->sum, 8);
+    if (length)
+        memcpy(at + 16, payload, length);
+    stream->size += 16 + length;
+}
+
+static uint64_t run_of(uint64_t first, uint64_t pages, bool zero)
+{
+    return first | pages << 40 | (uint64_t)zero << 63;
+}
+
+/* The payload of a PAGES message of these runs; returns its length. */
+static size_t make_pages(uint8_t *payload, const uint64_t *runs, uint32_t count, size_t content)
+{
+    const uint32_t head[2] = {count, 0};
+    memcpy(payload, head, 8);
+    memcpy(payload + 8, runs, count * sizeof *runs);
+    fill_random(payload + 8 + count * sizeof *runs, content * PAGE);
+    return 8 + count * sizeof *runs + content * PAGE;
+}
+
+/* A link whose other side says these bytes and closes. */
+static struct pyhv_link *told(struct ends *ends, const void *bytes, size_t size)
+{
+    *ends = connect_ends(false);
+    int room = 1 << 20;
+    setsockopt(ends->out[1], SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
+    CHECK_EQUAL(write(ends->out[1], bytes, size), size);
+    close_side(ends, 1);
+    return open_link(ends, 0, 0, LONG_MS);
+}
+
+static void finish(struct pyhv_link *link, struct ends *ends)
+{
+    pyhv_link_destroy(link);
+    close_side(ends, 0);
+    close_side(ends, 1);
+}
+
+/* RAM for the pages that come in. */
+struct target {
+    struct pyhv_memory ram;
+    uint64_t written[64];
+    struct pyhv_landing landing;
+};
+
+static void target_create(struct target *target, size_t pages)
+{
+    *target = (struct target){0};
+    CHECK_EQUAL(pyhv_memory_create(&target->ram, pages * PAGE, &error), 0);
+    target->landing = (struct pyhv_landing){.ram = &target->ram, .written = target->written};
+}
+
+static uint64_t allocated_pages(const struct pyhv_memory *ram)
+{
+    struct stat file;
+    CHECK_EQUAL(fstat(ram->fd, &file), 0);
+    return (uint64_t)file.st_blocks * 512 / PAGE;
+}
+
+/* ---------------------------------------------------------------------------------------------- round trips -- */
+
+struct sender {
+    struct pyhv_link *link;
+    const uint8_t *data;
+    size_t count;
+    const size_t *sizes;
+    int result;
+    struct pyhv_error error;
+};
+
+static void *send_all(void *opaque)
+{
+    struct sender *sender = opaque;
+    for (size_t i = 0; i < sender->count && sender->result == 0; i++)
+        sender->result =
+            pyhv_link_send(sender->link, TYPE + (uint32_t)i, sender->data, sender->sizes[i], &sender->error);
+    return NULL;
+}
+
+static void round_trips(bool pipes)
+{
+    static const size_t sizes[] = {0, 1, 7, 8, 4095, 4096, 100000, PYHV_MESSAGE_MAX, 0, PYHV_MESSAGE_MAX, 3};
+    enum { COUNT = sizeof sizes / sizeof sizes[0] };
+    static uint8_t data[PYHV_MESSAGE_MAX];
+    fill_random(data, sizeof data);
+    struct ends ends = connect_ends(pipes);
+    struct pyhv_link *links[2] = {open_link(&ends, 0, 1000, LONG_MS), open_link(&ends, 1, 1000, LONG_MS)};
+    for (int from = 0; from < 2; from++) {
+        struct sender sender = {.link = links[from], .data = data, .count = COUNT, .sizes = sizes};
+        pthread_t thread;
+        uint64_t bytes = 0;
+        CHECK_EQUAL(pthread_create(&thread, NULL, send_all, &sender), 0);
+        for (uint32_t i = 0; i < COUNT; i++) {
+            struct pyhv_message message = {0};
+            CHECK_EQUAL(pyhv_link_receive(links[!from], NULL, LONG_MS, &message, &error), 1);
+            CHECK_EQUAL(message.type, TYPE + i);
+            CHECK_EQUAL(message.length, sizes[i]);
+            CHECK(message.length == sizes[i] && memcmp(message.payload, data, sizes[i]) == 0);
+            bytes += LINK_HEADER + sizes[i];
+        }
+        pthread_join(thread, NULL);
+        CHECK_EQUAL(sender.result, 0);
+        CHECK_EQUAL(pyhv_link_counters(links[from])->bytes_sent, bytes);
+        CHECK_EQUAL(pyhv_link_counters(links[from])->messages_sent, COUNT);
+        CHECK_EQUAL(pyhv_link_counters(links[!from])->bytes_received, bytes);
+        CHECK_EQUAL(pyhv_link_counters(links[!from])->messages_received, COUNT);
+    }
+    /* What cannot be sent. */
+    CHECK_FAILS(pyhv_link_send(links[0], TYPE, data, PYHV_MESSAGE_MAX + 1, &error), EINVAL);
+    for (uint32_t type = 0; type <= PYHV_MESSAGE_PAGES_ZSTD; type++)
+        CHECK_FAILS(pyhv_link_send(links[0], type, data, 0, &error), EINVAL);
+    /* Nothing is there, and none of this was sent. */
+    struct pyhv_message message;
+    CHECK_EQUAL(pyhv_link_receive(links[1], NULL, 0, &message, &error), 0);
+    pyhv_link_destroy(links[0]);
+    finish(links[1], &ends);
+}
+
+struct talker {
+    struct pyhv_link *link;
+    int sent, received;
+};
+
+static void *send_then_receive(void *opaque)
+{
+    struct talker *talker = opaque;
+    static const uint8_t data[PYHV_MESSAGE_MAX];
+    struct pyhv_message message;
+    talker->sent = pyhv_link_send(talker->link, TYPE, data, sizeof data, NULL);
+    talker->received = pyhv_link_receive(talker->link, NULL, LONG_MS, &message, NULL);
+    return NULL;
+}
+
+/* Both sides send before they receive, over pipes that hold less than the message. */
+static void both_send_at_once(void)
+{
+    struct ends ends = connect_ends(true);
+    struct talker talkers[2];
+    pthread_t threads[2];
+    for (int side = 0; side < 2; side++)
+        talkers[side].link = open_link(&ends, side, 50, LONG_MS);
+    for (int side = 0; side < 2; side++) {
+        CHECK_EQUAL(fcntl(ends.out[side], F_SETPIPE_SZ, 4096), 4096);
+        CHECK_EQUAL(pthread_create(&threads[side], NULL, send_then_receive, &talkers[side]), 0);
+    }
+    for (int side = 0; side < 2; side++) {
+        pthread_join(threads[side], NULL);
+        CHECK_EQUAL(talkers[side].sent, 0);
+        CHECK_EQUAL(talkers[side].received, 1);
+    }
+    pyhv_link_destroy(talkers[0].link);
+    finish(talkers[1].link, &ends);
+}
+
+/* ------------------------------------------------------------------------------------- streams that are wrong -- */
+
+/* Three messages and a page: what an honest side may send. ends_at: where each ends. */
+enum { HONEST_MESSAGES = 5 };
+
+static void honest(struct stream *stream, size_t *ends_at)
+{
+    static uint8_t payload[8 + 8 + 4096];
+    const uint64_t run = run_of(2, 1, false);
+    stream->size = 0;
+    stream->sum = 0;
+    add_message(stream, TYPE, "first", 5);
+    ends_at[0] = stream->size;
+    add_message(stream, PYHV_MESSAGE_HEARTBEAT, NULL, 0);
+    ends_at[1] = stream->size;
+    add_message(stream, TYPE + 1, NULL, 0);
+    ends_at[2] = stream->size;
+    add_message(stream, PYHV_MESSAGE_PAGES, payload, make_pages(payload, &run, 1, 1));
+    ends_at[3] = stream->size;
+    add_message(stream, TYPE + 2, "the last one", 12);
+    ends_at[4] = stream->size;
+}
+
+/* Receives until it fails; returns how many messages came, pages and heartbeats included. */
+static uint64_t receive_until_error(struct pyhv_link *link, struct target *target)
+{
+    struct pyhv_message message;
+    int result;
+    do {
+        result = pyhv_link_receive(link, &target->landing, LONG_MS, &message, &error);
+        CHECK(result != 0);
+    } while (result == 1);
+    CHECK(error.detail[0]);
+    return pyhv_link_counters(link)->messages_received;
+}
+
+static void end_of_file_at_each_byte(struct stream *stream)
+{
+    size_t ends_at[HONEST_MESSAGES];
+    honest(stream, ends_at);
+    for (size_t size = 0; size <= stream->size; size++) {
+        struct ends ends;
+        struct target target;
+        uint64_t whole = 0;
+        if (size > ends_at[2] + 40 && size < ends_at[3] - 240) /* in the page's content */
+            size += 199;
+        target_create(&target, 4);
+        struct pyhv_link *link = told(&ends, stream->bytes, size);
+        while (whole < HONEST_MESSAGES && ends_at[whole] <= size)
+            whole++;
+        CHECK_EQUAL(receive_until_error(link, &target), whole);
+        CHECK_EQUAL(error.errnum, EPIPE);
+        CHECK_EQUAL(strstr(error.detail, "within") != NULL, size && (!whole || ends_at[whole - 1] != size));
+        CHECK_EQUAL(target.landing.pages, whole >= 4);
+        CHECK_EQUAL(allocated_pages(&target.ram), whole >= 4);
+        pyhv_memory_destroy(&target.ram);
+        finish(link, &ends);
+    }
+}
+
+static void one_bit_flipped_anywhere(struct stream *stream)
+{
+    size_t ends_at[HONEST_MESSAGES];
+    honest(stream, ends_at);
+    for (size_t bit = 0; bit < stream->size * 8; bit++) {
+        struct ends ends;
+        struct target target;
+        uint64_t before = 0;
+        if (bit / 8 > ends_at[2] + 40 && bit / 8 < ends_at[3] - 240)
+            bit += 1001;
+        target_create(&target, 4);
+        stream->bytes[bit / 8] ^= (uint8_t)(1 << bit % 8);
+        struct pyhv_link *link = told(&ends, stream->bytes, stream->size);
+        stream->bytes[bit / 8] ^= (uint8_t)(1 << bit % 8);
+        while (ends_at[before] <= bit / 8)
+            before++;
+        CHECK_EQUAL(receive_until_error(link, &target), before);
+        /* A length that has grown is missed at the end of the stream. */
+        size_t in_header = bit / 8 - (before ? ends_at[before - 1] : 0);
+        CHECK(error.errnum == EBADMSG || (error.errnum == EPIPE && in_header >= 4 && in_header < 8));
+        CHECK_EQUAL(allocated_pages(&target.ram), before >= 4);
+        /* And it stays an error. */
+        CHECK_FAILS(receive_until_error(link, &target) > before ? 0 : -1, error.errnum);
+        pyhv_memory_destroy(&target.ram);
+        finish(link, &ends);
+    }
+}
+
+/* One message missing, one twice, two exchanged. */
+static void lost_repeated_and_exchanged(struct stream *stream)
+{
+    size_t ends_at[HONEST_MESSAGES];
+    honest(stream, ends_at);
+    static uint8_t bytes[3 * 8192];
+    for (int i = 0; i < HONEST_MESSAGES; i++)
+        for (int how = 0; how < 3; how++) {
+            struct ends ends;
+            struct target target;
+            size_t size = 0;
+            if (i == HONEST_MESSAGES - 1 && how != 1)
+                continue; /* a missing end is not seen but by whoever waits for it */
+            for (int j = 0; j < HONEST_MESSAGES; j++) {
+                int take = how == 2 && (j == i || j == i + 1) ? 2 * i + 1 - j : j;
+                size_t from = take ? ends_at[take - 1] : 0;
+                for (int times = how == 0 && j == i ? 0 : how == 1 && j == i ? 2 : 1; times > 0; times--) {
+                    memcpy(bytes + size, stream->bytes + from, ends_at[take] - from);
+                    size += ends_at[take] - from;
+                }
+            }
+            target_create(&target, 4);
+            struct pyhv_link *link = told(&ends, bytes, size);
+            CHECK_EQUAL(receive_until_error(link, &target), how == 1 ? i + 1 : i);
+            CHECK_EQUAL(error.errnum, EBADMSG);
+            pyhv_memory_destroy(&target.ram);
+            finish(link, &ends);
+        }
+}
+
+/* Refused by their headers alone: the rest need not come. */
+static void headers_that_are_refused(void)
+{
+    static const uint32_t heads[][2] = {
+        {0, 0},
+        {0, 5},
+        {PYHV_MESSAGE_HEARTBEAT, 1},
+        {PYHV_MESSAGE_PAGES, LINK_PAGES_MAX + 1},
+        {PYHV_MESSAGE_PAGES_ZSTD, LINK_PAGES_MAX + 1},
+        {4, PYHV_MESSAGE_MAX + 1},
+        {TYPE, PYHV_MESSAGE_MAX + 1},
+        {TYPE, UINT32_MAX},
+        {UINT32_MAX, UINT32_MAX},
+    };
+    for (size_t i = 0; i < sizeof heads / sizeof heads[0]; i++)
+        for (int after_another = 0; after_another < 2; after_another++) {
+            uint8_t bytes[64];
+            struct stream stream = {.bytes = bytes};
+            struct ends ends = connect_ends(true);
+            struct pyhv_link *link = open_link(&ends, 0, 0, LONG_MS);
+            struct pyhv_message message;
+            if (after_another) /* then the header comes in together with it */
+                add_message(&stream, TYPE, "x", 1);
+            memcpy(bytes + stream.size, heads[i], 8);
+            memset(bytes + stream.size + 8, 0, 8);
+            CHECK_EQUAL(write(ends.out[1], bytes, stream.size + 16), stream.size + 16);
+            if (after_another)
+                CHECK_EQUAL(pyhv_link_receive(link, NULL, LONG_MS, &message, &error), 1);
+            for (int times = 0; times < 3; times++)
+                CHECK_FAILS(pyhv_link_receive(link, NULL, LONG_MS, &message, &error), EBADMSG);
+            finish(link, &ends);
+        }
+}
+
+static void runs_that_are_refused(void)
+{
+    enum { RAM = 300 }; /* pages */
+    static const struct {
+        const char *name;
+        uint64_t runs[4];
+        uint32_t count, zero;
+        size_t content; /* pages of it that come */
+        int extra;      /* bytes more than there should be */
+    } cases[] = {
+        {"no runs", {0}, 0, 0, 0, 0},
+        {"more runs than come", {1}, 5, 0, 0, -32},
+        {"more runs than allowed", {1}, PYHV_RUNS_MAX + 1, 0, 0, 0},
+        {"reserved bits", {UINT64_C(1) << 40}, 1, 1, 1, 0},
+        {"a run of no pages", {5}, 1, 0, 0, 0},
+        {"zeros, no pages", {5 | UINT64_C(1) << 63}, 1, 0, 0, 0},
+        {"behind the RAM", {RAM | UINT64_C(1) << 40}, 1, 0, 1, 0},
+        {"beyond the RAM", {(RAM - 1) | UINT64_C(2) << 40}, 1, 0, 2, 0},
+        {"zeros beyond the RAM", {UINT64_C(301) << 40 | UINT64_C(1) << 63}, 1, 0, 0, 0},
+        {"zeros, all of them", {0 | UINT64_C(0x7fffff) << 40 | UINT64_C(1) << 63}, 1, 0, 0, 0},
+        {"the last page there is", {UINT64_C(0xffffffffff) | UINT64_C(1) << 40}, 1, 0, 1, 0},
+        {"overlapping", {3 | UINT64_C(2) << 40, 4 | UINT64_C(1) << 40}, 2, 0, 3, 0},
+        {"descending", {3 | UINT64_C(1) << 40, 2 | UINT64_C(1) << 40}, 2, 0, 2, 0},
+        {"less content", {3 | UINT64_C(2) << 40}, 1, 0, 1, 0},
+        {"more content", {3 | UINT64_C(2) << 40}, 1, 0, 3, 0},
+        {"a byte less", {3 | UINT64_C(2) << 40}, 1, 0, 2, -1},
+        {"a byte more", {3 | UINT64_C(2) << 40}, 1, 0, 2, 1},
+        {"content for zeros", {3 | UINT64_C(2) << 40 | UINT64_C(1) << 63}, 1, 0, 2, 0},
+        {"too many pages", {0 | UINT64_C(257) << 40}, 1, 0, 256, 0},
+    };
+    static uint8_t payload[LINK_PAGES_MAX + 8192], bytes[LINK_PAGES_MAX + 16384];
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct stream stream = {.bytes = bytes};
+        struct target target;
+        struct ends ends;
+        static const uint64_t none[64];
+        uint64_t many[PYHV_RUNS_MAX + 1] = {0};
+        memcpy(many, cases[i].runs, sizeof cases[i].runs);
+        size_t length = make_pages(payload, many, cases[i].count, cases[i].content);
+        memcpy(payload + 4, &cases[i].zero, 4);
+        length = (size_t)((int64_t)length + cases[i].extra);
+        add_message(&stream, PYHV_MESSAGE_PAGES, payload, length);
+        target_create(&target, RAM);
+        struct pyhv_link *link = told(&ends, bytes, stream.size);
+        receive_until_error(link, &target);
+        if (error.errnum != EBADMSG || strncmp(error.detail, "pages: ", 7) != 0)
+            fprintf(stderr, "%s: %s\n", cases[i].name, error.detail);
+        CHECK_EQUAL(error.errnum, EBADMSG);
+        CHECK_EQUAL(allocated_pages(&target.ram), 0);
+        CHECK(memcmp(target.written, none, sizeof none) == 0);
+        CHECK(target.landing.pages == 0 && target.landing.zero_pages == 0);
+        pyhv_memory_destroy(&target.ram);
+        finish(link, &ends);
+    }
+    for (size_t length = 0; length < 8; length++) { /* no head */
+        struct stream stream = {.bytes = bytes};
+        struct target target;
+        struct ends ends;
+        memset(payload, 0, 8);
+        payload[0] = 1;
+        add_message(&stream, PYHV_MESSAGE_PAGES, payload, length);
+        target_create(&target, RAM);
+        struct pyhv_link *link = told(&ends, bytes, stream.size);
+        receive_until_error(link, &target);
+        CHECK_EQUAL(error.errnum, EBADMSG);
+        pyhv_memory_destroy(&target.ram);
+        finish(link, &ends);
+    }
+}
+
+static void pages_that_were_not_expected(struct stream *stream)
+{
+    const uint64_t run = run_of(0, 3, true);
+    uint8_t payload[64];
+    struct ends ends;
+    struct pyhv_message message;
+    stream->size = stream->sum = 0;
+    add_message(stream, PYHV_MESSAGE_PAGES, payload, make_pages(payload, &run, 1, 0));
+    struct pyhv_link *link = told(&ends, stream->bytes, stream->size);
+    CHECK_FAILS(pyhv_link_receive(link, NULL, LONG_MS, &message, &error), EBADMSG);
+    CHECK(strstr(error.detail, "not expected"));
+    finish(link, &ends);
+}
+
+/* --------------------------------------------------------------------------------------------------- closing -- */
+
+static unsigned signals;
+
+static void on_signal(int number)
+{
+    (void)number;
+    signals++;
+}
+
+/* Sending to nobody is an error and no signal; and what the other side said before it closed can still be read. */
+static void sending_to_nobody(bool pipes)
+{
+    static uint8_t data[PYHV_MESSAGE_MAX];
+    uint8_t bytes[64];
+    struct stream stream = {.bytes = bytes};
+    struct pyhv_message message;
+    struct ends ends = connect_ends(pipes);
+    signal(SIGPIPE, on_signal);
+    signals = 0;
+    struct pyhv_link *link = open_link(&ends, 0, 0, LONG_MS);
+    add_message(&stream, TYPE, "no memory", 9);
+    CHECK_EQUAL(write(ends.out[1], bytes, stream.size), stream.size);
+    close_side(&ends, 1);
+    for (int times = 0; times < 2; times++)
+        CHECK_FAILS(pyhv_link_send(link, TYPE, data, sizeof data, &error), EPIPE);
+    CHECK_EQUAL(pyhv_link_receive(link, NULL, LONG_MS, &message, &error), 1);
+    CHECK(message.length == 9 && memcmp(message.payload, "no memory", 9) == 0);
+    CHECK_FAILS(pyhv_link_receive(link, NULL, LONG_MS, &message, &error), EPIPE);
+    CHECK_EQUAL(signals, 0);
+    signal(SIGPIPE, SIG_IGN);
+    finish(link, &ends);
+}
+
+static void descriptors_that_are_none(void)
+{
+    struct ends ends = connect_ends(false);
+    struct pyhv_link_config config = {.in_fd = ends.in[0], .out_fd = 999};
+    CHECK(!pyhv_link_create(&config, &error));
+    CHECK_EQUAL(error.errnum, EBADF);
+    config = (struct pyhv_link_config){.in_fd = -1, .out_fd = ends.out[0]};
+    CHECK(!pyhv_link_create(&config, &error));
+    pyhv_link_destroy(NULL);
+    close_side(&ends, 0);
+    close_side(&ends, 1);
+}
+
+/* ------------------------------------------------------------------------------------- time and cancellation -- */
+
+enum { SILENCE = 60 };
+
+/* Runs in one of the places where a link waits. */
+enum place { RECEIVING, SENDING, SENDING_PAGES, PLACES };
+
+static int wait_in(enum place place, struct pyhv_link *link, struct pyhv_error *failure)
+{
+    static uint8_t data[PYHV_MESSAGE_MAX];
+    struct pyhv_message message;
+    if (place == RECEIVING)
+        return pyhv_link_receive(link, NULL, LONG_MS, &message, failure);
+    if (place == SENDING) {
+        int result = 0;
+        for (int i = 0; i < 64 && result == 0; i++)
+            result = pyhv_link_send(link, TYPE, data, sizeof data, failure);
+        return result;
+    }
+    struct pyhv_memory ram;
+    uint64_t bitmap[64];
+    memset(bitmap, 0xff, sizeof bitmap);
+    CHECK_EQUAL(pyhv_memory_create(&ram, 64 * 64 * PAGE, failure), 0);
+    memset(ram.host, 1, ram.size);
+    struct pyhv_sending sending = {.ram = &ram, .bitmap = bitmap};
+    int result = pyhv_link_send_pages(link, &sending, failure);
+    pyhv_memory_destroy(&ram);
+    return result;
+}
+
+static void silence(bool pipes)
+{
+    for (enum place place = RECEIVING; place < PLACES; place++) {
+        struct ends ends = connect_ends(pipes);
+        struct pyhv_link *link = open_link(&ends, 0, 10, SILENCE);
+        uint64_t start = now_ms();
+        CHECK_FAILS(wait_in(place, link, &error), ETIMEDOUT);
+        uint64_t took = now_ms() - start;
+        CHECK(took >= SILENCE && took < LONG_MS);
+        finish(link, &ends);
+    }
+}
+
+struct canceller {
+    struct pyhv_link *link;
+    unsigned after_ms;
+};
+
+static void *cancel_later(void *opaque)
+{
+    struct canceller *canceller = opaque;
+    sleep_ms(canceller->after_ms);
+    pyhv_link_cancel(canceller->link);
+    return NULL;
+}
+
+static void cancelling(bool pipes)
+{
+    for (enum place place = RECEIVING; place < PLACES; place++)
+        for (unsigned after_ms = 0; after_ms < 40; after_ms += 20) {
+            struct ends ends = connect_ends(pipes);
+            struct canceller canceller = {open_link(&ends, 0, 5, LONG_MS), after_ms};
+            pthread_t thread;
+            uint64_t start = now_ms();
+            CHECK_EQUAL(pthread_create(&thread, NULL, cancel_later, &canceller), 0);
+            CHECK_FAILS(wait_in(place, canceller.link, &error), ECANCELED);
+            CHECK(now_ms() - start < LONG_MS / 2);
+            pthread_join(thread, NULL);
+            for (enum place again = RECEIVING; again < PLACES; again++)
+                CHECK_FAILS(wait_in(again, canceller.link, &error), ECANCELED);
+            finish(canceller.link, &ends);
+        }
+}
+
+struct waiter {
+    struct pyhv_link *link;
+    uint32_t ms;
+    int result;
+    struct pyhv_error error;
+};
+
+static void *wait_for_nothing(void *opaque)
+{
+    struct waiter *waiter = opaque;
+    struct pyhv_message message;
+    waiter->result = pyhv_link_receive(waiter->link, NULL, waiter->ms, &message, &waiter->error);
+    return NULL;
+}
+
+/* Two sides that only wait keep each other alive. */
+static void heartbeats_of_two_that_wait(bool pipes)
+{
+    struct ends ends = connect_ends(pipes);
+    struct waiter waiters[2];
+    pthread_t threads[2];
+    for (int side = 0; side < 2; side++) {
+        waiters[side] = (struct waiter){.link = open_link(&ends, side, 10, 200), .ms = 500};
+        CHECK_EQUAL(pthread_create(&threads[side], NULL, wait_for_nothing, &waiters[side]), 0);
+    }
+    for (int side = 0; side < 2; side++) {
+        pthread_join(threads[side], NULL);
+        CHECK_EQUAL(waiters[side].result, 0);
+        uint64_t beats = pyhv_link_counters(waiters[side].link)->messages_sent;
+        CHECK(beats >= 5 && beats <= 51);
+    }
+    pyhv_link_destroy(waiters[0].link);
+    finish(waiters[1].link, &ends);
+}
+
+struct reader {
+    int in, out;
+    unsigned beats_before; /* sends so many heartbeats, one in 20 ms, before it reads anything */
+    size_t at_once;        /* and then reads so many bytes a ms */
+    uint64_t bytes;
+};
+
+static void *read_slowly(void *opaque)
+{
+    struct reader *reader = opaque;
+    uint8_t bytes[16 * 64];
+    static uint8_t sink[1 << 20];
+    struct stream stream = {.bytes = bytes};
+    for (unsigned i = 0; i < reader->beats_before; i++) {
+        add_message(&stream, PYHV_MESSAGE_HEARTBEAT, NULL, 0);
+        CHECK_EQUAL(write(reader->out, bytes + stream.size - 16, 16), 16);
+        sleep_ms(20);
+    }
+    ssize_t got;
+    while ((got = read(reader->in, sink, reader->at_once)) > 0) {
+        reader->bytes += (uint64_t)got;
+        sleep_ms(1);
+    }
+    return NULL;
+}
+
+/* A side that is kept from sending hears the other's heartbeats, and its own bytes arrive however slowly they are read:
+ * 16 messages of 256 KiB, more than any buffer holds. */
+static void slow_reader(bool pipes)
+{
+    size_t sizes[16];
+    static uint8_t data[PYHV_MESSAGE_MAX];
+    for (int i = 0; i < 16; i++)
+        sizes[i] = sizeof data;
+    struct ends ends = connect_ends(pipes);
+    struct reader reader = {.in = ends.in[1], .out = ends.out[1], .beats_before = 20, .at_once = 100000};
+    struct sender sender = {.link = open_link(&ends, 0, 10, 200), .data = data, .count = 16, .sizes = sizes};
+    pthread_t thread;
+    CHECK_EQUAL(pthread_create(&thread, NULL, read_slowly, &reader), 0);
+    pyhv_link_set_times(sender.link, 10, 150);
+    /* For the 400 ms in which nothing is read it lives on heartbeats; then 4 MiB take 40 ms, and no heartbeats come. */
+    send_all(&sender);
+    CHECK_EQUAL(sender.result, 0);
+    pyhv_link_destroy(sender.link);
+    close_side(&ends, 0);
+    pthread_join(thread, NULL);
+    CHECK_EQUAL(reader.bytes, 16 * (LINK_HEADER + sizeof data));
+    close_side(&ends, 1);
+}
+
+/* A deadline holds though the other side never stops talking. */
+struct chatter {
+    int fd;
+};
+
+static void *chat(void *opaque)
+{
+    struct chatter *chatter = opaque;
+    static uint8_t bytes[16 * 1024];
+    struct stream stream = {.bytes = bytes};
+    for (;;) {
+        stream.size = 0;
+        for (int i = 0; i < 1024; i++)
+            add_message(&stream, PYHV_MESSAGE_HEARTBEAT, NULL, 0);
+        for (size_t at = 0; at < stream.size;) {
+            ssize_t put = send(chatter->fd, bytes + at, stream.size - at, MSG_NOSIGNAL);
+            if (put <= 0)
+                return NULL;
+            at += (size_t)put;
+        }
+    }
+}
+
+static void endless_talk(void)
+{
+    for (uint32_t timeout = 0; timeout <= 50; timeout += 50) {
+        struct ends ends = connect_ends(false);
+        struct chatter chatter = {ends.out[1]};
+        pthread_t thread;
+        struct pyhv_message message;
+        struct pyhv_link *link = open_link(&ends, 0, 0, LONG_MS);
+        CHECK_EQUAL(pthread_create(&thread, NULL, chat, &chatter), 0);
+        uint64_t start = now_ms();
+        CHECK_EQUAL(pyhv_link_receive(link, NULL, timeout, &message, &error), 0);
+        CHECK(now_ms() - start >= timeout && now_ms() - start < LONG_MS / 2);
+        pyhv_link_destroy(link);
+        close_side(&ends, 0);
+        pthread_join(thread, NULL);
+        close_side(&ends, 1);
+    }
+}
+
+/* Time between calls is not silence. */
+static void time_between_calls(void)
+{
+    struct ends ends = connect_ends(false);
+    struct pyhv_link *link = open_link(&ends, 0, 0, 100);
+    struct pyhv_message message;
+    CHECK_EQUAL(pyhv_link_receive(link, NULL, 1, &message, &error), 0);
+    sleep_ms(200);
+    CHECK_EQUAL(pyhv_link_receive(link, NULL, 1, &message, &error), 0);
+    CHECK_FAILS(pyhv_link_receive(link, NULL, LONG_MS, &message, &error), ETIMEDOUT);
+    finish(link, &ends);
+}
+
+/* ----------------------------------------------------------------------------------------------------- pages -- */
+
+struct transfer {
+    struct ends ends;
+    struct pyhv_link *links[2];
+    struct pyhv_memory from;
+    struct target to;
+    uint64_t bitmap[64];
+    struct pyhv_sending sending;
+    pthread_t thread;
+    int received;
+    struct pyhv_message message;
+    struct pyhv_error error;
+};
+
+static void *receive_pages(void *opaque)
+{
+    struct transfer *transfer = opaque;
+    transfer->received =
+        pyhv_link_receive(transfer->links[1], &transfer->to.landing, LONG_MS, &transfer->message, &transfer->error);
+    return NULL;
+}
+
+static void transfer_begin(struct transfer *transfer, bool pipes, size_t pages)
+{
+    *transfer = (struct transfer){.ends = connect_ends(pipes)};
+    for (int side = 0; side < 2; side++)
+        transfer->links[side] = open_link(&transfer->ends, side, 100, LONG_MS);
+    CHECK_EQUAL(pyhv_memory_create(&transfer->from, pages * PAGE, &error), 0);
+    target_create(&transfer->to, pages);
+    transfer->sending = (struct pyhv_sending){.ram = &transfer->from, .bitmap = transfer->bitmap};
+}
+
+/* Sends what is in the bitmap, and a message to say that it was all. */
+static void transfer_round(struct transfer *transfer)
+{
+    CHECK_EQUAL(pthread_create(&transfer->thread, NULL, receive_pages, transfer), 0);
+    error.detail[0] = '\0';
+    CHECK_EQUAL(pyhv_link_send_pages(transfer->links[0], &transfer->sending, &error), 0);
+    CHECK_EQUAL(pyhv_link_send(transfer->links[0], TYPE, "end", 3, &error), 0);
+    pthread_join(transfer->thread, NULL);
+    CHECK_EQUAL(transfer->received, 1);
+    if (transfer->received != 1)
+        fprintf(stderr, "%s %s\n", transfer->error.what, transfer->error.detail);
+    CHECK_EQUAL(transfer->sending.next, 0);
+    CHECK_EQUAL(pyhv_pages_count(transfer->bitmap, transfer->from.size / PAGE), 0);
+}
+
+static void transfer_end(struct transfer *transfer)
+{
+    CHECK(memcmp(transfer->from.host, transfer->to.ram.host, transfer->from.size) == 0);
+    CHECK_EQUAL(transfer->sending.pages, transfer->to.landing.pages);
+    CHECK_EQUAL(transfer->sending.zero_pages, transfer->to.landing.zero_pages);
+    CHECK_EQUAL(pyhv_link_counters(transfer->links[0])->bytes_sent,
+                pyhv_link_counters(transfer->links[1])->bytes_received);
+    pyhv_link_destroy(transfer->links[0]);
+    finish(transfer->links[1], &transfer->ends);
+    pyhv_memory_destroy(&transfer->from);
+    pyhv_memory_destroy(&transfer->to.ram);
+}
+
+/* Random memory, random bitmaps, pages that become zero again, in rounds. */
+static void random_rounds(bool pipes, int zstd_level)
+{
+    enum { PAGES = 4096 - 7 };
+    for (int density = 0; density < 4; density++) {
+        struct transfer transfer;
+        static const uint64_t masks[] = {UINT64_MAX, 0xffff, 0, 0x8001000180000001u};
+        transfer_begin(&transfer, pipes, PAGES);
+        transfer.sending.zstd_level = zstd_level;
+        for (size_t page = 0; page < PAGES; page++)
+            if (random64() >> 8 & 3)
+                fill_random(transfer.from.host + page * PAGE, random64() % 2 ? PAGE : 8);
+        for (int round = 0; round < 3; round++) {
+            for (size_t page = 0; page < PAGES; page++) /* all of round 0: its bits must be complete */
+                if (round == 0 || (masks[density] ? masks[density] >> page % 64 & 1 : random64() >> 20 & 1)) {
+                    transfer.bitmap[page / 64] |= UINT64_C(1) << page % 64;
+                    if (round == 0)
+                        continue;
+                    memset(transfer.from.host + page * PAGE, 0, PAGE);
+                    if (random64() >> 30 & 1)
+                        transfer.from.host[page * PAGE + random64() % PAGE] = 1; /* a byte anywhere is content */
+                }
+            transfer_round(&transfer);
+        }
+        /* Zeros take no memory at the receiver. */
+        uint64_t content = 0;
+        for (size_t page = 0; page < PAGES; page++) {
+            bool is_zero = pyhv_is_zero(transfer.from.host + page * PAGE, PAGE);
+            content += !is_zero;
+            CHECK_EQUAL(transfer.to.written[page / 64] >> page % 64 & 1, !is_zero);
+        }
+        CHECK_EQUAL(allocated_pages(&transfer.to.ram), content);
+        transfer_end(&transfer);
+    }
+}
+
+static void zeros_are_elided(void)
+{
+    struct transfer transfer;
+    transfer_begin(&transfer, false, 4096);
+    set_bits(transfer.bitmap, 0, 4096);
+    transfer.from.host[4095 * PAGE + 4095] = 1;
+    transfer_round(&transfer);
+    CHECK_EQUAL(transfer.sending.pages, 1);
+    CHECK_EQUAL(transfer.sending.zero_pages, 4095);
+    CHECK(transfer.sending.bytes < PAGE + 200);
+    transfer_end(&transfer);
+}
+
+struct writer {
+    struct pyhv_memory *ram;
+    _Atomic bool stop;
+};
+
+static void *write_all_the_time(void *opaque)
+{
+    struct writer *writer = opaque;
+    uint64_t state = 1;
+    while (!writer->stop) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        uint64_t *at = (uint64_t *)(void *)(writer->ram->host + (state >> 20) % writer->ram->size / 8 * 8);
+        __atomic_store_n(at, state >> 60 ? state : 0, __ATOMIC_RELAXED);
+    }
+    return NULL;
+}
+
+/* A guest that writes while its pages are sent is no checksum error, and when it stops its last round is complete. */
+static void a_guest_that_writes(void)
+{
+    struct transfer transfer;
+    pthread_t thread;
+    transfer_begin(&transfer, false, 512);
+    struct writer writer = {.ram = &transfer.from};
+    CHECK_EQUAL(pthread_create(&thread, NULL, write_all_the_time, &writer), 0);
+    for (int round = 0; round < 40; round++) {
+        set_bits(transfer.bitmap, 0, 512);
+        transfer.sending.zstd_level = round % 4 == 3 && pyhv_zstd_open(NULL) == 0;
+        if (round == 39) {
+            writer.stop = true;
+            pthread_join(thread, NULL);
+        }
+        transfer_round(&transfer);
+    }
+    transfer_end(&transfer);
+}
+
+/* Limits of bytes and time, and a message from the other side, end the call; the next one goes on. */
+static void limits_of_sending(bool pipes)
+{
+    struct transfer transfer;
+    struct pyhv_message message;
+    transfer_begin(&transfer, pipes, 4096);
+    fill_random(transfer.from.host, transfer.from.size);
+    set_bits(transfer.bitmap, 0, 4096);
+
+    /* Nobody reads: the buffers fill up, and time runs out. */
+    transfer.sending.max_ms = 30;
+    uint64_t start = now_ms();
+    CHECK_EQUAL(pyhv_link_send_pages(transfer.links[0], &transfer.sending, &error), 1);
+    CHECK(now_ms() - start >= 30 && now_ms() - start < LONG_MS / 2);
+    uint64_t left = pyhv_pages_count(transfer.bitmap, 4096);
+    CHECK(left < 4096 && left > 0);
+    CHECK_EQUAL(left + transfer.sending.pages, 4096);
+
+    /* Nor now, but it says something. */
+    transfer.sending.max_ms = 0;
+    CHECK_EQUAL(pyhv_link_send(transfer.links[1], TYPE + 7, "stop", 4, &error), 0);
+    for (int times = 0; times < 2; times++)
+        CHECK_EQUAL(pyhv_link_send_pages(transfer.links[0], &transfer.sending, &error), 1);
+    CHECK_EQUAL(pyhv_link_receive(transfer.links[0], NULL, 0, &message, &error), 1);
+    CHECK_EQUAL(message.type, TYPE + 7);
+    CHECK_EQUAL(pyhv_link_receive(transfer.links[0], NULL, 0, &message, &error), 0);
+
+    /* By pieces, of which each is about so large. */
+    CHECK_EQUAL(pthread_create(&transfer.thread, NULL, receive_pages, &transfer), 0);
+    transfer.sending.max_bytes = 2 << 20;
+    int calls = 0;
+    for (;; calls++) {
+        uint64_t before = transfer.sending.bytes;
+        int result = pyhv_link_send_pages(transfer.links[0], &transfer.sending, &error);
+        uint64_t sent = transfer.sending.bytes - before;
+        CHECK(result >= 0 && sent <= (2 << 20) + LINK_HEADER + LINK_PAGES_MAX);
+        if (result <= 0)
+            break;
+        CHECK(sent >= 2 << 20);
+    }
+    CHECK(calls >= 1 && calls <= 8);
+    CHECK_EQUAL(pyhv_link_send(transfer.links[0], TYPE, "end", 3, &error), 0);
+    pthread_join(transfer.thread, NULL);
+    CHECK_EQUAL(transfer.received, 1);
+    transfer_end(&transfer);
+}
+
+static void arguments_of_sending(void)
+{
+    struct transfer transfer;
+    transfer_begin(&transfer, false, 64);
+    transfer.sending.next = 65;
+    CHECK_FAILS(pyhv_link_send_pages(transfer.links[0], &transfer.sending, &error), EINVAL);
+    transfer.sending.next = 0;
+    transfer_round(&transfer); /* nothing to send is no error */
+    CHECK_EQUAL(transfer.sending.bytes, 0);
+    transfer_end(&transfer);
+}
+
+/* RAM that is a private mapping of a file: all of it arrives; and a file that is cut short is an error, no signal. */
+static void a_file_behind_the_memory(void)
+{
+    struct transfer transfer;
+    int file = memfd_create("file", MFD_CLOEXEC);
+    uint8_t data[64 * 4096];
+    fill_random(data, sizeof data);
+    CHECK_EQUAL(pwrite(file, data, sizeof data, 4096), sizeof data);
+    transfer_begin(&transfer, false, 64);
+    pyhv_memory_destroy(&transfer.from);
+    CHECK_EQUAL(pyhv_memory_map_file(&transfer.from, file, 4096, sizeof data, &error), 0);
+    transfer.from.host[0] ^= 1; /* its own page */
+    set_bits(transfer.bitmap, 0, 64);
+    transfer_round(&transfer);
+    CHECK(memcmp(transfer.from.host, transfer.to.ram.host, sizeof data) == 0);
+
+    CHECK_EQUAL(ftruncate(file, 33 * 4096), 0);
+    set_bits(transfer.bitmap, 0, 64);
+    CHECK_FAILS(pyhv_link_send_pages(transfer.links[0], &transfer.sending, &error), EFAULT);
+    close(file);
+    pyhv_memory_destroy(&transfer.from);
+    CHECK_EQUAL(pyhv_memory_create(&transfer.from, sizeof data, &error), 0);
+    memcpy(transfer.from.host, transfer.to.ram.host, sizeof data);
+    transfer_end(&transfer);
+}
+
+/* ------------------------------------------------------------------------------------- a host without memory -- */
+
+static void no_memory_for_pages(struct stream *stream)
+{
+    static const int errnums[] = {ENOSPC, ENOMEM, EFBIG};
+    size_t ends_at[HONEST_MESSAGES];
+    for (size_t i = 0; i < sizeof errnums / sizeof errnums[0]; i++) {
+        struct target target;
+        struct ends ends;
+        honest(stream, ends_at);
+        target_create(&target, 4);
+        struct pyhv_link *link = told(&ends, stream->bytes, stream->size);
+        pwrite_errnum = errnums[i];
+        receive_until_error(link, &target);
+        pwrite_errnum = 0;
+        CHECK_EQUAL(error.errnum, errnums[i]);
+        CHECK(strcmp(error.what, "pwrite") == 0 && strstr(error.detail, "pages 2 to 2"));
+        CHECK_EQUAL(target.landing.pages, 0);
+        pyhv_memory_destroy(&target.ram);
+        finish(link, &ends);
+    }
+    /* Zeros that cannot be made. */
+    struct target target;
+    struct ends ends;
+    target_create(&target, 4);
+    const uint64_t run = run_of(0, 4, true);
+    uint8_t payload[64];
+    stream->size = stream->sum = 0;
+    add_message(stream, PYHV_MESSAGE_PAGES, payload, make_pages(payload, &run, 1, 0));
+    struct pyhv_link *link = told(&ends, stream->bytes, stream->size);
+    target.written[0] = 6;
+    fallocate_errnum = EPERM;
+    receive_until_error(link, &target);
+    fallocate_errnum = 0;
+    CHECK_EQUAL(error.errnum, EPERM);
+    CHECK(strcmp(error.what, "fallocate") == 0 && strstr(error.detail, "pages 1 to 2"));
+    pyhv_memory_destroy(&target.ram);
+    finish(link, &ends);
+}
+
+/* Pages land in a memfd only: what a file holds is not ours to write. */
+static void landing_in_a_file(struct stream *stream)
+{
+    size_t ends_at[HONEST_MESSAGES];
+    struct target target;
+    struct ends ends;
+    honest(stream, ends_at);
+    target_create(&target, 4);
+    target.ram.of_a_file = 1;
+    struct pyhv_link *link = told(&ends, stream->bytes, stream->size);
+    receive_until_error(link, &target);
+    CHECK_EQUAL(error.errnum, EINVAL);
+    CHECK_EQUAL(allocated_pages(&target.ram), 0);
+    pyhv_memory_destroy(&target.ram);
+    finish(link, &ends);
+}
+
+/* ----------------------------------------------------------------------------------------------- compression -- */
+
+static void compressed_pages(struct stream *stream)
+{
+    struct transfer transfer;
+    if (pyhv_zstd_open(&error) < 0) {
+        printf("test_link: not tested: compression: %s: %s\n", error.what, error.detail);
+        return;
+    }
+    transfer_begin(&transfer, false, 1024);
+    transfer.sending.zstd_level = 1;
+    memset(transfer.from.host, 'x', 512 * PAGE);                   /* shrinks to nothing */
+    fill_random(transfer.from.host + 512 * PAGE, 512 * PAGE - 77); /* does not shrink: goes as it is */
+    set_bits(transfer.bitmap, 0, 1024);
+    transfer_round(&transfer);
+    CHECK(transfer.sending.bytes > 512 * PAGE && transfer.sending.bytes < 520 * PAGE);
+    transfer_end(&transfer);
+    random_rounds(true, 3);
+
+    /* What is no frame, and one that holds more than any message: a megabyte of zeros is a few bytes. */
+    static uint8_t zeros[LINK_PAGES_MAX + 1], frame[LINK_PAGES_MAX];
+    void *compressor = zstd.create_cctx();
+    size_t sizes[] = {0, 1, 100, zstd.compress(compressor, frame, sizeof frame, zeros, sizeof zeros, 1)};
+    zstd.free_cctx(compressor);
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        struct target target;
+        struct ends ends;
+        stream->size = stream->sum = 0;
+        add_message(stream, PYHV_MESSAGE_PAGES_ZSTD, i < 3 ? zeros : frame, sizes[i]);
+        target_create(&target, 4);
+        struct pyhv_link *link = told(&ends, stream->bytes, stream->size);
+        receive_until_error(link, &target);
+        CHECK_EQUAL(error.errnum, EBADMSG);
+        CHECK_EQUAL(allocated_pages(&target.ram), 0);
+        pyhv_memory_destroy(&target.ram);
+        finish(link, &ends);
+    }
+}
+
+int main(void)
+{
+    struct stream stream = {.bytes = malloc(STREAM_MAX)};
+    alarm(110); /* a link that waits for ever must not hang the tests */
+    signal(SIGPIPE, SIG_IGN);
+    for (int pipes = 0; pipes < 2; pipes++) {
+        round_trips(pipes);
+        sending_to_nobody(pipes);
+        silence(pipes);
+        cancelling(pipes);
+        heartbeats_of_two_that_wait(pipes);
+        slow_reader(pipes);
+        random_rounds(pipes, 0);
+        limits_of_sending(pipes);
+    }
+    both_send_at_once();
+    descriptors_that_are_none();
+    endless_talk();
+    time_between_calls();
+    end_of_file_at_each_byte(&stream);
+    one_bit_flipped_anywhere(&stream);
+    lost_repeated_and_exchanged(&stream);
+    headers_that_are_refused();
+    runs_that_are_refused();
+    pages_that_were_not_expected(&stream);
+    zeros_are_elided();
+    a_guest_that_writes();
+    arguments_of_sending();
+    a_file_behind_the_memory();
+    no_memory_for_pages(&stream);
+    landing_in_a_file(&stream);
+    compressed_pages(&stream);
+    free(stream.bytes);
+    return check_report("test_link");
+}
