@@ -33,7 +33,7 @@ from pyhv.snapshot.layout import ENTRY_SIZE, HEADER_SIZE, PAGE_SIZE, Section
 from pyhv.state import codec
 from pyhv.state.records import RECORDS
 
-from .cli import COMMAND, IN_THE_LAB, LAB_REASON, TIMEOUT, call, call_here, environment
+from .cli import COMMAND, IN_THE_LAB, LAB_REASON, TIMEOUT, call, call_here, environment, python
 from .named import ECHO, TICKER, console, detach, ok, read_until, rounds_of, status, wait_for
 
 if IN_THE_LAB:
@@ -553,6 +553,31 @@ def test_a_file_cut_short_under_a_running_vm(copy: Path, tmp_path: Path) -> None
         assert b"the snapshot became shorter while its memory was in use" in reader.stderr.read()
         assert reader.wait(TIMEOUT) == 125
     wait_for(lambda: ok("ls").count("\n") == 1)
+
+
+SHRINKS = """
+import os, random, shutil, threading, time, pyhv
+source, path = sys.argv[1:]
+for number in range(12):
+    shutil.copyfile(source, path)
+    with pyhv.Machine.restore(path) as machine:
+        noise = random.Random(number).randbytes(1 << 20)
+        for at in range(4 << 20, machine.vm.memory.size, 1 << 20):
+            machine.vm.memory.write(at, noise)  # pages of the process's own, which go too
+        cut = threading.Timer(0.004 * number, os.truncate, (path, 5 << 20))
+        cut.start()
+        try:
+            machine.save(path + ".new")
+        except pyhv.HostError as error:
+            assert "no snapshot was made" in str(error), error
+        cut.join()
+"""
+
+
+def test_a_file_cut_short_while_its_vm_is_saved(large: Path, tmp_path: Path) -> None:
+    """At any moment of the save: no SIGBUS."""
+    done = python(SHRINKS, str(large), str(tmp_path / "t.pyhv"))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_replacing_the_file_of_a_running_vm_is_no_harm(copy: Path) -> None:
