@@ -212,6 +212,7 @@ class Machine:
         from pyhv.migration.destination import Destination
 
         with transport.Listener(transport.parse(uri, insecure), tls) as listener:
+            choose.open_accelerator().prepare()  # while nobody has come yet
             channel = listener.accept(timeout)
         if channel is None:
             raise BadInput(uri, f"nobody came within {timeout:g} seconds", "start pyhv migrate at the source")
@@ -301,8 +302,10 @@ class Machine:
         name: str = "",
         strict_tsc: bool = False,
         progress: Callable[[Progress], None] | None = None,
+        may_stop: Callable[[], bool] = lambda: True,
     ) -> Summary:
-        """As migrate(), over a connection that is there and stays the caller's."""
+        """As migrate(), over a connection that is there and stays the caller's. may_stop: the guest is not stopped
+        before it says so."""
         from pyhv.migration import protocol, source
         from pyhv.state import capture
 
@@ -320,7 +323,7 @@ class Machine:
             self.handed_over = channel.peer
 
         outgoing = source.Outgoing(self.vm, hello, lambda: capture.capture(self.vm, record, host), commit)
-        return source.Source(outgoing, channel, limits, progress).run()
+        return source.Source(outgoing, channel, limits, progress, may_stop).run()
 
     def save(self, path: str, progress: Callable[[int, int], None] | None = None) -> None:
         """Writes the VM's whole state to `path`, in place of a file that is there.

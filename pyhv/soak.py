@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from pyhv.accel import choose
 from pyhv.cpu import features
 from pyhv.errors import BadInput, HostError, PyhvError
 from pyhv.machine import Machine
@@ -317,6 +318,7 @@ class _Node:
         return machine
 
     def _receive(self) -> Machine:
+        choose.open_accelerator().prepare()  # while nobody has come yet
         channel = self._listener.accept(HOP_LIMIT)
         if channel is None:
             raise HostError(f"node {self._index}", 0, f"nobody came within {HOP_LIMIT:g} seconds")
@@ -335,11 +337,13 @@ class _Node:
         machine.close()
 
     def _depart(self, machine: Machine, hop: int) -> None:
-        begun = self._stamp(machine, 0)
-        self._wait_for_round(machine, begun)
+        begun, last = self._stamp(machine, 0), self._plan.pages - 1
         self._plant_at_departure(machine, hop)
         with transport.connect(self._next) as channel:
-            summary = machine.depart(channel, limits=self._limits)
+            # Its round here and the copying go on at the same time.
+            summary = machine.depart(
+                channel, limits=self._limits, may_stop=lambda: self._stamp(machine, last) > begun
+            )
         if self._plan.fault == "second-copy" and hop == self._plan.hops // 2:
             machine.start(force=True)
             time.sleep(0.1)

@@ -263,7 +263,7 @@ class Kvm:
             self._spares.append(KvmVm(self.fd, None, True, False, False))
 
     def create_vm(self, bus: Any = None, irqchip: bool = True, pit: bool = False, quick: bool = False) -> KvmVm:
-        if bus and irqchip and not pit and not quick:
+        if bus and irqchip and not pit:
             with contextlib.suppress(IndexError):
                 vm = self._spares.pop()
                 lib.pyhv_vm_set_bus(vm.handle, bus)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from pyhv.accel.choose import INTERCEPTS
+from pyhv.accel.choose import INTERCEPTS, open_accelerator
 from pyhv.cli import complain, options, run
 from pyhv.cli.migrate import TLS_OPTIONS
 from pyhv.cli.options import Command, Option
@@ -76,6 +76,7 @@ def _receive(
     with transport.Listener(address, tls) as listener:
         if listener.where != address.text:
             complain(f"waiting at {listener.where}")  # the port was not known before
+        open_accelerator().prepare()  # while nobody has come yet
         channel = listener.accept(given.wait)
     if channel is None:
         raise BadInput(given.uri, f"nobody came within {given.wait:g} seconds", "start pyhv migrate at the source")

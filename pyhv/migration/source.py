@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # A piece of work between two looks at the clock, at what the other side says, and at who waits for progress; seconds.
 _SLICE_MS = 50
 
+# How often to ask whether the guest may be stopped; seconds.
+_LEAVE_CHECK = 0.0005
+
 # The rate is not known before something was sent; bytes a second, that of a slow network.
 _FIRST_RATE = 100e6
 
@@ -127,7 +130,8 @@ class Outgoing(NamedTuple):
 class Source:
     """One migration of a running VM, over an open channel.
 
-    progress: is called now and then, and may raise to give the migration up.
+    progress: is called now and then, and may raise to give the migration up. may_stop: pre-copy does not end before it
+    says so.
     """
 
     def __init__(
@@ -136,7 +140,9 @@ class Source:
         channel: Channel,
         limits: Limits,
         progress: Callable[[Progress], None] | None = None,
+        may_stop: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._may_stop = may_stop
         self._out = outgoing
         self._vm = outgoing.vm
         self._peer = channel.peer
@@ -259,6 +265,7 @@ class Source:
             self._dirty_rate = left / max(time.monotonic() - since, 1e-6)
             self._check_guest()
             if self._downtime(left) <= limits.downtime and self._round >= limits.least_rounds:
+                self._wait_for_leave()
                 break
             if self._is_late(begin) or self._round >= max(limits.rounds, limits.least_rounds):
                 if limits.on_timeout == "stop":
@@ -271,6 +278,11 @@ class Source:
         self._tell(0, len(pages) * PAGE_SIZE)
         self._send_all(pages)
         return stopped
+
+    def _wait_for_leave(self) -> None:
+        while not self._may_stop():
+            self._rest(time.monotonic() + _LEAVE_CHECK)
+            self._check_guest()
 
     def _no_end(self, left: int) -> BadInput:
         rates = f"it writes {self._dirty_rate / 1e6:.0f} MB/s, and {self._rate / 1e6:.0f} MB/s can be sent"
