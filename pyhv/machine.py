@@ -420,6 +420,16 @@ class Machine:
             self.pause()
         return self.result(stopped)
 
+    def pin(self, processors: Sequence[int]) -> None:
+        """Binds the vCPUs to host processors, vCPU 0 to the first of them and so on, from the first again where there
+        are fewer; from the next start() on. None: the host decides. Raises BadInput for one that cannot be used."""
+        usable = os.sched_getaffinity(0)
+        for processor in processors:
+            if processor not in usable:
+                some = ", ".join(map(str, sorted(usable)[:16]))
+                raise BadInput(f"processor {processor}", "cannot be used by this process", f"it has {some}")
+        self.vm.processors = tuple(processors)
+
     def start(self, force: bool = False) -> None:
         """Lets the guest run in the background. force: also one that was handed over to another host, and may run
         there: two copies that both write to the outside world do harm. Raises BadInput."""

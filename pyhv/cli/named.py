@@ -117,6 +117,7 @@ def run_as(
         make(console_in=console.input, console_out=console.output) as machine,
         Operations(name, machine) as operations,
     ):
+        machine.pin(given.pin)
         for note in machine.notes:
             cli.complain(note)
 

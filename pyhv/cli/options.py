@@ -161,6 +161,18 @@ def number(text: str) -> int:
         raise ValueError("is not a whole number") from None
 
 
+def processors(text: str) -> tuple[int, ...]:
+    """Option.convert: numbers of host processors, such as 0,2,4-7."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        ends = (first, last if dash else first)
+        if not all(end.isascii() and end.isdigit() and len(end) < 5 for end in ends) or int(ends[0]) > int(ends[1]):
+            raise ValueError("is no list of processors, such as 0,2,4-7")
+        found.extend(range(int(ends[0]), int(ends[1]) + 1))
+    return tuple(found)
+
+
 def seconds(text: str) -> float:
     """Option.convert: a time in seconds, more than 0 and no longer than a wait can be."""
     try:

@@ -27,6 +27,7 @@ _COMMAND = Command(
         Option("--detach", "leave it in the background once it runs, where its name finds it; with - always"),
         Option("--intercept", "who answers CPUID (see pyhv run --help)", default="auto", choices=INTERCEPTS),
         Option("--timeout", "end the VM after S seconds here, with status 124", "S", convert=options.seconds),
+        run.PIN_OPTION,
         Option("--insecure", "allow tcp:// at other addresses than loopback: anybody may send a VM"),
         *TLS_OPTIONS,
         Option("--json", "capture the console and print one JSON object, as pyhv run does"),

@@ -19,6 +19,7 @@ _COMMAND = Command(
         Option("--strict-tsc", "refuse a host whose TSC runs at another rate, even if the guest was promised none"),
         Option("--intercept", "who answers CPUID (see pyhv run --help)", default="auto", choices=INTERCEPTS),
         Option("--timeout", "end the VM after S seconds, with status 124", "S", convert=options.seconds),
+        run.PIN_OPTION,
         *run.NAME_OPTIONS,
         Option("--json", "capture the console and print one JSON object, as pyhv run does"),
     ),

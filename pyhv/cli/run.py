@@ -75,6 +75,10 @@ MACHINE_OPTIONS = (
 )
 MACHINE_EITHER = ("--compat", "--cpu")
 
+PIN_OPTION = Option(
+    "--pin", "bind vCPU 0 to the first of these host processors, and so on, as in 0,2,4-7", "LIST", (), options.processors
+)
+
 NAME_OPTIONS = (
     Option("--name", "give the VM a name, by which pyhv ls, status, console, pause, save, stop ... find it", "NAME"),
     Option("--detach", "return once the VM runs, and leave it in the background; needs --name"),
@@ -85,6 +89,7 @@ _COMMAND = Command(
     "Boot a guest and end with its exit status.",
     (
         *MACHINE_OPTIONS,
+        PIN_OPTION,
         *NAME_OPTIONS,
         Option(
             "--json",
@@ -145,6 +150,7 @@ def _run(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
         contextlib.closing(Console(None if given.json else 1)) as console,
         make(console_in=console.input, console_out=console.output) as machine,
     ):
+        machine.pin(given.pin)
         for note in machine.notes:
             complain(note)
         with Signals() as signals:

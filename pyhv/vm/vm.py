@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from pyhv.accel.data import CpuidRecord, Exit, Stop
+from pyhv.errors import HostError
 from pyhv.vm.devices import Devices
 from pyhv.vm.memory import GuestMemory
 
@@ -78,6 +80,9 @@ class Vm:
         self._interrupted = False
         self._failure: BaseException | None = None
         self._tsc_khz = 0
+        self.processors: tuple[int, ...] = ()
+        """Host processors that the vCPUs' threads are bound to, one after the other and from the first again; of each
+        thread that start() makes from then on. Empty: the host's scheduler decides."""
         self.entered: int | None = None
         """CLOCK_MONOTONIC in ns when the first vCPU was about to be entered for the first time."""
         try:
@@ -212,6 +217,8 @@ class Vm:
 
     def _run_vcpu(self, vcpu: AccelVcpu) -> None:
         try:
+            if self.processors:
+                _bind_thread(self.processors[vcpu.index % len(self.processors)])
             if self.entered is None:
                 self.entered = time.monotonic_ns()
             while True:
@@ -260,3 +267,10 @@ class Vm:
                 return True
             self.start()
             return False
+
+
+def _bind_thread(processor: int) -> None:
+    try:
+        os.sched_setaffinity(0, {processor})  # 0: this thread
+    except OSError as error:
+        raise HostError("sched_setaffinity", error.errno or 0, f"processor {processor}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,17 @@ def test_a_vm_that_cannot_be_built_gives_everything_back(monkeypatch: pytest.Mon
     with pytest.raises(RuntimeError, match="planted"):
         pyhv.Machine("hello")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_pinned_vcpus_stay_on_their_processors() -> None:
+    usable = sorted(os.sched_getaffinity(0))
+    with pyhv.Machine("spin", cpus=1) as machine:
+        machine.pin([usable[-1]])
+        machine.start()
+        (thread,) = [thread for thread in threading.enumerate() if thread.name == "vcpu-0"]
+        deadline = time.monotonic() + 10
+        while os.sched_getaffinity(thread.native_id or 0) != {usable[-1]}:
+            assert time.monotonic() < deadline
+        assert os.sched_getaffinity(0) == set(usable)
+        with pytest.raises(pyhv.BadInput, match="processor 4095: cannot be used by this process"):
+            machine.pin([4095])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyhv.cli import COMMANDS, one_line
-from pyhv.cli.options import Command, Option, number, seconds
+from pyhv.cli.options import Command, Option, number, processors, seconds
 from pyhv.errors import BadInput
 
 COMMAND = Command(
@@ -135,3 +135,16 @@ def test_one_line_is_one_line(text: str) -> None:
     assert one_line(made) == made
     if text.isprintable():
         assert made == text
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("0", (0,)), ("0,2,4-7", (0, 2, 4, 5, 6, 7)), ("3,3", (3, 3)), ("12-12", (12,))]
+)
+def test_processors(text: str, numbers: tuple[int, ...]) -> None:
+    assert processors(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", ",", "1,", "a", "-1", "2-", "3-1", "1-2-3", "99999", "\u0663"])
+def test_what_is_no_list_of_processors(text: str) -> None:
+    with pytest.raises(ValueError, match="no list of processors"):
+        processors(text)
