@@ -76,7 +76,7 @@ MACHINE_OPTIONS = (
 MACHINE_EITHER = ("--compat", "--cpu")
 
 PIN_OPTION = Option(
-    "--pin", "bind vCPU 0 to the first of these host processors, and so on, as in 0,2,4-7", "LIST", (), options.processors
+    "--pin", "bind vCPU 0 to the first of these host processors, and so on: 0,2,4-7", "LIST", (), options.processors
 )
 
 NAME_OPTIONS = (
