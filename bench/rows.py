@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bench import peers
 from bench.measure import Goal, Pairs, Row, Skip, alternate
+from bench.migration import migration, migration_stored
 from bench.peers import Peer
 from bench.snapshots import restore, restore_4g, restore_cold, save, save_sparse, save_tmpfs
 
@@ -188,6 +189,7 @@ def cpuid(pairs: int) -> Pairs:
 
 
 _RATE = Goal("ratio", 0.85, at_least=True)
+_LINK_RATE = Goal("ratio", 0.8, at_least=True)
 
 ROWS = (
     Row("process", "pyhv run hello, a whole process", "python3 -c pass", "ms", Goal("difference", 40), 25, process),
@@ -198,6 +200,8 @@ ROWS = (
     Row("save", "save() of 1 GiB of random bytes", "write, fsync", "MB/s", _RATE, 5, save),
     Row("save-tmpfs", "the same to /dev/shm", "write, fsync", "MB/s", _RATE, 5, save_tmpfs),
     Row("save-sparse", "the same, 64 MiB used of 4 GiB", "write, fsync: 64 MiB", "MB/s", _RATE, 10, save_sparse),
+    Row("migration", "1 GiB over a UNIX socket", "write, read", "MB/s", _LINK_RATE, 5, migration),
+    Row("migration-stored", "the same", "write, read, store", "MB/s", None, 5, migration_stored),
     Row("exits", "port exits", "C, bare KVM_RUN loop", "exits/s", Goal("ratio", 0.97, at_least=True), 60, exits),
     Row("cpuid", "one answer of cpuid.c", "C, linear search", "ns", Goal("value", 20), 60, cpuid),
 )

@@ -61,24 +61,54 @@ static inline uint64_t xxh64_merge(uint64_t hash, uint64_t lane)
     return (hash ^ xxh64_round(0, lane)) * PRIME1 + PRIME4;
 }
 
+/* The rounds of the whole 32-byte stripes among `size` bytes. */
+static void xxh64_stripes(uint64_t lanes[4], const uint8_t *at, size_t size)
+{
+    uint64_t lane1 = lanes[0], lane2 = lanes[1], lane3 = lanes[2], lane4 = lanes[3];
+    for (; size >= 32; at += 32, size -= 32) {
+        lane1 = xxh64_round(lane1, load64(at));
+        lane2 = xxh64_round(lane2, load64(at + 8));
+        lane3 = xxh64_round(lane3, load64(at + 16));
+        lane4 = xxh64_round(lane4, load64(at + 24));
+    }
+    lanes[0] = lane1;
+    lanes[1] = lane2;
+    lanes[2] = lane3;
+    lanes[3] = lane4;
+}
+
+/* The same with the four lanes in one register, where the processor multiplies 64-bit lanes (VPMULLQ): there is one
+ * multiplier for integers, which bounds the other way to 4 bytes a clock (measured on Zen 4: 19 GB/s instead of 10). */
+__attribute__((target("avx512dq,avx512vl"))) static void xxh64_stripes_avx512(uint64_t lanes[4], const uint8_t *at,
+                                                                              size_t size)
+{
+    typedef uint64_t vector __attribute__((vector_size(32)));
+    vector all, input;
+    memcpy(&all, lanes, sizeof all);
+    for (; size >= 32; at += 32, size -= 32) {
+        memcpy(&input, at, sizeof input);
+        all += input * PRIME2;
+        all = (all << 31 | all >> 33) * PRIME1;
+    }
+    memcpy(lanes, &all, sizeof all);
+}
+
 uint64_t pyhv_xxh64(const void *data, size_t size, uint64_t seed)
 {
     const uint8_t *at = data;
     size_t left = size;
     uint64_t hash;
     if (left >= 32) {
-        uint64_t lane1 = seed + PRIME1 + PRIME2, lane2 = seed + PRIME2, lane3 = seed, lane4 = seed - PRIME1;
-        for (; left >= 32; at += 32, left -= 32) {
-            lane1 = xxh64_round(lane1, load64(at));
-            lane2 = xxh64_round(lane2, load64(at + 8));
-            lane3 = xxh64_round(lane3, load64(at + 16));
-            lane4 = xxh64_round(lane4, load64(at + 24));
-        }
-        hash = rotate(lane1, 1) + rotate(lane2, 7) + rotate(lane3, 12) + rotate(lane4, 18);
-        hash = xxh64_merge(hash, lane1);
-        hash = xxh64_merge(hash, lane2);
-        hash = xxh64_merge(hash, lane3);
-        hash = xxh64_merge(hash, lane4);
+        uint64_t lanes[4] = {seed + PRIME1 + PRIME2, seed + PRIME2, seed, seed - PRIME1};
+        if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            xxh64_stripes_avx512(lanes, at, left);
+        else
+            xxh64_stripes(lanes, at, left);
+        at += left / 32 * 32;
+        left %= 32;
+        hash = rotate(lanes[0], 1) + rotate(lanes[1], 7) + rotate(lanes[2], 12) + rotate(lanes[3], 18);
+        for (int i = 0; i < 4; i++)
+            hash = xxh64_merge(hash, lanes[i]);
     } else {
         hash = seed + PRIME5;
     }

