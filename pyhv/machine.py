@@ -237,6 +237,7 @@ class Machine:
     ) -> Machine:
         """As receive(), over a connection that is there; closes it. while_waiting: is called now and then, and may
         raise to give the migration up."""
+        from pyhv.migration import protocol
         from pyhv.state import capture
 
         machine: Machine | None = None
@@ -257,6 +258,9 @@ class Machine:
             except PyhvError as error:
                 destination.refuse([str(error)])
                 raise
+            # A rehearsal, before anything stands and waits: what is done for the first time takes ten times as long.
+            protocol.warm_up()
+            capture.apply(machine.vm, capture.capture(machine.vm, hello.machine, machine.host), where)
             destination.accept(hello, memory.ram)
             received = destination.receive(hello, while_waiting)
             capture.apply(machine.vm, received.state, where, received.elapsed)

@@ -163,6 +163,9 @@ class KvmVm:
     def create_vcpu(self, index: int) -> KvmVcpu:
         return KvmVcpu(self, index)
 
+    def warm_up(self) -> None:
+        from pyhv.accel import kvm_state  # noqa: F401
+
     def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
         from pyhv.accel import kvm_state
 

@@ -29,7 +29,7 @@ from pyhv.errors import BadInput
 from pyhv.state import codec
 from pyhv.state.codec import U32, U64, Length, record
 from pyhv.state.needs import Needs
-from pyhv.state.records import CpuidEntry, MachineRecord
+from pyhv.state.records import RECORDS, CpuidEntry, MachineRecord
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -190,6 +190,11 @@ _BY_RECORD = {kind.carries: kind for kind in KINDS if kind.carries is not None}
 
 # A record of the state on the wire: 16 bytes of its name, padded with zeros, then the record's own bytes.
 _NAME_BYTES = 16
+
+
+def warm_up() -> None:
+    """Prepares for all messages: what is done once is done before a guest stands and waits for it."""
+    codec.prepare([*_BY_RECORD, *RECORDS])
 
 
 def encode(message: tuple[Any, ...]) -> tuple[int, bytes]:

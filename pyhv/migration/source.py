@@ -211,6 +211,8 @@ class Source:
         if self._limits.compress and not answer.zstd:
             raise BadInput(self._peer, "has no zstd library", "install libzstd there, or migrate without --compress")
         self._link.set_times(self._limits.heartbeat, self._limits.silence)
+        protocol.warm_up()
+        self._vm.warm_up()
 
     def _send(self, message: tuple[Any, ...]) -> None:
         self._link.send(*protocol.encode(message))

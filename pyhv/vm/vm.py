@@ -184,6 +184,11 @@ class Vm:
         pages.update(by_host)
         self._vm.take_dirty(pages.words)
 
+    def warm_up(self) -> None:
+        """Loads what capture() and apply() need; also while it runs."""
+        assert self._vm is not None
+        self._vm.warm_up()
+
     def capture(self) -> ProcessorsState:
         """The state of the processors of a paused VM. Raises HostError."""
         assert self._vm is not None and not self._threads
