@@ -89,6 +89,7 @@ enum pyhv_action {
     PYHV_ACTION_GUEST_EXIT = 1, /* the guest wrote its exit status; see pyhv_bus_exit_status() */
     PYHV_ACTION_RESET = 2,
     PYHV_ACTION_POWER_OFF = 3,
+    PYHV_ACTION_PANIC = 4, /* the guest's kernel says that it has panicked */
 };
 
 /* Where a device's interrupt goes. `raise` may be called from any thread. */
@@ -133,6 +134,30 @@ struct pyhv_device *pyhv_i8042_create(struct pyhv_error *error);
 /* RTC and CMOS memory at ports 0x70 and 0x71. The RTC shows the host's UTC time. The bytes are the bytes of RAM below
  * and above 4 GiB, for the memory-size registers that firmware reads. */
 struct pyhv_device *pyhv_cmos_create(uint64_t ram_below_4g, uint64_t ram_above_4g, struct pyhv_error *error);
+
+/* ACPI power management registers at `port` (16 ports), interrupt line `gsi`. */
+struct pyhv_device *pyhv_acpi_pm_create(uint16_t port, uint32_t gsi, struct pyhv_error *error);
+/* General-purpose event `event`, 0 to 7, happens. Any thread. */
+void pyhv_acpi_pm_event(struct pyhv_device *acpi_pm, uint32_t event);
+/* Lets the timer go on by `ns` nanoseconds that have passed since its state was saved. */
+void pyhv_acpi_pm_advance(struct pyhv_device *acpi_pm, uint64_t ns);
+
+/* PCI configuration ports that say "no device", and the reset lines at ports 0xcf9 and 0x92. */
+struct pyhv_device *pyhv_chipset_create(struct pyhv_error *error);
+
+/* One port; a write with bit 0 ends the run as a panic. */
+struct pyhv_device *pyhv_pvpanic_create(uint16_t port, struct pyhv_error *error);
+
+/* Remembers where in guest memory the VM generation ID is: `gpa`. */
+struct pyhv_device *pyhv_vmgenid_create(uint64_t gpa, struct pyhv_error *error);
+uint64_t pyhv_vmgenid_address(struct pyhv_device *vmgenid);
+
+/* Firmware configuration at ports 0x510 and 0x511, without items. Each item takes 4 bytes beside its own, and all of
+ * them together at most PYHV_FW_CFG_MAX: what does not fit is refused, as is a key that has an item already. */
+#define PYHV_FW_CFG_MAX 8000
+struct pyhv_device *pyhv_fw_cfg_create(struct pyhv_error *error);
+int pyhv_fw_cfg_add(struct pyhv_device *fw_cfg, uint16_t key, const uint8_t *bytes, size_t size,
+                    struct pyhv_error *error);
 
 /* The ports of a VM and the devices behind them. */
 struct pyhv_bus;
@@ -362,6 +387,7 @@ enum pyhv_stop {
     PYHV_STOP_FAILED = 12,        /* a system call failed: error */
     PYHV_STOP_TRAP_LOG_FULL = 13, /* drain it with pyhv_vcpu_trap_log() and run on */
     PYHV_STOP_TRAP_LOST = 14,     /* a declared CPUID address holds something else: rip */
+    PYHV_STOP_PANIC = 15,         /* the guest's kernel says that it has panicked */
 };
 
 struct pyhv_exit {

@@ -150,6 +150,9 @@ static bool stop_for_action(struct pyhv_vcpu *vcpu, int action, struct pyhv_exit
     case PYHV_ACTION_RESET:
         stop(exit, PYHV_STOP_RESET);
         return true;
+    case PYHV_ACTION_PANIC:
+        stop(exit, PYHV_STOP_PANIC);
+        return true;
     default:
         stop(exit, PYHV_STOP_POWER_OFF);
         return true;

@@ -26,6 +26,7 @@ class Stop(IntEnum):
     FAILED = 12
     TRAP_LOG_FULL = 13
     TRAP_LOST = 14
+    PANIC = 15
 
 
 class Exit(NamedTuple):

@@ -37,7 +37,7 @@ def apply(vm: Vm, state: MachineState, where: str, elapsed: int = 0) -> None:
     devices = {device.name: device.state for device in state.devices}
     if len(devices) != len(state.devices):
         raise BadInput(where, "has two states of one device")
-    vm.devices.load(devices)
+    vm.devices.load(devices, elapsed)
     try:
         vm.apply(state.processors().later(elapsed))
     except (OverflowError, IndexError, TypeError) as error:

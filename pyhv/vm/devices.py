@@ -11,18 +11,25 @@ from pyhv.errors import BadInput
 
 UART_PORT, UART_IRQ = 0x3F8, 4
 DEBUG_EXIT_PORT = 0xF4
+ACPI_PM_PORT, ACPI_PM_IRQ = 0x600, 9
+PVPANIC_PORT = 0x505
+GENERATION_ID = 0xE0100  # where it lies in guest memory, among the ACPI tables
+GENERATION_EVENT = 0  # the general-purpose event that tells of a new VM generation ID
 
 _STATE_MAX = 8192  # PYHV_DEVICE_STATE_MAX
 
 
 class Devices:
-    """The bus with UART, debug-exit port, i8042 and CMOS attached.
+    """The bus with UART, debug-exit port, i8042 and CMOS attached; of a `pc` also ACPI's registers, what kernels ask of
+    a chipset, firmware configuration, pvpanic and the VM generation ID.
 
     low_ram, high_ram: bytes of RAM below and above 4 GiB, which the CMOS tells. console_in, console_out: descriptors
     for the serial port's bytes, -1 for none; they stay the caller's. Raises HostError.
     """
 
-    def __init__(self, low_ram: int, high_ram: int, console_in: int = -1, console_out: int = -1) -> None:
+    def __init__(
+        self, low_ram: int, high_ram: int, console_in: int = -1, console_out: int = -1, pc: bool = False
+    ) -> None:
         error = new_error()
         self.bus: Any = check(lib.pyhv_bus_create(error), error)
         self._has_input = console_in >= 0
@@ -36,6 +43,12 @@ class Devices:
             self._attach(lib.pyhv_debug_exit_create(DEBUG_EXIT_PORT, error), error)
             self._attach(lib.pyhv_i8042_create(error), error)
             self._attach(lib.pyhv_cmos_create(low_ram, high_ram, error), error)
+            if pc:
+                self._attach(lib.pyhv_acpi_pm_create(ACPI_PM_PORT, ACPI_PM_IRQ, error), error)
+                self._attach(lib.pyhv_chipset_create(error), error)
+                self._attach(lib.pyhv_pvpanic_create(PVPANIC_PORT, error), error)
+                self._attach(lib.pyhv_fw_cfg_create(error), error)
+                self._attach(lib.pyhv_vmgenid_create(GENERATION_ID, error), error)
         except BaseException:
             self.close()
             raise
@@ -66,14 +79,34 @@ class Devices:
         if set(names) != self._devices.keys():
             raise BadInput("devices", f"the state has {', '.join(sorted(names))}; this VM has {', '.join(self.names)}")
 
-    def load(self, states: dict[str, bytes]) -> None:
-        """Puts the states back; they need not be trusted. Raises BadInput for a device that is missing, unknown or
-        refuses its state."""
+    def load(self, states: dict[str, bytes], elapsed: int = 0) -> None:
+        """Puts the states back; they need not be trusted. elapsed: nanoseconds that have passed for the guest since
+        they were saved. Raises BadInput for a device that is missing, unknown or refuses its state."""
         self.check(states)
         error = new_error()
         for name, device in self._devices.items():
             if lib.pyhv_device_load(device, states[name], len(states[name]), error) < 0:
                 raise BadInput(f"device {name}", str(to_exception(error)))
+        if self.is_pc:
+            lib.pyhv_acpi_pm_advance(self._devices["acpi_pm"], elapsed)
+
+    @property
+    def is_pc(self) -> bool:
+        return "acpi_pm" in self._devices
+
+    def configure(self, key: int, data: bytes) -> None:
+        """Gives a pc's firmware configuration an item. Raises HostError where it does not fit."""
+        error = new_error()
+        check(lib.pyhv_fw_cfg_add(self._devices["fw_cfg"], key, data, len(data), error), error)
+
+    @property
+    def generation_id(self) -> int:
+        """Where in a pc's memory its VM generation ID is."""
+        return int(lib.pyhv_vmgenid_address(self._devices["vmgenid"]))
+
+    def tell_generation(self) -> None:
+        """Tells the guest of a pc that its VM generation ID is a new one."""
+        lib.pyhv_acpi_pm_event(self._devices["acpi_pm"], GENERATION_EVENT)
 
     def start_input(self) -> None:
         """Starts moving console input to the UART; a VM without input needs no thread for it."""

@@ -56,6 +56,8 @@ def _what(accelerator: Accelerator, exit: Exit) -> str:
             return "halted with interrupts off, as all others are"
         case Stop.TRIPLE_FAULT:
             return "triple fault"
+        case Stop.PANIC:
+            return "the guest's kernel has panicked"
         case Stop.TRAP_LOST:
             return "the image declares a CPUID instruction where there is none"
         case Stop.FAILED:
