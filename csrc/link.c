@@ -384,7 +384,8 @@ int link_wait(struct pyhv_link *link, int what, uint64_t deadline, struct pyhv_e
             return -1;
         moved |= pulled > 0;
         int found = what & ((sent ? LINK_SENT : 0) | (in->ready ? LINK_MESSAGE : 0));
-        if (found)
+        /* While bytes come in, a message may be about to be there. */
+        if (found && !((what & LINK_MESSAGE) && pulled > 0 && !in->ready))
             return found;
         if (in->closed)
             return pyhv_fail(error, EPIPE, "read", "the other side has closed the link%s",

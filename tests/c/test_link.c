@@ -927,6 +927,11 @@ static void zeros_are_elided(void)
     CHECK_EQUAL(transfer.sending.pages, 1);
     CHECK_EQUAL(transfer.sending.zero_pages, 4095);
     CHECK(transfer.sending.bytes < PAGE + 200);
+    /* Each a run of its own: more than one message takes. */
+    memset(transfer.bitmap, 0x55, sizeof transfer.bitmap);
+    transfer_round(&transfer);
+    CHECK_EQUAL(transfer.sending.zero_pages, 4095 + 2048);
+    CHECK_EQUAL(pyhv_link_counters(transfer.links[0])->messages_sent, 2 + 2048 / PYHV_RUNS_MAX + 1);
     transfer_end(&transfer);
 }
 
@@ -1023,6 +1028,14 @@ static void arguments_of_sending(void)
     transfer.sending.next = 0;
     transfer_round(&transfer); /* nothing to send is no error */
     CHECK_EQUAL(transfer.sending.bytes, 0);
+    /* What the other side has to say comes before any page. */
+    struct pyhv_message message;
+    CHECK_EQUAL(pyhv_link_send(transfer.links[1], TYPE, "wait", 4, &error), 0);
+    set_bits(transfer.bitmap, 0, 64);
+    CHECK_EQUAL(pyhv_link_send_pages(transfer.links[0], &transfer.sending, &error), 1);
+    CHECK_EQUAL(pyhv_pages_count(transfer.bitmap, 64), 64);
+    CHECK_EQUAL(pyhv_link_receive(transfer.links[0], NULL, 0, &message, &error), 1);
+    transfer_round(&transfer);
     transfer_end(&transfer);
 }
 
