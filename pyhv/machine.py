@@ -86,6 +86,7 @@ class Machine:
     handed_over = ""
     """The side that this VM was handed over to by a migration; "" if it is here."""
 
+    _rehearsed = False
     _arrival: Destination | None = None  # of a VM that was migrated to here and has not run yet
 
     def __init__(
@@ -258,9 +259,8 @@ class Machine:
             except PyhvError as error:
                 destination.refuse([str(error)])
                 raise
-            # A rehearsal, before anything stands and waits: what is done for the first time takes ten times as long.
             protocol.warm_up()
-            capture.apply(machine.vm, capture.capture(machine.vm, hello.machine, machine.host), where)
+            machine._rehearse(hello.machine, where)
             destination.accept(hello, memory.ram)
             received = destination.receive(hello, while_waiting)
             capture.apply(machine.vm, received.state, where, received.elapsed)
@@ -272,6 +272,15 @@ class Machine:
             if machine is not None:
                 machine.close()
             raise
+
+    def _rehearse(self, record: MachineRecord, where: str) -> None:
+        """Takes and applies the state of the VM, which has none to lose yet, once in the life of the process: the first
+        time takes ten times as long, and then a guest would stand and wait."""
+        from pyhv.state import capture
+
+        if not Machine._rehearsed:
+            capture.apply(self.vm, capture.capture(self.vm, record, self.host), where)
+            Machine._rehearsed = True
 
     def migrate(
         self,
@@ -295,6 +304,7 @@ class Machine:
         """
         from pyhv.migration import transport
 
+        self._check_may_leave(limits)  # before the other side, who takes one VM, is bothered
         with transport.connect(transport.parse(uri, insecure), tls) as channel:
             return self.depart(channel, limits=limits, name=name, strict_tsc=strict_tsc, progress=progress)
 
@@ -313,11 +323,8 @@ class Machine:
         from pyhv.migration import protocol, source
         from pyhv.state import capture
 
-        self._check_is_here()
-        if not self.vm.running:
-            raise BadInput("this VM", "does not run", "let it run first")
+        self._check_may_leave(limits)
         limits = limits or source.Limits()
-        limits.check()
         record = self._record()
         host = self.choice.accelerator.describe()
         hello = protocol.hello(self.vm, record, host, limits.heartbeat, limits.silence)
@@ -357,6 +364,13 @@ class Machine:
     def _check_is_here(self) -> None:
         if self.handed_over:
             raise BadInput("this VM", f"was handed over to {self.handed_over}", "it belongs to that side now")
+
+    def _check_may_leave(self, limits: Limits | None) -> None:
+        self._check_is_here()
+        if not self.vm.running:
+            raise BadInput("this VM", "does not run", "let it run first")
+        if limits is not None:
+            limits.check()
 
     def _record(self) -> MachineRecord:
         from pyhv.state.records import MachineRecord

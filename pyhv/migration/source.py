@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _SLICE_MS = 50
 
 # How often to ask whether the guest may be stopped; seconds.
-_LEAVE_CHECK = 0.0005
+_LEAVE_CHECK = 0.001
 
 # The rate is not known before something was sent; bytes a second, that of a slow network.
 _FIRST_RATE = 100e6
@@ -296,7 +296,9 @@ class Source:
         )
 
     def _downtime(self, left: int) -> float:
-        return left / self._rate + _FIXED_DOWNTIME
+        # What is sent in small portions is swallowed by the link's buffers, at a rate that is none.
+        rate = min(self._rate, self._limits.bandwidth) if self._limits.bandwidth else self._rate
+        return left / rate + _FIXED_DOWNTIME
 
     def _is_late(self, begin: float) -> bool:
         return self._limits.timeout > 0 and time.monotonic() - begin > self._limits.timeout

@@ -1,0 +1,529 @@
+"""Live migration on this machine's KVM: a guest that was moved goes on as if it had not been."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import pyhv
+from pyhv._native.link import open_zstd
+from pyhv.accel import choose
+from pyhv.accel.kvm import Kvm
+from pyhv.cpu.host import HostDescription, Verdict
+from pyhv.errors import PyhvError
+from pyhv.migration.destination import Destination
+from pyhv.migration.source import Limits, Progress, Summary
+from pyhv.migration.transport import Channel
+
+from .migration import APPEND, MEMORY, TIMEOUT, check_console, descriptors, stamp, wait_for_rounds
+from .test_snapshot_state import TSC, differences
+
+TICKER: dict[str, Any] = {"append": APPEND, "memory": MEMORY}
+LIMITS = Limits(downtime=10.0)
+Look = Callable[[pyhv.Machine, pyhv.Machine], None]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    choose.open_accelerator().prepare()  # what is kept open is open now
+    before, threads = descriptors(), threading.active_count()
+    yield
+    choose.open_accelerator().prepare()
+    assert (descriptors(), threading.active_count()) == (before, threads)
+
+
+class Failed(NamedTuple):
+    """A migration that did not go through."""
+
+    there: PyhvError
+    here: PyhvError
+
+
+class Hop(NamedTuple):
+    """One that did."""
+
+    machine: pyhv.Machine
+    summary: Summary
+
+
+def try_hop(
+    machine: pyhv.Machine,
+    limits: Limits = LIMITS,
+    look: Look | None = None,
+    arrive: Any = None,
+    link: Callable[[], tuple[socket.socket, socket.socket]] | None = None,
+    **depart: Any,
+) -> Hop | Failed:
+    """Migrates a running machine to another one in this process. look: is called when the guest stands on both sides,
+    the one before it runs."""
+    ours, theirs = socket.socketpair() if link is None else link()
+    found: list[pyhv.Machine | BaseException] = []
+
+    def take() -> None:
+        try:
+            channel = Channel(theirs.fileno(), theirs.fileno(), "the source", theirs.close)
+            there = pyhv.Machine.arrive(Destination(channel), **(arrive or {}))
+            found.append(there)
+            if look is not None:
+                look(machine, there)
+            there.start()
+        except BaseException as error:
+            found.append(error)
+            if len(found) == 2:  # an assertion of look(), say: it has no guest
+                found.pop(0).close()  # type: ignore[union-attr]
+
+    thread = threading.Thread(target=take, name="arrive")
+    thread.start()
+    outcome: Summary | PyhvError
+    try:
+        with Channel(ours.fileno(), ours.fileno(), "the destination", ours.close) as channel:
+            outcome = machine.depart(channel, limits=limits, **depart)
+    except PyhvError as error:
+        outcome = error
+    thread.join(TIMEOUT)
+    there = found[0]
+    if isinstance(there, AssertionError):
+        raise there
+    if isinstance(outcome, Summary):
+        assert isinstance(there, pyhv.Machine)
+        return Hop(there, outcome)
+    assert isinstance(there, PyhvError), (there, outcome)
+    return Failed(there, outcome)
+
+
+def hop(machine: pyhv.Machine, **options: Any) -> Hop:
+    done = try_hop(machine, **options)
+    assert isinstance(done, Hop), done
+    return done
+
+
+@contextlib.contextmanager
+def running(image: str = "ticker", **options: Any) -> Iterator[pyhv.Machine]:
+    options = {**(TICKER if image == "ticker" else {}), **options}
+    with pyhv.Machine(image, **options) as machine:
+        machine.start()
+        if image == "ticker":
+            wait_for_rounds(machine)
+        yield machine
+
+
+def check_equal(here: pyhv.Machine, there: pyhv.Machine) -> None:
+    """All of the memory, and all of the state but the clocks, which run on."""
+    size = here.vm.memory.size
+    assert there.vm.memory.size == size and not here.vm.running and not there.vm.running
+    step = 1 << 20
+    for begin in range(0, size, step):
+        length = min(step, size - begin)
+        assert here.vm.memory.ram.read(begin, length) == there.vm.memory.ram.read(begin, length), hex(begin)
+    assert list(differences(here.vm.capture(), there.vm.capture())) == []
+    devices, devices_there = here.vm.devices.save(), there.vm.devices.save()
+    assert devices.pop("cmos")[:1] == devices_there.pop("cmos")[:1]
+    assert devices == devices_there
+    assert (here.uuid, here.command_line, here.guest.profile) == (there.uuid, there.command_line, there.guest.profile)
+
+
+def wait_for(machine: pyhv.Machine, text: bytes) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while text not in machine.console():
+        assert time.monotonic() < deadline, machine.console()
+        time.sleep(0.005)
+
+
+# ------------------------------------------------------------------------------------------------- it goes on
+
+
+@pytest.mark.parametrize("options", [{}, {"compat": True}, {"cpus": 4}, {"memory": "40M"}], ids=str)
+def test_a_migrated_guest_goes_on(options: dict[str, Any]) -> None:
+    with running(**options) as machine:
+        there, summary = hop(machine, look=check_equal)
+        with there:
+            wait_for_rounds(there, 3)
+            assert not machine.vm.running and machine.handed_over == "the destination"
+            there.pause()
+            assert there.vm.stopped is None
+            assert check_console(machine.console() + there.console()) >= 5
+        assert summary.rounds >= 1 and summary.one_clock
+        assert 0 < summary.downtime < summary.total_time < TIMEOUT
+        assert summary.pages >= 64 and summary.bytes > summary.pages * 4096
+
+
+def test_a_difference_would_be_seen() -> None:
+    """The comparison above."""
+
+    def look(here: pyhv.Machine, there: pyhv.Machine) -> None:
+        there.vm.memory.write(0x1000, bytes([there.vm.memory.read(0x1000, 1)[0] ^ 1]))
+        check_equal(here, there)
+
+    with running() as machine, pytest.raises(AssertionError, match="0x0"):
+        hop(machine, look=look)
+
+
+def test_the_guest_itself_notices_a_stale_page() -> None:
+    def look(here: pyhv.Machine, there: pyhv.Machine) -> None:
+        there.vm.memory.write(0x200000, bytes(4096))
+
+    with running() as machine, hop(machine, look=look).machine as there:
+        assert there.vm.wait(TIMEOUT) is not None
+        assert b"ticker: page 0x0000000000200000 holds 0, expected" in there.console()
+
+
+def test_memory_on_both_sides_of_the_hole_below_4_gib() -> None:
+    places = {place: os.urandom(4096) for place in (0x300000, (3 << 30) - 4096, 4 << 30, (5 << 30) - 4096)}
+
+    def look(here: pyhv.Machine, there: pyhv.Machine) -> None:
+        for place, content in places.items():
+            assert there.vm.memory.read(place, 4096) == content
+
+    with running(memory="4G") as machine:
+        for place, content in places.items():
+            machine.vm.memory.write(place, content)
+        there, summary = hop(machine, look=look)
+        there.close()
+        assert summary.bytes < 64 << 20  # memory that was never touched is not sent
+
+
+def test_a_page_that_becomes_zeros_again_is_zeros_there() -> None:
+    with running() as machine:
+        machine.vm.memory.write(0x1F0000, b"x" * 4096)
+        cleared = []
+
+        def progress(progress: Progress) -> None:
+            if progress.round == 1 and not progress.left and not cleared:
+                cleared.append(True)
+                machine.vm.memory.write(0x1F0000, bytes(4096))
+
+        there, summary = hop(machine, look=check_equal, progress=progress)
+        there.close()
+        assert cleared and summary.zero_pages >= 1
+
+
+def test_a_restored_vm_is_migrated(tmp_path: Path) -> None:
+    """Its memory is a private mapping of the file; that of the other side is not."""
+    path = str(tmp_path / "s.pyhv")
+    with running() as machine:
+        machine.pause()
+        machine.save(path)
+        before = machine.console()
+    with pyhv.Machine.restore(path) as machine:
+        machine.start()
+        wait_for_rounds(machine)
+        with hop(machine, look=check_equal).machine as there:
+            os.unlink(path)
+            wait_for_rounds(there)
+            there.pause()
+            check_console(before + machine.console() + there.console())
+
+
+def test_there_and_back_again() -> None:
+    """A to B to C to A, a few times: what has come goes again, and can be saved on the way."""
+    with contextlib.ExitStack() as machines:
+        here = machines.enter_context(running())
+        console = b""
+        for _ in range(9):
+            there = machines.enter_context(hop(here, look=check_equal).machine)
+            wait_for_rounds(there)
+            console += here.console()
+            here.close()
+            here = there
+        here.pause()
+        assert check_console(console + here.console()) > 18
+
+
+@pytest.mark.parametrize("mode", ["", "deadline"])
+def test_an_armed_timer_fires_there(mode: str) -> None:
+    with running("timer", append=f"ms=700 {mode}", memory="2M") as machine:
+        deadline = time.monotonic() + TIMEOUT
+        while machine.vm.stopped is None and b"armed" not in machine.console():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        if machine.vm.stopped is not None:
+            pytest.skip(machine.console().decode().strip())
+        with hop(machine).machine as there:
+            assert there.vm.wait(TIMEOUT) is not None
+            there.pause()
+            assert machine.console() + there.console() == b"timer: armed\ntimer: fired\n"
+
+
+def test_what_is_typed_goes_to_where_the_guest_is() -> None:
+    here, keys_here = os.pipe()
+    there_in, keys_there = os.pipe()
+    try:
+        with running("faults", append="echo", memory="2M", console_in=here) as machine:
+            os.write(keys_here, b"one")
+            wait_for(machine, b"one")
+            with hop(machine, arrive={"console_in": there_in}).machine as there:
+                os.write(keys_here, b"lost")
+                os.write(keys_there, b"two")
+                wait_for(there, b"two")
+                assert b"lost" not in machine.console() + there.console()
+    finally:
+        for fd in (here, keys_here, there_in, keys_there):
+            os.close(fd)
+
+
+def test_the_clocks_are_where_they_would_have_been(verdict: Verdict) -> None:
+    """Both are read while the guest stands on both sides; the source's clocks have run on meanwhile."""
+    behind: list[tuple[float, float]] = []
+
+    def look(here: pyhv.Machine, there: pyhv.Machine) -> None:
+        time.sleep(0.05)
+        first, second, again = here.vm.capture(), there.vm.capture(), here.vm.capture()
+        clock = (first.clock + again.clock) / 2 - second.clock
+        tsc = (first.vcpus[0].msrs[TSC] + again.vcpus[0].msrs[TSC]) / 2 - second.vcpus[0].msrs[TSC]
+        behind.append((clock / 1e6, tsc / first.tsc_khz))
+
+    with contextlib.ExitStack() as machines:
+        here = machines.enter_context(running())
+        for _ in range(5):
+            here = machines.enter_context(hop(here, look=look).machine)
+            wait_for_rounds(here)  # who ends when the TSC has gone back
+    print("behind by ms (kvmclock, TSC):", behind)
+    # Both sides are the same host here. What is allowed is what the machine's other work may take.
+    assert all(abs(clock) < 200 and abs(tsc) < 200 for clock, tsc in behind), behind
+    assert min(abs(clock) for clock, _ in behind) < 20, behind
+
+
+# ---------------------------------------------------------------------------------------------------- the limits
+
+
+def test_compressed(tmp_path: Path) -> None:
+    with contextlib.suppress(PyhvError), running() as machine:
+        open_zstd()
+        there, plain = hop(machine)
+        with there:
+            compressed = hop(there, limits=LIMITS._replace(compress=True), look=check_equal)
+            with compressed.machine as last:
+                wait_for_rounds(last)
+            assert compressed.summary.bytes < plain.bytes / 4
+        return
+    pytest.skip("there is no libzstd here")
+
+
+def test_a_side_without_zstd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise pyhv.HostError("libzstd", 0, "cannot open it")
+
+    monkeypatch.setattr("pyhv.migration.destination.open_zstd", missing)
+    with running() as machine:
+        failed = try_hop(machine, limits=LIMITS._replace(compress=True))
+        assert isinstance(failed, Failed)
+        assert "has no zstd library; install libzstd there, or migrate without --compress" in str(failed.here)
+        assert "the source gave it up: the destination: has no zstd library" in str(failed.there)
+        assert machine.vm.running
+        wait_for_rounds(machine)
+
+
+def test_the_bandwidth_is_kept() -> None:
+    content = os.urandom(4 << 20)
+    with running(memory="8M") as machine:
+        machine.vm.memory.write(4 << 20, content)
+        there, summary = hop(machine, limits=LIMITS._replace(bandwidth=8e6))
+        there.close()
+        assert summary.total_time > len(content) / 8e6 * 0.9
+        there.close()
+
+
+def slow_link(rate: float = 8e6) -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection that carries `rate` bytes a second, in small pieces, and ends when both ends do."""
+    ours, near = socket.socketpair()
+    far, theirs = socket.socketpair()
+    for sock in (ours, near, far, theirs):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+
+    def carry(into: socket.socket, out: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := into.recv(int(rate / 100)):
+                out.sendall(data)
+                time.sleep(len(data) / rate)
+        with contextlib.suppress(OSError):
+            out.shutdown(socket.SHUT_WR)
+
+    def run() -> None:
+        back = threading.Thread(target=carry, args=(far, near))
+        back.start()
+        carry(near, far)
+        back.join()
+        near.close()
+        far.close()
+
+    threading.Thread(target=run).start()
+    return ours, theirs
+
+
+def test_the_downtime_that_is_expected_is_not_shorter_than_the_bandwidth_allows() -> None:
+    """What is sent in small portions is swallowed by the link's buffers at a rate that is none."""
+    with running(append="pages=512 every=1", memory="5M") as machine:
+        failed = try_hop(machine, limits=Limits(downtime=0.05, bandwidth=4e6, rounds=2))
+        assert isinstance(failed, Failed) and "writes its memory too fast" in str(failed.here)
+
+
+@pytest.mark.parametrize("limit", [{"rounds": 3}, {"timeout": 0.3}], ids=str)
+def test_a_guest_that_writes_faster_than_the_link(limit: dict[str, Any]) -> None:
+    heavy = {"append": "pages=512 every=1", "memory": "5M"}
+    slow = Limits(downtime=0.005, **limit)
+    with running(**heavy) as machine:
+        failed = try_hop(machine, limits=slow, link=slow_link)
+        assert isinstance(failed, Failed)
+        assert "writes its memory too fast to be migrated" in str(failed.here)
+        assert "allow more --downtime, or say --on-timeout stop" in str(failed.here)
+        assert "the source gave it up: the guest: writes its memory too fast" in str(failed.there)
+        assert machine.vm.running
+        wait_for_rounds(machine)
+        there, summary = hop(machine, limits=slow._replace(on_timeout="stop"), look=check_equal, link=slow_link)
+        with there:
+            wait_for_rounds(there)
+            there.pause()
+            check_console(machine.console() + there.console())
+        if "rounds" in limit:
+            assert summary.rounds == 3
+
+
+def test_whoever_waits_for_progress_may_give_up() -> None:
+    seen: list[Progress] = []
+
+    def progress(progress: Progress) -> None:
+        seen.append(progress)
+        if len(seen) == 3:
+            raise pyhv.BadInput("the user", "has enough")
+
+    with running(memory="8M") as machine:
+        machine.vm.memory.write(4 << 20, os.urandom(4 << 20))
+        failed = try_hop(machine, limits=LIMITS._replace(bandwidth=10e6), progress=progress)
+        assert isinstance(failed, Failed)
+        assert str(failed.here) == "the user: has enough"
+        assert "the source gave it up: the user: has enough" in str(failed.there)
+        assert machine.vm.running and machine.handed_over == ""
+        wait_for_rounds(machine)
+        assert [p.round for p in seen] == [1] * 3 and seen[0].left > seen[2].left > 0
+        assert seen[2].total == seen[0].total >= 4 << 20 and seen[2].sent > seen[0].sent
+        assert seen[2].rate > 0 and seen[2].downtime > 0
+        hop(machine).machine.close()  # and later it goes
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_guest_that_ends_meanwhile() -> None:
+    with running(append="pages=64 every=1 rounds=120", memory="8M") as machine:
+        machine.vm.memory.write(4 << 20, os.urandom(4 << 20))
+        failed = try_hop(machine, limits=LIMITS._replace(bandwidth=1e6))
+        assert isinstance(failed, Failed)
+        assert "the guest: came to its end during the migration" in str(failed.here)
+        assert "the source gave it up: the guest: came to its end" in str(failed.there)
+        result = machine.result(machine.vm.wait(TIMEOUT))
+        assert (result.cause, result.status) == ("guest-exit", 0)
+
+
+@pytest.fixture
+def lesser(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the host that is asked at the arrival one that lacks something."""
+    describe = Kvm.describe
+
+    def lack(change: Callable[[HostDescription], HostDescription]) -> None:
+        def changed(self: Kvm, *rest: Any, **options: Any) -> HostDescription:
+            host = describe(self, *rest, **options)
+            return change(host) if threading.current_thread().name == "arrive" else host
+
+        monkeypatch.setattr(Kvm, "describe", changed)
+
+    return lack
+
+
+def test_a_refusal_has_every_reason(lesser: Callable[..., None]) -> None:
+    def lacks(host: HostDescription) -> HostDescription:
+        one = host.table.get(1)
+        table = host.table.replace({(1, 0): one._replace(ecx=one.ecx & ~(1 << 13), edx=one.edx & ~(1 << 4))})
+        return host._replace(table=table)
+
+    lesser(lacks)
+    with running() as machine:
+        failed = try_hop(machine)
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.here, pyhv.Incompatible) and isinstance(failed.there, pyhv.Incompatible)
+        assert len(failed.here.reasons) == len(failed.there.reasons) >= 2
+        assert {"cx16", "tsc"} <= {getattr(reason, "name", "") for reason in failed.there.reasons}
+        for error in failed:
+            assert "cx16" in str(error) and "tsc" in str(error) and "\n" not in str(error)
+        assert str(failed.here).startswith("the destination: does not take this guest: ")
+        assert machine.vm.running
+        wait_for_rounds(machine)
+
+
+def test_strict_tsc(lesser: Callable[..., None]) -> None:
+    lesser(lambda host: host._replace(tsc_khz=host.tsc_khz // 2, tsc_scaling=False))
+    with running(compat=True) as machine:
+        failed = try_hop(machine, strict_tsc=True)
+        assert isinstance(failed, Failed) and "TSC" in str(failed.here)
+        wait_for_rounds(machine)
+        with hop(machine).machine as there:
+            assert any("TSC will run at" in note for note in there.notes)
+
+
+def test_only_a_running_vm_that_is_here_is_migrated(tmp_path: Path) -> None:
+    with running() as machine:
+        machine.pause()
+        with pytest.raises(pyhv.BadInput, match="does not run; let it run first"):
+            machine.migrate(f"unix:{tmp_path}/nobody")
+        machine.start()
+        with pytest.raises(pyhv.BadInput, match="cannot be reached: No such file"):
+            machine.migrate(f"unix:{tmp_path}/nobody")
+        assert machine.vm.running
+        hop(machine).machine.close()
+        for call in (machine.start, lambda: machine.save("x"), lambda: machine.migrate("unix:x")):
+            with pytest.raises(pyhv.BadInput, match="was handed over to the destination; it belongs to that side now"):
+                call()
+
+
+def test_a_vm_that_was_forced_to_go_on_can_be_migrated() -> None:
+    with running() as machine:
+        with hop(machine).machine as there:
+            there.pause()
+        counted = stamp(machine)
+        machine.start(force=True)
+        wait_for_rounds(machine)
+        assert stamp(machine) > counted and machine.handed_over == ""
+        with hop(machine, look=check_equal).machine as there:
+            wait_for_rounds(there)
+
+
+def test_from_python(tmp_path: Path) -> None:
+    """As the README has it."""
+    uri = f"unix:{tmp_path}/m"
+    found: list[pyhv.Machine] = []
+    thread = threading.Thread(target=lambda: found.append(pyhv.Machine.receive(uri, timeout=TIMEOUT)))
+    thread.start()
+    with running() as machine:
+        deadline = time.monotonic() + TIMEOUT
+        while not os.path.exists(f"{tmp_path}/m"):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        starter = threading.Thread(target=lambda: (thread.join(TIMEOUT), found[0].start()))
+        starter.start()
+        summary = machine.migrate(uri)
+        starter.join(TIMEOUT)
+        assert summary.one_clock
+        with found[0] as there:
+            wait_for_rounds(there)
+    assert os.listdir(tmp_path) == []
+
+
+def test_nobody_comes(tmp_path: Path) -> None:
+    with pytest.raises(pyhv.BadInput, match=r"nobody came within 0\.05 seconds; start pyhv migrate at the source"):
+        pyhv.Machine.receive(f"unix:{tmp_path}/m", timeout=0.05)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_stamp_is_where_the_guest_puts_it() -> None:
+    with running() as machine:
+        machine.pause()
+        word = struct.unpack("<Q", machine.vm.memory.read(0x200000 + 8 * (0x200 % 16), 8))[0]
+        assert word & 0xFFFFFFFF == 0x200 and word >> 32 in (stamp(machine, 0), stamp(machine, 0) + 1)
