@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,7 +66,7 @@ class Link:
         """The next message that is neither a sign of life nor pages; pages are put where they belong on the way. None
         when none has come within `timeout` seconds."""
         error = new_error()
-        wait = max(0, min(int(timeout * 1000), 1 << 31))
+        wait = max(0, min(math.ceil(timeout * 1000), 1 << 31))  # not less: whoever asks again would never sleep
         if not check(lib.pyhv_link_receive(self._link, self.landing, wait, self._message, error), error):
             return None
         return self._message.type, bytes(ffi.buffer(self._message.payload, self._message.length))
