@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import sys
+import termios
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 
 # A piece of work between two looks at the clock, at what the other side says, and at who waits for progress; seconds.
 _SLICE_MS = 50
+
+# The same while it waits for something; in seconds.
+_LOOK = 0.1
 
 # How often to ask whether the guest may be stopped; seconds.
 _LEAVE_CHECK = 0.001
@@ -82,7 +88,7 @@ class Progress(NamedTuple):
     """How far pre-copy is."""
 
     round: int
-    """From 1 on; 0 is the hand-over."""
+    """From 1 on; 0 before the first, and in the hand-over."""
     left: int
     """Bytes of memory left in this round."""
     total: int
@@ -153,8 +159,9 @@ class Source:
         self._round = 0
         self._rate = _FIRST_RATE
         self._dirty_rate = 0.0
+        self._out_fd = channel.out_fd
         self._sent_bytes = 0  # of memory
-        self._sending_time = 0.0
+        self._began = 0.0
         self._committed = False
 
     def run(self) -> Summary:
@@ -222,7 +229,7 @@ class Source:
         limit = self._limits.silence * _PATIENCE if limit is None else limit
         deadline = time.monotonic() + limit
         while True:
-            found = self._link.receive(min(max(deadline - time.monotonic(), 0), 0.1))
+            found = self._link.receive(min(max(deadline - time.monotonic(), 0), _LOOK))
             if found is not None:
                 return self._take(cls, *found)
             if time.monotonic() >= deadline:
@@ -230,6 +237,7 @@ class Source:
                 raise HostError(f"migration to {self._peer}", errno.ETIMEDOUT, f"no {wanted} within {limit:g} seconds")
             if not self._committed:
                 self._check_guest()
+                self._tell(0, 0)
 
     def _take(self, cls: type[protocol.R] | None, kind: int, payload: bytes) -> protocol.R:
         wanted = protocol.name_of(cls) if cls else "nothing"
@@ -257,7 +265,7 @@ class Source:
         vm.log_dirty(True)
         pages.add_content(ram)
         self._sending = self._link.sending(ram, pages, _ZSTD_LEVEL if limits.compress else 0)
-        begin = time.monotonic()
+        begin = self._began = time.monotonic()
         while True:
             self._round += 1
             since = time.monotonic()
@@ -266,6 +274,8 @@ class Source:
             left = len(pages) * PAGE_SIZE
             self._dirty_rate = left / max(time.monotonic() - since, 1e-6)
             self._check_guest()
+            if self._downtime(left) > limits.downtime:
+                self._drain(begin)
             if self._downtime(left) <= limits.downtime and self._round >= limits.least_rounds:
                 self._wait_for_leave()
                 break
@@ -296,9 +306,27 @@ class Source:
         )
 
     def _downtime(self, left: int) -> float:
-        # What is sent in small portions is swallowed by the link's buffers, at a rate that is none.
-        rate = min(self._rate, self._limits.bandwidth) if self._limits.bandwidth else self._rate
-        return left / rate + _FIXED_DOWNTIME
+        return (left + self._on_its_way()) / self._rate + _FIXED_DOWNTIME
+
+    def _on_its_way(self) -> float:
+        """Bytes of memory that the link's buffers have swallowed and the other side has not taken yet."""
+        try:
+            waiting = int.from_bytes(fcntl.ioctl(self._out_fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        except OSError:  # a pipe
+            waiting = 0
+        return waiting * self._sent_bytes / max(self._sending.bytes, 1) if self._sent_bytes else 0.0
+
+    def _measure(self) -> None:
+        took = time.monotonic() - self._began
+        if took > 0.001:
+            self._rate = max((self._sent_bytes - self._on_its_way()) / took, 1.0)
+
+    def _drain(self, begin: float) -> None:
+        """Waits until the other side has taken all that is on its way: then the rate is known."""
+        while self._on_its_way() and not self._is_late(begin):
+            self._rest(time.monotonic() + _LEAVE_CHECK)
+            self._measure()
+            self._check_guest()
 
     def _is_late(self, begin: float) -> bool:
         return self._limits.timeout > 0 and time.monotonic() - begin > self._limits.timeout
@@ -316,8 +344,11 @@ class Source:
             done = self._send_some()
             self._check_guest()
             self._tell(total, len(pages) * PAGE_SIZE)
-            if limits.bandwidth:
-                self._rest(since + (sending.bytes - sent) / limits.bandwidth)
+            until = since + (sending.bytes - sent) / limits.bandwidth if limits.bandwidth else 0.0
+            while time.monotonic() < until and not self._is_late(begin):
+                self._rest(min(until, time.monotonic() + _LOOK))
+                self._check_guest()
+                self._tell(total, len(pages) * PAGE_SIZE)
 
     def _send_all(self, pages: PageSet) -> None:
         """The rest, with the guest standing and without a limit."""
@@ -330,14 +361,10 @@ class Source:
     def _send_some(self) -> bool:
         """Sends pages up to a limit; whether all are sent. Takes what the other side says meanwhile."""
         sending = self._sending
-        before, since = sending.pages + sending.zero_pages, time.monotonic()
+        before = sending.pages + sending.zero_pages
         done = self._link.send_pages(sending)
-        took = time.monotonic() - since
         self._sent_bytes += (sending.pages + sending.zero_pages - before) * PAGE_SIZE
-        self._sending_time += took
-        # Not from a moment that the buffers of the link can swallow whole.
-        if self._sending_time > 0.001:
-            self._rate = max(self._sent_bytes / self._sending_time, 1.0)
+        self._measure()
         found = self._link.receive(0)
         if found is not None:
             self._take(None, *found)

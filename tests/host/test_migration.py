@@ -391,21 +391,23 @@ def test_whoever_waits_for_progress_may_give_up() -> None:
     seen: list[Progress] = []
 
     def progress(progress: Progress) -> None:
-        seen.append(progress)
-        if len(seen) == 3:
+        if progress.round:
+            seen.append(progress)
+        if len(seen) == 12:
             raise pyhv.BadInput("the user", "has enough")
 
     with running(memory="8M") as machine:
         machine.vm.memory.write(4 << 20, os.urandom(4 << 20))
-        failed = try_hop(machine, limits=LIMITS._replace(bandwidth=10e6), progress=progress)
+        failed = try_hop(machine, limits=LIMITS._replace(bandwidth=2e6), progress=progress)
         assert isinstance(failed, Failed)
         assert str(failed.here) == "the user: has enough"
         assert "the source gave it up: the user: has enough" in str(failed.there)
         assert machine.vm.running and machine.handed_over == ""
         wait_for_rounds(machine)
-        assert [p.round for p in seen] == [1] * 3 and seen[0].left > seen[2].left > 0
-        assert seen[2].total == seen[0].total >= 4 << 20 and seen[2].sent > seen[0].sent
-        assert seen[2].rate > 0 and seen[2].downtime > 0
+        first, last = seen[0], seen[-1]
+        assert {p.round for p in seen} == {1} and first.left > last.left > 0
+        assert last.total == first.total >= 4 << 20 and last.sent > first.sent
+        assert last.rate > 0 and last.downtime > 0
         hop(machine).machine.close()  # and later it goes
 
 
@@ -527,3 +529,40 @@ def test_a_stamp_is_where_the_guest_puts_it() -> None:
         machine.pause()
         word = struct.unpack("<Q", machine.vm.memory.read(0x200000 + 8 * (0x200 % 16), 8))[0]
         assert word & 0xFFFFFFFF == 0x200 and word >> 32 in (stamp(machine, 0), stamp(machine, 0) + 1)
+
+
+@pytest.mark.parametrize("when", ["before the answer", "while it rests", "before it is ready"])
+def test_giving_up_does_not_wait_for_the_other_side(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asked for the migration is listened to wherever it waits."""
+    begin = time.monotonic()
+
+    def progress(progress: Progress) -> None:
+        if progress.round == (1 if when == "while it rests" else 0) and time.monotonic() > begin + 0.3:
+            raise pyhv.BadInput("the user", "has enough")
+
+    def answer_late(self: Destination, *rest: Any) -> None:
+        time.sleep(1.5)
+
+    if when == "before the answer":
+        monkeypatch.setattr(Destination, "accept", answer_late)
+    elif when == "before it is ready":
+        monkeypatch.setattr(Destination, "confirm", answer_late)
+    slow = {"bandwidth": 1e5} if when == "while it rests" else {}
+    with running() as machine:
+        ours, theirs = socket.socketpair()
+
+        def take() -> None:
+            with contextlib.suppress(PyhvError):
+                channel = Channel(theirs.fileno(), theirs.fileno(), "the source", theirs.close)
+                pyhv.Machine.arrive(Destination(channel)).close()
+
+        taker = threading.Thread(target=take)
+        taker.start()
+        with (
+            Channel(ours.fileno(), ours.fileno(), "the destination", ours.close) as channel,
+            pytest.raises(pyhv.BadInput, match="the user: has enough"),
+        ):
+            machine.depart(channel, limits=LIMITS._replace(silence=5.0, **slow), progress=progress)
+        assert machine.vm.running
+        wait_for_rounds(machine)
+        taker.join(TIMEOUT)
