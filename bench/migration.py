@@ -42,7 +42,7 @@ def _seconds(source: Memory) -> float:
     from pyhv._native.memory import Memory
 
     ours, theirs = socket.socketpair()
-    target = Memory(_SIZE)
+    target = Memory(_SIZE, anonymous=True)
     sender = os.fork()
     if sender == 0:
         status = 1

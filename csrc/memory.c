@@ -43,6 +43,37 @@ int pyhv_memory_create(struct pyhv_memory *memory, uint64_t size, struct pyhv_er
     return 0;
 }
 
+int pyhv_memory_create_anonymous(struct pyhv_memory *memory, uint64_t size, struct pyhv_error *error)
+{
+    const uint64_t huge = UINT64_C(2) << 20;
+    *memory = (struct pyhv_memory){.fd = -1};
+    if (check_size(0, size, "pyhv_memory_create_anonymous", error) < 0)
+        return -1;
+    int fd = memfd_create("pyhv-no-content", MFD_CLOEXEC);
+    if (fd < 0)
+        return pyhv_fail_errno(error, "memfd_create");
+    uint8_t *room = MAP_FAILED;
+    const char *what = "ftruncate";
+    if (ftruncate(fd, (off_t)size) == 0) {
+        what = "mmap";
+        room = mmap(NULL, size + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    }
+    if (room == MAP_FAILED) {
+        pyhv_fail(error, errno, what, "guest memory of 0x%llx bytes", (unsigned long long)size);
+        close(fd);
+        return -1;
+    }
+    /* A huge page begins at a multiple of its size, here and in the guest's physical memory. */
+    uint8_t *host = (uint8_t *)(((uintptr_t)room + huge - 1) & ~(uintptr_t)(huge - 1));
+    if (host > room)
+        munmap(room, (size_t)(host - room));
+    if (host < room + huge)
+        munmap(host + size, (size_t)(room + huge - host));
+    (void)madvise(host, size, MADV_HUGEPAGE); /* refused by a kernel without them: then they are small */
+    *memory = (struct pyhv_memory){.host = host, .size = size, .fd = fd, .of_a_file = 1, .anonymous = 1};
+    return 0;
+}
+
 int pyhv_memory_map_file(struct pyhv_memory *memory, int fd, uint64_t offset, uint64_t size, struct pyhv_error *error)
 {
     *memory = (struct pyhv_memory){.fd = -1};

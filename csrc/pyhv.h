@@ -181,15 +181,20 @@ uint8_t pyhv_bus_exit_status(const struct pyhv_bus *bus);
 
 /* -------------------------------------------------------------------------------------------- guest memory -- */
 
-/* A mapping of guest RAM: of a memfd, or private and of a part of a file. */
+/* A mapping of guest RAM: of a memfd, private and of a part of a file, or anonymous. */
 struct pyhv_memory {
     uint8_t *host;     /* where it is mapped in this process */
     uint64_t size;     /* bytes, a multiple of 4096 */
     uint64_t offset;   /* in fd */
     int32_t fd;        /* the memory's own */
     int32_t of_a_file; /* 1: what the guest writes stays in this process, and the file as it is */
+    int32_t anonymous; /* 1: so it is, and the file is a memfd without content: every page is this process's own */
+    int32_t reserved;
 };
 int pyhv_memory_create(struct pyhv_memory *memory, uint64_t size, struct pyhv_error *error);
+/* Anonymous memory, in huge pages where the host has some: to fill much of it takes a third of the time that a memfd's
+ * pages take, which the kernel looks up one by one; but the first byte written takes 2 MiB. */
+int pyhv_memory_create_anonymous(struct pyhv_memory *memory, uint64_t size, struct pyhv_error *error);
 /* `size` bytes at `offset` (both multiples of 4096) of the file `fd`, which stays the caller's. */
 int pyhv_memory_map_file(struct pyhv_memory *memory, int fd, uint64_t offset, uint64_t size, struct pyhv_error *error);
 void pyhv_memory_destroy(struct pyhv_memory *memory);
@@ -302,14 +307,14 @@ struct pyhv_message {
 
 /* Where received pages go. */
 struct pyhv_landing {
-    struct pyhv_memory *ram; /* a memfd */
+    struct pyhv_memory *ram; /* anonymous */
     uint64_t *written;       /* a bit a page: content was put there, so that zeros must be too; all others are zeros */
     uint64_t pages, zero_pages; /* so many came: added to */
 };
 
 /* Waits, for timeout_ms at most (0: takes only what is there), for a message that is neither heartbeat nor pages; pages
- * land meanwhile (landing NULL: they are an EBADMSG). Returns 1 with *message, 0 when the time is over, or -1. A host
- * that has no memory for a page is an error too (ENOMEM, ENOSPC), no signal. Call without the GIL. */
+ * land meanwhile (landing NULL: they are an EBADMSG). Returns 1 with *message, 0 when the time is over, or -1. Call
+ * without the GIL. */
 int pyhv_link_receive(struct pyhv_link *link, struct pyhv_landing *landing, uint32_t timeout_ms,
                       struct pyhv_message *message, struct pyhv_error *error);
 

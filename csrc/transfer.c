@@ -7,10 +7,10 @@
 
 #include <dlfcn.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 /* A run in a PAGES message; see pyhv.h. */
@@ -192,7 +192,7 @@ static int copy_pages(const struct pyhv_memory *ram, uint64_t page, uint64_t cou
                       struct pyhv_error *error)
 {
     const uint8_t *from = ram->host + page * PYHV_PAGE_SIZE;
-    if (ram->of_a_file)
+    if (ram->of_a_file && !ram->anonymous)
         return pyhv_memory_read(from, to, count * PYHV_PAGE_SIZE, error);
     memcpy(to, from, count * PYHV_PAGE_SIZE);
     return 0;
@@ -311,27 +311,11 @@ static void set_bits(uint64_t *bitmap, uint64_t page, uint64_t count)
         bitmap[page / 64] |= UINT64_C(1) << page % 64;
 }
 
-static int land_content(struct pyhv_landing *landing, uint64_t page, uint64_t count, const uint8_t *data,
-                        struct pyhv_error *error)
+static void land_content(struct pyhv_landing *landing, uint64_t page, uint64_t count, const uint8_t *data)
 {
-    uint64_t offset = landing->ram->offset + page * PYHV_PAGE_SIZE;
-    size_t size = count * PYHV_PAGE_SIZE;
-    /* pwrite and not a store: it says so when there is no memory, and a whole page need not be cleared first. */
-    while (size) {
-        ssize_t put = pwrite(landing->ram->fd, data, size, (off_t)offset);
-        if (put < 0 && errno == EINTR)
-            continue;
-        if (put <= 0)
-            return pyhv_fail(error, put < 0 ? errno : ENOSPC, "pwrite",
-                             "this host has no memory for pages %llu to %llu", (unsigned long long)page,
-                             (unsigned long long)(page + count - 1));
-        data += put;
-        offset += (uint64_t)put;
-        size -= (size_t)put;
-    }
+    memcpy(landing->ram->host + page * PYHV_PAGE_SIZE, data, count * PYHV_PAGE_SIZE);
     set_bits(landing->written, page, count);
     landing->pages += count;
-    return 0;
 }
 
 /* Makes pages zero that had content; their memory is given back. */
@@ -340,9 +324,8 @@ static int land_zeros(struct pyhv_landing *landing, uint64_t page, uint64_t coun
     uint64_t end = page + count;
     while ((page = find_bit(landing->written, page, end)) < end) {
         uint64_t some = take_bits(landing->written, page, end - page);
-        if (fallocate(landing->ram->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                      (off_t)(landing->ram->offset + page * PYHV_PAGE_SIZE), (off_t)(some * PYHV_PAGE_SIZE)) < 0)
-            return pyhv_fail(error, errno, "fallocate", "clearing pages %llu to %llu", (unsigned long long)page,
+        if (madvise(landing->ram->host + page * PYHV_PAGE_SIZE, some * PYHV_PAGE_SIZE, MADV_DONTNEED) < 0)
+            return pyhv_fail(error, errno, "madvise", "clearing pages %llu to %llu", (unsigned long long)page,
                              (unsigned long long)(page + some - 1));
         page += some;
     }
@@ -380,8 +363,8 @@ int link_land(struct pyhv_link *link, struct pyhv_landing *landing, const struct
 {
     const uint8_t *payload = message->payload;
     size_t length = message->length;
-    if (landing->ram->of_a_file)
-        return pyhv_fail(error, EINVAL, "pyhv_link_receive", "pages cannot land in a mapping of a file");
+    if (!landing->ram->anonymous)
+        return pyhv_fail(error, EINVAL, "pyhv_link_receive", "pages land in anonymous memory only");
     if (message->type == PYHV_MESSAGE_PAGES_ZSTD) {
         struct zstd *own = zstd_of(link, error);
         if (!own)
@@ -402,8 +385,7 @@ int link_land(struct pyhv_link *link, struct pyhv_landing *landing, const struct
             if (land_zeros(landing, first, count, error) < 0)
                 return -1;
         } else {
-            if (land_content(landing, first, count, data, error) < 0)
-                return -1;
+            land_content(landing, first, count, data);
             data += count * PYHV_PAGE_SIZE;
         }
     }

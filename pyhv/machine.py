@@ -249,7 +249,7 @@ class Machine:
                 wish = "trap" if on_cpuid else intercept
                 needs = hello.needs()
                 candidate = cls._for_state(hello.machine, needs, where, hello.strict_tsc, wish)
-                memory = GuestMemory(parse_memory(hello.machine.memory))
+                memory = GuestMemory(parse_memory(hello.machine.memory), anonymous=True)
                 plan = _Plan(memory, needs.tables, hello.irqchip, hello.pit, True)
                 candidate._build(plan, lambda vm: vm.devices.check(hello.devices), console_in, console_out, on_cpuid)
                 machine = candidate

@@ -19,13 +19,14 @@ class GuestMemory:
     """`size` bytes of guest RAM (a positive multiple of 4096): from 0 up to 3 GiB, what is more from 4 GiB on.
 
     file: a descriptor and an offset in it, where the RAM's content stands; it is mapped privately. Without it RAM is
-    zeros. ram: what is behind it. Raises HostError when the host refuses.
+    zeros. anonymous: it is about to be filled (_native/memory.py). ram: what is behind it. Raises HostError when the
+    host refuses.
     """
 
-    def __init__(self, size: int, file: tuple[int, int] | None = None) -> None:
+    def __init__(self, size: int, file: tuple[int, int] | None = None, anonymous: bool = False) -> None:
         self.size = size
         self.low_size = min(size, LOW_RAM_LIMIT)
-        self.ram = Memory(size, file)
+        self.ram = Memory(size, file, anonymous)
         self.written: set[int] | None = None
         """Numbers of the pages that the host has written, while somebody wants to know."""
         self.regions: list[tuple[int, int, int]] = [(0, self.low_size, 0)]
@@ -41,7 +42,7 @@ class GuestMemory:
         """`size` bytes at `gpa`. Raises BadInput where that is not RAM, HostError where it has gone away."""
         return self.ram.read(self._offset(gpa, size), size)
 
-    def write(self, gpa: int, data: bytes) -> None:
+    def write(self, gpa: int, data: bytes | memoryview) -> None:
         """Puts `data` at `gpa`; every write to guest RAM from the host goes through here. Raises BadInput where
         that is not RAM, HostError where it has gone away."""
         offset = self._offset(gpa, len(data))

@@ -21,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -98,8 +99,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         compose(data + 1, size - 1);
     }
     if (!ram.size)
-        REQUIRE(pyhv_memory_create(&ram, RAM_PAGES * PYHV_PAGE_SIZE, &error) == 0);
-    REQUIRE(fallocate(ram.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)ram.size) == 0);
+        REQUIRE(pyhv_memory_create_anonymous(&ram, RAM_PAGES * PYHV_PAGE_SIZE, &error) == 0);
+    REQUIRE(madvise(ram.host, ram.size, MADV_DONTNEED) == 0);
 
     REQUIRE(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, fds) == 0);
     (void)setsockopt(fds[1], SOL_SOCKET, SO_SNDBUF, &room, sizeof room);

@@ -18,31 +18,20 @@
 
 #include "check.h"
 
-static int pwrite_errnum, fallocate_errnum; /* 0: the call works */
+static int madvise_errnum; /* 0: the call works */
 
-static ssize_t faulty_pwrite(int fd, const void *data, size_t size, off_t offset)
+static int faulty_madvise(void *start, size_t size, int advice)
 {
-    if (pwrite_errnum) {
-        errno = pwrite_errnum;
+    if (madvise_errnum) {
+        errno = madvise_errnum;
         return -1;
     }
-    return pwrite(fd, data, size < 5000 ? size : 5000, offset); /* what it does not write at once is written later */
+    return madvise(start, size, advice);
 }
 
-static int faulty_fallocate(int fd, int mode, off_t offset, off_t size)
-{
-    if (fallocate_errnum) {
-        errno = fallocate_errnum;
-        return -1;
-    }
-    return fallocate(fd, mode, offset, size);
-}
-
-#define pwrite    faulty_pwrite
-#define fallocate faulty_fallocate
+#define madvise faulty_madvise
 #include "transfer.c"
-#undef pwrite
-#undef fallocate
+#undef madvise
 
 /* ------------------------------------------------------------------------------------------------- helpers -- */
 
@@ -191,15 +180,17 @@ struct target {
 static void target_create(struct target *target, size_t pages)
 {
     *target = (struct target){0};
-    CHECK_EQUAL(pyhv_memory_create(&target->ram, pages * PAGE, &error), 0);
+    CHECK_EQUAL(pyhv_memory_create_anonymous(&target->ram, pages * PAGE, &error), 0);
+    CHECK_EQUAL(madvise(target->ram.host, target->ram.size, MADV_NOHUGEPAGE), 0); /* so that pages can be counted */
     target->landing = (struct pyhv_landing){.ram = &target->ram, .written = target->written};
 }
 
 static uint64_t allocated_pages(const struct pyhv_memory *ram)
 {
-    struct stat file;
-    CHECK_EQUAL(fstat(ram->fd, &file), 0);
-    return (uint64_t)file.st_blocks * 512 / PAGE;
+    uint64_t pages[128] = {0};
+    CHECK(ram->size / PAGE <= 64 * 128);
+    CHECK_EQUAL(pyhv_pages_find(ram, pages, &error), 0);
+    return pyhv_pages_count(pages, ram->size / PAGE);
 }
 
 /* ---------------------------------------------------------------------------------------------- round trips -- */
@@ -1067,26 +1058,8 @@ static void a_file_behind_the_memory(void)
 
 /* ------------------------------------------------------------------------------------- a host without memory -- */
 
-static void no_memory_for_pages(struct stream *stream)
+static void zeros_that_cannot_be_made(struct stream *stream)
 {
-    static const int errnums[] = {ENOSPC, ENOMEM, EFBIG};
-    size_t ends_at[HONEST_MESSAGES];
-    for (size_t i = 0; i < sizeof errnums / sizeof errnums[0]; i++) {
-        struct target target;
-        struct ends ends;
-        honest(stream, ends_at);
-        target_create(&target, 4);
-        struct pyhv_link *link = told(&ends, stream->bytes, stream->size);
-        pwrite_errnum = errnums[i];
-        receive_until_error(link, &target);
-        pwrite_errnum = 0;
-        CHECK_EQUAL(error.errnum, errnums[i]);
-        CHECK(strcmp(error.what, "pwrite") == 0 && strstr(error.detail, "pages 2 to 2"));
-        CHECK_EQUAL(target.landing.pages, 0);
-        pyhv_memory_destroy(&target.ram);
-        finish(link, &ends);
-    }
-    /* Zeros that cannot be made. */
     struct target target;
     struct ends ends;
     target_create(&target, 4);
@@ -1096,16 +1069,16 @@ static void no_memory_for_pages(struct stream *stream)
     add_message(stream, PYHV_MESSAGE_PAGES, payload, make_pages(payload, &run, 1, 0));
     struct pyhv_link *link = told(&ends, stream->bytes, stream->size);
     target.written[0] = 6;
-    fallocate_errnum = EPERM;
+    madvise_errnum = EPERM;
     receive_until_error(link, &target);
-    fallocate_errnum = 0;
+    madvise_errnum = 0;
     CHECK_EQUAL(error.errnum, EPERM);
-    CHECK(strcmp(error.what, "fallocate") == 0 && strstr(error.detail, "pages 1 to 2"));
+    CHECK(strcmp(error.what, "madvise") == 0 && strstr(error.detail, "pages 1 to 2"));
     pyhv_memory_destroy(&target.ram);
     finish(link, &ends);
 }
 
-/* Pages land in a memfd only: what a file holds is not ours to write. */
+/* Pages land in anonymous memory only: what a file holds is not ours to write. */
 static void landing_in_a_file(struct stream *stream)
 {
     size_t ends_at[HONEST_MESSAGES];
@@ -1113,7 +1086,7 @@ static void landing_in_a_file(struct stream *stream)
     struct ends ends;
     honest(stream, ends_at);
     target_create(&target, 4);
-    target.ram.of_a_file = 1;
+    target.ram.anonymous = 0;
     struct pyhv_link *link = told(&ends, stream->bytes, stream->size);
     receive_until_error(link, &target);
     CHECK_EQUAL(error.errnum, EINVAL);
@@ -1191,7 +1164,7 @@ int main(void)
     a_guest_that_writes();
     arguments_of_sending();
     a_file_behind_the_memory();
-    no_memory_for_pages(&stream);
+    zeros_that_cannot_be_made(&stream);
     landing_in_a_file(&stream);
     compressed_pages(&stream);
     free(stream.bytes);
