@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -14,8 +13,8 @@ from pyhv.accel.data import CpuidRecord
 from pyhv.boot import image as boot_image
 from pyhv.boot import start64
 from pyhv.cpu import policy, profiles
-from pyhv.errors import BadInput, Incompatible, PyhvError
-from pyhv.vm.devices import Devices
+from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible, PyhvError
+from pyhv.vm.devices import Devices, is_pc
 from pyhv.vm.memory import HIGH_RAM_BASE, LOW_RAM_LIMIT, PAGE_SIZE, GuestMemory
 from pyhv.vm.vm import Stopped, Trap, Vm
 
@@ -67,12 +66,15 @@ class _Plan(NamedTuple):
     irqchip: bool = True
     pit: bool = False
     quick: bool = False
+    pc: bool = False
 
 
 class Machine:
     """A VM with its guest loaded, paused in front of its first instruction.
 
-    image: path of an image file, or the name of a bundled guest. compat: the processor compatibility mode, short for
+    image: path of an image file, or the name of a bundled guest. boot: the boot protocol, a key of boot.image.KINDS;
+    "": as the image is recognised. initrd: path of a file, for a Linux or PVH kernel. modules: "FILE ARGS" each, for a
+    multiboot or PVH kernel. compat: the processor compatibility mode, short for
     cpu="hyperv-r2". cpu: the name of a profile or the path of a profile file (default "host"). cpus: number of
     vCPUs. memory: bytes, or a string such as "64M". append: the guest's command line. intercept: "auto", "kernel" or
     "trap" (see accel/choose.py). console_in, console_out: descriptors for the serial port, which stay the caller's;
@@ -93,6 +95,9 @@ class Machine:
         self,
         image: str,
         *,
+        boot: str = "",
+        initrd: str | None = None,
+        modules: Sequence[str] = (),
         compat: bool = False,
         cpu: str | None = None,
         cpus: int = 1,
@@ -109,13 +114,18 @@ class Machine:
         if compat and cpu is not None:
             raise BadInput(f"cpu={cpu}", "cannot be combined with compatibility mode, which is a profile of its own")
         profile = profiles.load("hyperv-r2" if compat else cpu or "host")
-        self.image: boot_image.Image | None = boot_image.read(find_image(image), size)
-        """What was loaded; None for a restored VM."""
+        self.image: boot_image.Image | None = boot_image.read(find_image(image), size, boot)
+        """What was loaded, without its bytes once they are; None for a restored VM."""
+        self._modules = boot_image.read_modules(self.image, initrd, modules, size)
         most = min(MAX_VCPUS, accelerator.max_vcpus)
         if not 1 <= cpus <= most:
             raise BadInput(f"{cpus} vCPUs", "cannot be had", f"choose 1 to {most}")
         self.host = accelerator.describe(whole=False)
         self.guest = policy.guest_table(self.host, profile, policy.Topology(cpus))
+        if self.image.isa_level > 1:
+            from pyhv.boot import isa
+
+            isa.check(self.image, self.guest)
         self.facts = choose.GuestFacts(image, self.image.cpuid_sites, self.image.enters_user_mode(append))
         self.choice = choose.choose(accelerator, self.guest, self.facts, "trap" if on_cpuid else intercept)
         self.notes = [self.choice.note] if self.choice.note else []
@@ -125,7 +135,7 @@ class Machine:
         check_address_width(size, self.guest, memory)
         tables = [self.guest.table_for(index) for index in range(cpus)]
         # An image with notes is written for pyhv and has no use for a PIT, which takes long to take down.
-        plan = _Plan(GuestMemory(size), tables, pit=not self.image.declares_itself)
+        plan = _Plan(GuestMemory(size), tables, pit=self.image.is_for_pc, pc=self.image.is_for_pc)
         self._build(plan, self._boot, console_in, console_out, on_cpuid)
 
     @classmethod
@@ -163,8 +173,17 @@ class Machine:
             machine.uuid = _new_uuid()
             memory = GuestMemory(saved.memory, (snapshot.reader.memory_fd, snapshot.reader.memory_offset))
             irqchip = snapshot.state.platform.irqchip
-            plan = _Plan(memory, snapshot.tables, irqchip is not None, irqchip is not None and bool(irqchip.pit), True)
-            prepare = functools.partial(capture.apply, state=snapshot.state, where=path)
+            pit = irqchip is not None and bool(irqchip.pit)
+            pc = is_pc(device.name for device in snapshot.state.devices)
+            plan = _Plan(memory, snapshot.tables, irqchip is not None, pit, True, pc)
+
+            def prepare(vm: Vm) -> None:
+                capture.apply(vm, snapshot.state, path)
+                if pc:
+                    from pyhv.boot.pc import renew_generation
+
+                    renew_generation(vm)
+
             machine._build(plan, prepare, console_in, console_out, on_cpuid)
         return machine
 
@@ -250,7 +269,7 @@ class Machine:
                 needs = hello.needs()
                 candidate = cls._for_state(hello.machine, needs, where, hello.strict_tsc, wish)
                 memory = GuestMemory(parse_memory(hello.machine.memory), anonymous=True)
-                plan = _Plan(memory, needs.tables, hello.irqchip, hello.pit, True)
+                plan = _Plan(memory, needs.tables, hello.irqchip, hello.pit, True, is_pc(hello.devices))
                 candidate._build(plan, lambda vm: vm.devices.check(hello.devices), console_in, console_out, on_cpuid)
                 machine = candidate
             except Incompatible as refusal:
@@ -306,7 +325,14 @@ class Machine:
 
         self._check_may_leave(limits)  # before the other side, who takes one VM, is bothered
         with transport.connect(transport.parse(uri, insecure), tls) as channel:
-            return self.depart(channel, limits=limits, name=name, strict_tsc=strict_tsc, progress=progress)
+            try:
+                return self.depart(channel, limits=limits, name=name, strict_tsc=strict_tsc, progress=progress)
+            except HostError as error:
+                complaint = "" if isinstance(error, HandoverUnknown) else channel.complaint()
+                if not complaint:
+                    raise
+                detail = f"{error.detail}: {complaint}"
+                raise HostError(error.what, error.errnum, detail, error.advice) from None
 
     def depart(
         self,
@@ -400,7 +426,7 @@ class Machine:
         try:
             if console_out is None:
                 console_out = self._captured = os.memfd_create("pyhv-console", os.MFD_CLOEXEC)
-            devices = Devices(memory.low_size, memory.size - memory.low_size, console_in, console_out)
+            devices = Devices(memory.low_size, memory.size - memory.low_size, console_in, console_out, plan.pc)
         except BaseException:
             memory.close()
             self._close_console()
@@ -425,9 +451,19 @@ class Machine:
         """Loads the image."""
         assert self.image is not None
         boot = vm.vcpus[0]
-        regs, sregs = start64.load(self.image, vm.memory, self.command_line, len(vm.vcpus), boot.get_sregs())
+        rsdp = 0
+        if vm.devices.is_pc:
+            from pyhv.boot import pc
+
+            rsdp = pc.furnish(vm, self.command_line)
+        if self.image.kind in ("elf64", "flat"):
+            regs, sregs = start64.load(self.image, vm.memory, self.command_line, len(vm.vcpus), boot.get_sregs())
+        else:
+            load = boot_image.loader(self.image.kind)
+            regs, sregs = load(self.image, vm.memory, self.command_line, self._modules, rsdp, boot.get_sregs())
         boot.set_sregs(sregs)
         boot.set_regs(regs)
+        self.image, self._modules = self.image._replace(segments=()), ()  # they are in guest memory now
 
     def run(self, timeout: float | None = None) -> RunResult:
         """Runs the guest until it ends, at most `timeout` seconds; then it is paused and can be run on."""
@@ -441,11 +477,7 @@ class Machine:
     def pin(self, processors: Sequence[int]) -> None:
         """Binds the vCPUs to host processors, vCPU 0 to the first of them and so on, from the first again where there
         are fewer; from the next start() on. None: the host decides. Raises BadInput for one that cannot be used."""
-        usable = os.sched_getaffinity(0)
-        for processor in processors:
-            if processor not in usable:
-                some = ", ".join(map(str, sorted(usable)[:16]))
-                raise BadInput(f"processor {processor}", "cannot be used by this process", f"it has {some}")
+        check_processors(processors)
         self.vm.processors = tuple(processors)
 
     def start(self, force: bool = False) -> None:
@@ -519,6 +551,15 @@ class Machine:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_processors(processors: Sequence[int]) -> None:
+    """Raises BadInput where this process may not use one of these host processors."""
+    usable = os.sched_getaffinity(0)
+    for processor in processors:
+        if processor not in usable:
+            some = ", ".join(map(str, sorted(usable)[:16]))
+            raise BadInput(f"processor {processor}", "cannot be used by this process", f"it has {some}")
 
 
 def find_image(image: str) -> str:

@@ -1,103 +1,209 @@
-"""ELF64 executables, entered in 64-bit mode with the start state of start64.py.
+"""ELF: what a file says, and ELF64 executables, which are entered in 64-bit mode with the start state of start64.py.
 
-Sources: System V ABI, "Object Files"; AMD64 ABI supplement. Every number in the file is checked before it is used.
+Sources: System V ABI, "Object Files"; AMD64 ABI supplement, and its "Program Property" for the ISA level. Every number
+in the file is checked before it is used.
 """
 
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 from pyhv.boot.image import Image, Segment
 from pyhv.boot.start64 import LOAD_BASE
 from pyhv.errors import BadInput
 
-_EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
-_PHDR = struct.Struct("<IIQQQQQQ")
+_EHDR32, _EHDR64 = struct.Struct("<16sHHIIIIIHHHHHH"), struct.Struct("<16sHHIQQQIHHHHHH")
+_PHDR32, _PHDR64 = struct.Struct("<IIIIIIII"), struct.Struct("<IIQQQQQQ")
 _NHDR = struct.Struct("<III")
 
 _ET_EXEC, _ET_DYN = 2, 3
-_EM_X86_64 = 62
+EM_386, EM_X86_64 = 3, 62
 _MACHINES = {
-    3: "i386",
+    EM_386: "i386",
     8: "MIPS",
     20: "PowerPC",
     21: "PowerPC64",
     22: "S/390",
     40: "ARM",
+    EM_X86_64: "x86-64",
     183: "AArch64",
     243: "RISC-V",
 }
-_PT_LOAD, _PT_NOTE = 1, 4
+PT_LOAD, _PT_NOTE, _PT_GNU_PROPERTY = 1, 4, 0x6474E553
 
 # The notes of owner "pyhv" (documented in guest_images/README.md).
 _NOTE_OWNER = b"pyhv\0"
-_NOTE_CPUID_SITES, _NOTE_USER_MODE = 1, 2
+_NOTE_CPUID_SITES, _NOTE_USER_MODE, _NOTE_PC = 1, 2, 3
 _MAX_SITES = 4  # the processor has four breakpoints
 
+# Xen's public/elfnote.h: where a kernel is entered by PVH.
+_XEN_OWNER, _XEN_PHYS32_ENTRY = b"Xen\0", 18
 
-def parse(data: bytes, name: str) -> Image:
-    """The image for an ELF file's bytes. Raises BadInput."""
-    if len(data) < _EHDR.size:
-        raise BadInput(name, f"is an ELF file cut off in its header ({len(data)} of {_EHDR.size} bytes)")
-    ident, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, *_ = _EHDR.unpack_from(data)
-    if ident[4] != 2 or machine != _EM_X86_64:
-        what = f"{'64' if ident[4] == 2 else '32'}-bit {_MACHINES.get(machine, f'machine {machine}')}"
-        raise BadInput(name, f"is not an x86-64 image but ELF for {what}")
+# NT_GNU_PROPERTY_TYPE_0 and in it GNU_PROPERTY_X86_ISA_1_NEEDED: bit n for level n + 1.
+_GNU_OWNER, _GNU_PROPERTY, _X86_ISA_NEEDED = b"GNU\0", 5, 0xC0008002
+
+
+class Header(NamedTuple):
+    """A program header."""
+
+    type: int
+    offset: int
+    vaddr: int
+    paddr: int
+    filesz: int
+    memsz: int
+
+
+class Elf(NamedTuple):
+    """What an executable for x86 says about itself."""
+
+    bits: int
+    machine: int
+    entry: int
+    headers: tuple[Header, ...]
+    notes: tuple[tuple[bytes, int, bytes], ...]
+    """(owner, type, descriptor) of each note."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it carries notes of pyhv's."""
+        return any(owner == _NOTE_OWNER for owner, _, _ in self.notes)
+
+    @property
+    def pvh_entry(self) -> int | None:
+        """Where PVH enters it; None: it does not say that it can be."""
+        for owner, kind, value in self.notes:
+            if (owner, kind) == (_XEN_OWNER, _XEN_PHYS32_ENTRY):
+                return int.from_bytes(value[:8], "little")
+        return None
+
+    @property
+    def isa_level(self) -> int:
+        """The x86-64 level that it needs: 1 to 4; 1 where it says nothing."""
+        level = 1
+        for owner, kind, value in self.notes:
+            if (owner, kind) == (_GNU_OWNER, _GNU_PROPERTY):
+                level = max(level, _needed_level(value, self.bits // 8))
+        return min(level, 4)
+
+
+def read(data: bytes, name: str) -> Elf:
+    """The headers and notes of an executable for x86, of 32 or 64 bits. Raises BadInput."""
+    bits = 32 if data[4:5] == b"\1" else 64
+    ehdr, phdr = (_EHDR32, _PHDR32) if bits == 32 else (_EHDR64, _PHDR64)
+    if len(data) < ehdr.size:
+        raise BadInput(name, f"is an ELF file cut off in its header ({len(data)} of {ehdr.size} bytes)")
+    ident, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, *_ = ehdr.unpack_from(data)
+    if machine not in (EM_386, EM_X86_64) or (machine == EM_386 and bits == 64):
+        raise BadInput(name, f"is not an x86 image but ELF for {_describe(bits, machine)}")
     if ident[5] != 1:
         raise BadInput(name, "is a big-endian ELF file, x86-64 is little-endian")
     if kind != _ET_EXEC:
         what = "position-independent or shared" if kind == _ET_DYN else f"of type {kind}"
         raise BadInput(name, f"is an ELF file {what}, not an executable", "link it with -static -no-pie")
-    if phentsize != _PHDR.size or phoff + phnum * _PHDR.size > len(data):
+    if phentsize != phdr.size or phoff + phnum * phdr.size > len(data):
         raise BadInput(name, f"its program headers ({phnum} of {phentsize} bytes at 0x{phoff:x}) lie outside the file")
+    headers, notes = [], []
+    for index in range(phnum):
+        if bits == 32:
+            p_type, offset, vaddr, paddr, filesz, memsz, _, _ = phdr.unpack_from(data, phoff + index * phdr.size)
+        else:
+            p_type, _, offset, vaddr, paddr, filesz, memsz, _ = phdr.unpack_from(data, phoff + index * phdr.size)
+        if p_type in (PT_LOAD, _PT_NOTE, _PT_GNU_PROPERTY) and offset + filesz > len(data):
+            raise BadInput(name, f"segment {index} (0x{filesz:x} bytes at offset 0x{offset:x}) lies outside the file")
+        if p_type in (_PT_NOTE, _PT_GNU_PROPERTY):
+            notes += _notes(data[offset : offset + filesz])
+        headers.append(Header(p_type, offset, vaddr, paddr, filesz, memsz))
+    return Elf(bits, machine, entry, tuple(headers), tuple(notes))
 
-    segments: list[Segment] = []
+
+def segments(elf: Elf, data: bytes, name: str) -> tuple[Segment, ...]:
+    """What is to be loaded. Raises BadInput where that cannot be."""
+    found: list[Segment] = []
+    view = memoryview(data)
+    for index, header in enumerate(elf.headers):
+        _, offset, _, paddr, filesz, memsz = header
+        if header.type != PT_LOAD or not memsz:
+            continue
+        if memsz < filesz:
+            sizes = f"more bytes in the file (0x{filesz:x}) than in memory (0x{memsz:x})"
+            raise BadInput(name, f"segment {index} has {sizes}")
+        if paddr < LOAD_BASE:
+            raise BadInput(
+                name,
+                f"segment {index} is to be loaded at 0x{paddr:x}, below 1 MiB, where the start state lies",
+                "link it at 0x100000 or above",
+            )
+        found.append(Segment(paddr, view[offset : offset + filesz], memsz))
+    if not found:
+        raise BadInput(name, "has no segment to load")
+    return tuple(found)
+
+
+def parse(data: bytes, name: str) -> Image:
+    """The image of an ELF64 executable's bytes. Raises BadInput."""
+    return image(read(data, name), data, name)
+
+
+def image(elf: Elf, data: bytes, name: str) -> Image:
+    """As parse(), of a file that was read."""
+    if elf.bits != 64:
+        raise BadInput(
+            name,
+            f"is not an x86-64 image but ELF for {_describe(elf.bits, elf.machine)}, and no multiboot or PVH kernel",
+        )
     sites: tuple[int, ...] = ()
     user_word: str | None = None
-    for index in range(phnum):
-        p_type, _, offset, _, paddr, filesz, memsz, _ = _PHDR.unpack_from(data, phoff + index * _PHDR.size)
-        if p_type not in (_PT_LOAD, _PT_NOTE):
+    wants_pc = False
+    for owner, note, value in elf.notes:
+        if owner != _NOTE_OWNER:
             continue
-        if offset + filesz > len(data):
-            raise BadInput(name, f"segment {index} (0x{filesz:x} bytes at offset 0x{offset:x}) lies outside the file")
-        content = data[offset : offset + filesz]
-        if p_type == _PT_NOTE:
-            for note, value in _notes(content):
-                if note == _NOTE_CPUID_SITES:
-                    sites = _parse_sites(value, name)
-                elif note == _NOTE_USER_MODE:
-                    user_word = value.rstrip(b"\0").decode("ascii", "replace")
-        elif memsz:
-            if memsz < filesz:
-                sizes = f"more bytes in the file (0x{filesz:x}) than in memory (0x{memsz:x})"
-                raise BadInput(name, f"segment {index} has {sizes}")
-            if paddr < LOAD_BASE:
-                raise BadInput(
-                    name,
-                    f"segment {index} is to be loaded at 0x{paddr:x}, below 1 MiB, where the start state lies",
-                    "link it at 0x100000 or above",
-                )
-            segments.append(Segment(paddr, content, memsz))
-    if not segments:
-        raise BadInput(name, "has no segment to load")
-    if not any(s.gpa <= entry < s.gpa + s.size for s in segments):
+        if note == _NOTE_CPUID_SITES:
+            sites = _parse_sites(value, name)
+        elif note == _NOTE_USER_MODE:
+            user_word = value.rstrip(b"\0").decode("ascii", "replace")
+        elif note == _NOTE_PC:
+            wants_pc = True
+    loaded = segments(elf, data, name)
+    check_entry(elf.entry, loaded, name)
+    return Image(name, "elf64", elf.entry, loaded, sites, user_word, elf.isa_level, wants_pc)
+
+
+def check_entry(entry: int, loaded: tuple[Segment, ...], name: str) -> None:
+    """Raises BadInput for an entry point outside what is loaded."""
+    if not any(s.gpa <= entry < s.gpa + s.size for s in loaded):
         raise BadInput(name, f"its entry point 0x{entry:x} lies in none of its segments")
-    return Image(name, "elf64", entry, tuple(segments), sites, user_word)
 
 
-def _notes(content: bytes) -> list[tuple[int, bytes]]:
-    """(type, value) of each note of ours in a note segment; whatever follows a malformed note is not looked at."""
-    found: list[tuple[int, bytes]] = []
+def _describe(bits: int, machine: int) -> str:
+    return f"{bits}-bit {_MACHINES.get(machine, f'machine {machine}')}"
+
+
+def _notes(content: bytes) -> list[tuple[bytes, int, bytes]]:
+    """(owner, type, descriptor) of each note in a note segment; whatever follows a malformed one is not looked at."""
+    found: list[tuple[bytes, int, bytes]] = []
     at = 0
     while at + _NHDR.size <= len(content):
         namesz, descsz, note = _NHDR.unpack_from(content, at)
         desc = at + _NHDR.size + (namesz + 3 & ~3)
         if desc + descsz > len(content):
             break
-        if content[at + _NHDR.size : at + _NHDR.size + namesz] == _NOTE_OWNER:
-            found.append((note, content[desc : desc + descsz]))
+        found.append((content[at + _NHDR.size : at + _NHDR.size + namesz], note, content[desc : desc + descsz]))
         at = desc + (descsz + 3 & ~3)
     return found
+
+
+def _needed_level(properties: bytes, alignment: int) -> int:
+    """The highest level among the properties of a note; whatever follows a malformed one is not looked at."""
+    at = 0
+    while at + 8 <= len(properties):
+        kind, size = struct.unpack_from("<II", properties, at)
+        value = properties[at + 8 : at + 8 + size]
+        if kind == _X86_ISA_NEEDED and len(value) == 4:
+            return int.from_bytes(value, "little").bit_length()
+        at += 8 + size + -size % alignment
+    return 1
 
 
 def _parse_sites(value: bytes, name: str) -> tuple[int, ...]:

@@ -4,17 +4,49 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pyhv.errors import BadInput
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyhv.accel.data import Regs, Sregs
+    from pyhv.vm.memory import GuestMemory
+
+    Loader = Callable[["Image", GuestMemory, str, "tuple[Module, ...]", int, Sregs], tuple[Regs, Sregs]]
+
+# Each boot protocol's name, and what an error calls its images.
+KINDS = {
+    "elf64": "an ELF64 image",
+    "flat": "a flat binary",
+    "linux": "a Linux kernel (bzImage)",
+    "pvh": "a PVH kernel",
+    "multiboot": "a multiboot kernel",
+}
+
+# An ELF file may be larger than what it loads, by its debug information; a kernel's with all of it has 600 MiB.
+_MAX_ELF = 1 << 30
+_MAX_MODULES = 64
 
 
 class Segment(NamedTuple):
     """Bytes that belong at a guest-physical address, followed by zeros up to `size`."""
 
     gpa: int
-    data: bytes
+    data: bytes | memoryview
     size: int
+
+
+class Module(NamedTuple):
+    """A file that a kernel gets beside its image."""
+
+    name: str
+    """The file, as the user named it."""
+    arguments: str
+    data: bytes
 
 
 class Image(NamedTuple):
@@ -22,7 +54,7 @@ class Image(NamedTuple):
 
     name: str
     kind: str
-    """The boot protocol: "elf64" or "flat"."""
+    """The boot protocol: a key of KINDS."""
     entry: int
     segments: tuple[Segment, ...]
     cpuid_sites: tuple[int, ...]
@@ -30,45 +62,113 @@ class Image(NamedTuple):
     user_word: str | None
     """What the image says of CPL 3: "" it never goes there; a word: only with that word on the command line; None:
     nothing is said."""
+    isa_level: int = 1
+    """The x86-64 level that it says it needs: 1 (the baseline, or nothing is said) to 4."""
+    wants_pc: bool = False
+    """Whether it asks for ACPI tables and a PC's devices though it declares itself."""
+    header: bytes = b""
+    """Of a bzImage: its set-up header, which goes into the boot parameters."""
 
     @property
     def declares_itself(self) -> bool:
         """Whether it carries notes: then it is written for pyhv."""
         return self.user_word is not None or bool(self.cpuid_sites)
 
+    @property
+    def is_for_pc(self) -> bool:
+        """Whether it may expect a PC: timer, ACPI tables and the devices that they tell of."""
+        return self.wants_pc or not self.declares_itself
+
     def enters_user_mode(self, command_line: str) -> bool:
         """Whether it may execute CPUID at CPL 3, as far as it says; an image that says nothing may."""
         return self.user_word is None or (self.user_word != "" and self.user_word in command_line.split())
 
 
-def read(path: str, memory_size: int) -> Image:
-    """The image at `path`, for a guest with `memory_size` bytes of RAM. Raises BadInput with what is wrong with it."""
-    data = _read_file(path, memory_size)
-    if data[:4] == b"\x7fELF":
+def read(path: str, memory_size: int, kind: str = "") -> Image:
+    """The image at `path`, for a guest with `memory_size` bytes of RAM. kind: a key of KINDS; "": as it is recognised.
+    Raises BadInput with what is wrong with it."""
+    data = _read_file(path, memory_size, "give an image file or the name of a bundled guest")
+    if kind == "linux" or (not kind and data[0x202:0x206] == b"HdrS" and data[:4] != b"\x7fELF"):
+        from pyhv.boot import linux
+
+        return linux.parse(data, path)
+    if kind != "flat" and data[:4] == b"\x7fELF":
         from pyhv.boot import elf
 
-        return elf.parse(data, path)
-    if data[0x202:0x206] == b"HdrS":
-        raise BadInput(path, "is a Linux kernel (bzImage)", "pyhv boots ELF64 images and flat binaries")
+        read = elf.read(data, path)
+        if kind == "pvh" or (not kind and not read.is_ours and read.pvh_entry is not None):
+            from pyhv.boot import pvh
+
+            return pvh.parse(read, data, path)
+        if kind != "multiboot" and (kind or read.is_ours):
+            return elf.image(read, data, path)
+        from pyhv.boot import multiboot
+
+        if kind or multiboot.find(data) is not None:
+            return multiboot.parse_elf(read, data, path)
+        return elf.image(read, data, path)
+    if kind in ("elf64", "pvh"):
+        raise BadInput(path, f"is not an ELF file, and so not {KINDS[kind]}", "leave --boot out")
+    if kind != "flat":
+        from pyhv.boot import multiboot
+
+        if kind or multiboot.find(data) is not None:
+            return multiboot.parse_flat(data, path)
     from pyhv.boot import flat
 
     return flat.parse(data, path)
 
 
-def _read_file(path: str, memory_size: int) -> bytes:
+def loader(kind: str) -> Loader:
+    """What loads images of this kind, one that is neither "elf64" nor "flat" (start64.py does those)."""
+    if kind == "linux":
+        from pyhv.boot import linux
+
+        return linux.load
+    if kind == "pvh":
+        from pyhv.boot import pvh
+
+        return pvh.load
+    from pyhv.boot import multiboot
+
+    return multiboot.load
+
+
+def read_modules(image: Image, initrd: str | None, modules: Sequence[str], memory_size: int) -> tuple[Module, ...]:
+    """The files that the kernel gets beside its image. initrd: a path. modules: each "FILE ARGS". Raises BadInput for
+    what cannot be read and for what this kind of image does not take."""
+    what = f"{image.name} is {KINDS[image.kind]}"
+    if initrd is not None and image.kind not in ("linux", "pvh"):
+        advice = 'use --module "FILE ARGS"' if image.kind == "multiboot" else ""
+        raise BadInput("--initrd", f"cannot be given: {what}", advice)
+    if modules and image.kind not in ("multiboot", "pvh"):
+        advice = "use --initrd" if image.kind == "linux" else ""
+        raise BadInput("--module", f"cannot be given: {what}", advice)
+    wanted = [(initrd, "")] if initrd is not None else []
+    wanted += [(file, arguments.strip()) for file, _, arguments in (module.partition(" ") for module in modules)]
+    if len(wanted) > _MAX_MODULES:
+        raise BadInput("--module", f"was given {len(wanted)} times; the most is {_MAX_MODULES}")
+    return tuple(Module(file, arguments, _read_file(file, memory_size)) for file, arguments in wanted)
+
+
+def _read_file(path: str, memory_size: int, advice: str = "") -> bytes:
     try:
         # Not blocking: opening a FIFO would wait for a writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise BadInput(path, "is not a regular file", "give an image file or the name of a bundled guest")
+                raise BadInput(path, "is not a regular file", advice)
             if status.st_size == 0:
                 raise BadInput(path, "is empty")
-            if status.st_size > memory_size:
+            most = memory_size
+            if status.st_size > most and file.read(4) == b"\x7fELF":
+                file.seek(0)
+                most = max(most, _MAX_ELF)
+            if status.st_size > most:
                 sizes = f"is {status.st_size} bytes, the guest has {memory_size} bytes of memory"
                 raise BadInput(path, sizes, "give it more (--mem)")
             return file.read()
     except IsADirectoryError:
-        raise BadInput(path, "is a directory", "give an image file or the name of a bundled guest") from None
+        raise BadInput(path, "is a directory", advice) from None
     except OSError as error:
         raise BadInput(path, error.strerror or str(error)) from None

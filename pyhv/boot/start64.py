@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 LOAD_BASE = 0x100000
 
-_GDT, _TSS = 0x1000, 0x1100
-_PML4, _PDPT, _PAGE_DIRECTORIES = 0x2000, 0x3000, 0x4000
+GDT, TSS = 0x1000, 0x1100
+PML4, _PDPT, _PAGE_DIRECTORIES = 0x2000, 0x3000, 0x4000
 _COMMAND_LINE, _COMMAND_LINE_SIZE = 0x8000, 0x1000
-_STACK_TOP = 0x80000
+STACK_TOP = 0x80000
 
 
 def load(image: Image, memory: GuestMemory, command_line: str, vcpus: int, reset: Sregs) -> tuple[Regs, Sregs]:
@@ -28,6 +28,17 @@ def load(image: Image, memory: GuestMemory, command_line: str, vcpus: int, reset
 
     reset: the vCPU's registers after reset. Raises BadInput when something does not fit.
     """
+    write_segments(image, memory)
+    memory.write(GDT, long_mode.gdt(TSS))
+    memory.write(TSS, long_mode.task_state(STACK_TOP))
+    write_page_tables(memory)
+    memory.write(_COMMAND_LINE, encode_command_line(command_line))
+    regs = Regs(rip=image.entry, rsp=STACK_TOP, rdi=_COMMAND_LINE, rsi=memory.low_size, rdx=vcpus)
+    return regs, long_mode.sregs(reset, PML4, GDT, TSS)
+
+
+def write_segments(image: Image, memory: GuestMemory) -> None:
+    """Puts the image itself into memory. Raises BadInput where it does not fit."""
     for segment in image.segments:
         if segment.gpa + segment.size > memory.low_size:
             raise BadInput(
@@ -36,12 +47,6 @@ def load(image: Image, memory: GuestMemory, command_line: str, vcpus: int, reset
                 "give it more (--mem)",
             )
         memory.write(segment.gpa, segment.data)
-    memory.write(_GDT, long_mode.gdt(_TSS))
-    memory.write(_TSS, long_mode.task_state(_STACK_TOP))
-    _write_page_tables(memory)
-    memory.write(_COMMAND_LINE, encode_command_line(command_line))
-    regs = Regs(rip=image.entry, rsp=_STACK_TOP, rdi=_COMMAND_LINE, rsi=memory.low_size, rdx=vcpus)
-    return regs, long_mode.sregs(reset, _PML4, _GDT, _TSS)
 
 
 def encode_command_line(command_line: str) -> bytes:
@@ -54,10 +59,10 @@ def encode_command_line(command_line: str) -> bytes:
     return data + b"\0"
 
 
-def _write_page_tables(memory: GuestMemory) -> None:
-    """Identity map of the first 4 GiB in 2 MiB pages (SDM Vol. 3, "4-Level Paging")."""
+def write_page_tables(memory: GuestMemory) -> None:
+    """At PML4: identity map of the first 4 GiB in 2 MiB pages (SDM Vol. 3, "4-Level Paging")."""
     table = long_mode.PRESENT | long_mode.WRITABLE
-    memory.write(_PML4, struct.pack("<Q", _PDPT | table))
+    memory.write(PML4, struct.pack("<Q", _PDPT | table))
     memory.write(_PDPT, struct.pack("<4Q", *(_PAGE_DIRECTORIES + 0x1000 * i | table for i in range(4))))
     first = table | long_mode.LARGE_PAGE
     memory.write(_PAGE_DIRECTORIES, array("Q", range(first, first + (4 << 30), 2 << 20)).tobytes())

@@ -27,6 +27,8 @@ class Option(NamedTuple):
     choices: tuple[str, ...] = ()
     required: bool = True
     """For an argument: whether it must be given."""
+    repeated: bool = False
+    """Whether it may be given several times: its value is a list then, empty by default."""
 
     @property
     def attribute(self) -> str:
@@ -90,7 +92,8 @@ class Command:
                 if not rest:
                     raise BadInput(name, f"needs a value: {option.shown}", self._advice())
                 value = rest.pop(0)
-            given[name] = _convert(option, value)
+            converted = _convert(option, value)
+            given[name] = [*given.get(name, []), converted] if option.repeated else converted
         both = [name for name in self._either if name in given]
         if len(both) > 1:
             raise BadInput(both[1], f"cannot be combined with {both[0]}", self._advice())
@@ -141,6 +144,8 @@ class Command:
 
 
 def _default(option: Option) -> Any:
+    if option.repeated:
+        return []
     return option.default if option.value or option.choices else False
 
 

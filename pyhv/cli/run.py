@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 from pyhv import outcome
 from pyhv.accel.choose import INTERCEPTS, open_accelerator
+from pyhv.boot.image import KINDS
 from pyhv.cli import complain, options, output
 from pyhv.cli.options import Command, Option
 from pyhv.cli.terminal import HELP, Console, Signals
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from pyhv.machine import Machine, RunResult
 
 _DETAILS = f"""
-IMAGE is a file (./NAME always is), an ELF64 image or a flat binary: guest_images/README.md tells the state that it
-starts in. Or it is a bundled guest:
+IMAGE is a file (./NAME always is): a Linux kernel (bzImage, or vmlinux by PVH), a multiboot or PVH kernel, an ELF64
+image or a flat binary; guest_images/README.md tells the state that each starts in. Or it is a bundled guest:
 {{guests}}
 
 The guest's console (a serial port) is stdin and stdout. Is stdin a terminal, then each key goes to the guest, and
@@ -31,6 +32,7 @@ The guest's console (a serial port) is stdin and stdout. Is stdin a terminal, th
 
 examples:
   pyhv run hello --append "some words"      boot a guest with a command line
+  pyhv run vmlinuz --initrd F --append "console=ttyS0" --cpus 4 --mem 512M
   pyhv run cpuid --compat                   what a guest sees in compatibility mode
   pyhv run cpuid --compat --json | jq -r '.features[]'
   pyhv run ticker --name t --detach; pyhv console t; pyhv stop t
@@ -71,6 +73,14 @@ MACHINE_OPTIONS = (
         choices=INTERCEPTS,
     ),
     Option("--append", "the guest's command line", "ARGS", ""),
+    Option("--initrd", "a Linux or PVH kernel's initial RAM disk", "FILE"),
+    Option(
+        "--module",
+        "a file for a multiboot kernel, with a string for it; may be given several times",
+        "'FILE ARGS'",
+        repeated=True,
+    ),
+    Option("--boot", "the boot protocol (default: as IMAGE is recognised)", default="", choices=tuple(KINDS)),
     Option("--timeout", "end the VM after S seconds, with status 124", "S", convert=options.seconds),
 )
 MACHINE_EITHER = ("--compat", "--cpu")
@@ -123,6 +133,9 @@ def machine_arguments(given: SimpleNamespace) -> dict[str, Any]:
         "cpus": given.cpus,
         "memory": given.mem,
         "append": given.append,
+        "initrd": given.initrd,
+        "modules": given.module,
+        "boot": given.boot,
         "intercept": given.intercept,
     }
 

@@ -19,6 +19,11 @@ GENERATION_EVENT = 0  # the general-purpose event that tells of a new VM generat
 _STATE_MAX = 8192  # PYHV_DEVICE_STATE_MAX
 
 
+def is_pc(names: Iterable[str]) -> bool:
+    """Whether devices of these names are those of a pc."""
+    return "acpi_pm" in names
+
+
 class Devices:
     """The bus with UART, debug-exit port, i8042 and CMOS attached; of a `pc` also ACPI's registers, what kernels ask of
     a chipset, firmware configuration, pvpanic and the VM generation ID.
@@ -92,7 +97,7 @@ class Devices:
 
     @property
     def is_pc(self) -> bool:
-        return "acpi_pm" in self._devices
+        return is_pc(self._devices)
 
     def configure(self, key: int, data: bytes) -> None:
         """Gives a pc's firmware configuration an item. Raises HostError where it does not fit."""

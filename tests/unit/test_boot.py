@@ -35,6 +35,19 @@ def make_elf(
     return head + headers + body
 
 
+def make_elf32(entry: int = 0x100000, segments: tuple[tuple[int, int, bytes, int], ...] = ()) -> bytes:
+    """The same for i386; without segments there is one."""
+    segments = segments or ((1, 0x100000, b"\xf4", 0x1000),)
+    headers, body = b"", b""
+    base = 52 + 32 * len(segments)
+    for p_type, paddr, data, memsz in segments:
+        headers += struct.pack("<8I", p_type, base + len(body), paddr, paddr, len(data), memsz, 7, 1)
+        body += data
+    ident = bytes([0x7F, *b"ELF", 1, 1, 1]).ljust(16, b"\0")
+    head = struct.pack("<16sHHIIIIIHHHHHH", ident, 2, 3, 1, entry, 52, 0, 0, 52, 32, len(segments), 0, 0, 0)
+    return head + headers + body
+
+
 def note(kind: int, value: bytes, owner: bytes = b"pyhv\0") -> bytes:
     pad = lambda b: b + b"\0" * (-len(b) % 4)  # noqa: E731
     return struct.pack("<III", len(owner), len(value), kind) + pad(owner) + pad(value)
@@ -64,7 +77,9 @@ def test_notes_of_others_are_not_ours() -> None:
     ("data", "words"),
     [
         (make_elf()[:40], "cut off in its header (40 of 64 bytes)"),
-        (make_elf(bits=1, machine=3), "not an x86-64 image but ELF for 32-bit i386"),
+        (make_elf32(), "not an x86-64 image but ELF for 32-bit i386, and no multiboot or PVH kernel"),
+        (make_elf32()[:51], "cut off in its header (51 of 52 bytes)"),
+        (make_elf(machine=3), "not an x86 image but ELF for 64-bit i386"),
         (make_elf(machine=183), "64-bit AArch64"),
         (make_elf(machine=4711), "machine 4711"),
         (make_elf(endian=2), "big-endian"),
@@ -125,8 +140,8 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
     large.write_bytes(bytes(5000))
     assert "is 5000 bytes, the guest has 4096 bytes of memory" in problem(large, 4096)
     kernel = tmp_path / "bzImage"
-    kernel.write_bytes(bytes(0x202) + b"HdrS" + bytes(100))
-    assert "Linux kernel" in problem(kernel)
+    kernel.write_bytes(bytes(0x202) + b"HdrS" + bytes(50))
+    assert "is a Linux kernel cut off in its set-up header (568 bytes)" in problem(kernel)
 
 
 def test_a_flat_binary_goes_to_1_mib(tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""What makes a VM a small PC for a kernel: the tables below 1 MiB, firmware configuration, the VM generation ID.
+
+Images that declare themselves (guest_images/README.md) get none of it unless they ask.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from pyhv.boot import acpi, mp_table
+from pyhv.boot.memory_map import TABLES, e820
+from pyhv.boot.start64 import encode_command_line
+from pyhv.errors import BadInput
+from pyhv.vm.devices import ACPI_PM_IRQ, ACPI_PM_PORT, GENERATION_EVENT, GENERATION_ID, PVPANIC_PORT
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyhv.vm.vm import Vm
+
+RSDP = TABLES
+_ACPI, _MP = TABLES + 0x200, 0xF0000
+_GENERATION_SIZE = 16
+
+# Keys of firmware configuration (QEMU, docs/specs/fw_cfg.rst and include/standard-headers/linux/qemu_fw_cfg.h).
+_SIGNATURE, _ID, _RAM_SIZE, _NB_CPUS, _MAX_CPUS = 0x00, 0x01, 0x03, 0x05, 0x0F
+_CMDLINE_SIZE, _CMDLINE_DATA, _FILE_DIRECTORY, _FIRST_FILE = 0x14, 0x15, 0x19, 0x20
+_ID_TRADITIONAL = 1  # no DMA
+
+
+def furnish(vm: Vm, command_line: str) -> int:
+    """Puts the tables into the memory of a VM that is a pc and has never run, and fills its firmware configuration.
+    Returns where the ACPI tables begin. Raises BadInput for a command line that is too long."""
+    leaf = vm.tables[0].get(1)
+    _write_acpi(vm)
+    table = mp_table.table(len(vm.vcpus), leaf.eax, leaf.edx, ACPI_PM_IRQ)
+    pointer = mp_table.pointer(_MP + 16)
+    vm.memory.write(_MP, pointer)
+    vm.memory.write(_MP + len(pointer), table)
+    vm.memory.write(GENERATION_ID, os.urandom(_GENERATION_SIZE))
+    line = encode_command_line(command_line)
+    items = {
+        _SIGNATURE: b"QEMU",
+        _ID: struct.pack("<I", _ID_TRADITIONAL),
+        _RAM_SIZE: struct.pack("<Q", vm.memory.size),
+        _NB_CPUS: struct.pack("<H", len(vm.vcpus)),
+        _MAX_CPUS: struct.pack("<H", len(vm.vcpus)),
+        _CMDLINE_SIZE: struct.pack("<I", len(line)),
+        _CMDLINE_DATA: line,
+        **_files({"etc/e820": e820(vm.memory), "etc/vmgenid_addr": struct.pack("<Q", GENERATION_ID)}),
+    }
+    for key, data in items.items():
+        vm.devices.configure(key, data)
+    return RSDP
+
+
+def renew_generation(vm: Vm) -> None:
+    """Tells the guest of a pc, one that was restored, that it is a copy. Raises BadInput where its state says that the
+    VM generation ID is outside its memory."""
+    try:
+        vm.memory.write(vm.devices.generation_id, os.urandom(_GENERATION_SIZE))
+    except BadInput as error:
+        raise BadInput("VM generation ID", error.problem) from None
+    vm.devices.tell_generation()
+
+
+def _write_acpi(vm: Vm) -> None:
+    """The ACPI tables: the pointer at RSDP, where kernels look for it, the others behind."""
+    at = _ACPI
+
+    def write(table: bytes) -> int:
+        nonlocal at
+        gpa = at
+        at = gpa + len(table) + -len(table) % 64  # FACS must be aligned so
+        assert at <= _MP
+        vm.memory.write(gpa, table)
+        return gpa
+
+    dsdt = write(acpi.dsdt(GENERATION_ID, GENERATION_EVENT, PVPANIC_PORT))
+    facs = write(acpi.facs())
+    fadt = write(acpi.fadt(dsdt, facs, ACPI_PM_PORT, ACPI_PM_IRQ))
+    madt = write(acpi.madt(len(vm.vcpus), ACPI_PM_IRQ))
+    roots = write(acpi.rsdt([fadt, madt])), write(acpi.xsdt([fadt, madt]))
+    vm.memory.write(RSDP, acpi.rsdp(*roots))
+
+
+def _files(files: dict[str, bytes]) -> dict[int, bytes]:
+    """Items for named files and for their directory, whose numbers are big-endian."""
+    items: dict[int, bytes] = {}
+    directory = struct.pack(">I", len(files))
+    for key, (name, data) in enumerate(files.items(), _FIRST_FILE):
+        directory += struct.pack(">IHxx56s", len(data), key, name.encode("ascii"))
+        items[key] = data
+    return {_FILE_DIRECTORY: directory, **items}
