@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from pyhv.cli.migrate import TLS_OPTIONS
 from pyhv.cli.options import Command, Option
 from pyhv.cli.terminal import HELP
 from pyhv.errors import BadInput
-from pyhv.machine import Machine
+from pyhv.machine import Machine, check_processors
 from pyhv.migration import protocol, transport
 from pyhv.migration.destination import Destination
 
@@ -52,6 +53,11 @@ def main(arguments: list[str]) -> int:
         from pyhv.control import names
 
         names.check_name(given.name)
+    # What is wrong here must not be found out when the VM is this side's already.
+    check_processors(given.pin)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)  # ends it in good order, as Ctrl-C does
     tls = None
     if given.tls_cert or given.tls_key or given.tls_ca:
         tls = transport.Tls(given.tls_cert or "", given.tls_key or "", given.tls_ca or "")

@@ -7,6 +7,7 @@ with its newline, has at most MAX_LINE bytes; a server's answer at most MAX_ANSW
 from __future__ import annotations
 
 import binascii
+import contextlib
 import json
 import os
 from typing import Any, NamedTuple
@@ -85,6 +86,9 @@ def _check_params(params: dict[str, Any], known: dict[str, Param]) -> None:
         param = known.get(name)
         if param is None:
             raise ValueError(f"there is no parameter {_show(name)}")
+        if type(value) is int and param.kind is float:  # JSON knows one kind of number
+            with contextlib.suppress(OverflowError):
+                params[name] = value = float(value)
         if type(value) is not param.kind:
             raise ValueError(f"parameter {name} is not of the type {param.kind.__name__}")
         if param.path:

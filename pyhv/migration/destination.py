@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pyhv._native.link import Link, open_zstd
-from pyhv.errors import BadInput, HostError, PyhvError
+from pyhv.errors import BadInput, HostError
 from pyhv.migration import protocol
 from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Type
 from pyhv.state import codec
@@ -159,8 +159,7 @@ class Destination:
         if error is not None and not self._over and not broken:
             self._over = True
             try:
-                text = str(error) if isinstance(error, PyhvError) else type(error).__name__
-                self._send(Cancel(text[:500]))
+                self._send(Cancel(protocol.reason_of(error)))
             except HostError:
                 pass
         self._link.close()
@@ -186,9 +185,8 @@ class Destination:
     def _take(self, cls: type[protocol.R], kind: int, payload: bytes) -> protocol.R:
         if kind == Type.CANCEL:
             self._over = True
-            reason = protocol.decode(Cancel, payload).reason
-            text = "".join(c if c.isprintable() else " " for c in reason[:500])
-            raise BadInput(f"migration from {self._peer}", f"the source gave it up: {text}")
+            reason = protocol.shown(protocol.decode(Cancel, payload).reason)
+            raise BadInput(f"migration from {self._peer}", f"the source gave it up: {reason}")
         if kind != protocol.type_of(cls):
             problem = f"a message {protocol.title(kind)} came where {protocol.name_of(cls)} was due"
             raise HostError(f"migration from {self._peer}", errno.EBADMSG, problem)

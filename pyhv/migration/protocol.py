@@ -25,7 +25,7 @@ from pyhv import __version__
 from pyhv._native.link import MAX_MESSAGE
 from pyhv.cpu import msrs
 from pyhv.cpu.table import CpuidTable
-from pyhv.errors import BadInput
+from pyhv.errors import BadInput, PyhvError
 from pyhv.state import codec
 from pyhv.state.codec import U32, U64, Length, record
 from pyhv.state.needs import Needs
@@ -247,6 +247,19 @@ def sender_of(number: int) -> str:
     """Who may send a message of this type; "" for one that there is not."""
     kind = _BY_TYPE.get(number)  # type: ignore[call-overload]
     return kind.sender if kind else ""
+
+
+def reason_of(error: BaseException) -> str:
+    """What the other side, or a person, is told of an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return "it was interrupted"
+    return shown(str(error) if isinstance(error, PyhvError) else f"internal error: {type(error).__name__}")
+
+
+def shown(text: str) -> str:
+    """What the other side wrote: not longer than a person reads, and nothing that drives a terminal."""
+    cut = text[:500] + "..." if len(text) > 500 else text
+    return "".join(c if c.isprintable() else " " for c in cut)
 
 
 def boot_id() -> str:

@@ -204,7 +204,7 @@ class Source:
         broken = isinstance(error, HostError) and error.errnum in (errno.EPIPE, errno.ETIMEDOUT, errno.EBADMSG)
         if not broken and not isinstance(error, _Refused):
             try:
-                self._send(Cancel(_one_line(error)))
+                self._send(Cancel(protocol.reason_of(error)))
             except HostError:
                 pass
 
@@ -243,7 +243,7 @@ class Source:
         wanted = protocol.name_of(cls) if cls else "nothing"
         if kind == Type.CANCEL:
             cancel = protocol.decode(Cancel, payload)
-            raise _Refused(self._peer, "gave the migration up", (_shown(cancel.reason),))
+            raise _Refused(self._peer, "gave the migration up", (protocol.shown(cancel.reason),))
         if cls is None or kind != protocol.type_of(cls):
             problem = f"a message {protocol.title(kind)} came where {wanted} was due"
             raise HostError(f"migration to {self._peer}", errno.EBADMSG, problem)
@@ -401,18 +401,8 @@ class Source:
             self._send(Commit())
             return self._expect(Running)
         except (HostError, BadInput) as error:
-            raise HandoverUnknown(self._peer, _one_line(error)) from None
+            raise HandoverUnknown(self._peer, protocol.reason_of(error)) from None
 
 
 class _Refused(Incompatible):
     """The other side said no; it need not be told that it is over."""
-
-
-def _one_line(error: BaseException) -> str:
-    return _shown(str(error) or type(error).__name__)
-
-
-def _shown(text: str) -> str:
-    """What the other side wrote: not longer than a person reads, and nothing that drives a terminal."""
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= 500 else text[:500] + "..."

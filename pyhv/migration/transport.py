@@ -62,11 +62,20 @@ class Tls(NamedTuple):
 class Channel:
     """A connection: in_fd and out_fd may be the same. A context manager; close() closes it."""
 
-    def __init__(self, in_fd: int, out_fd: int, peer: str, on_close: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        in_fd: int,
+        out_fd: int,
+        peer: str,
+        on_close: Callable[[], None] = lambda: None,
+        complaint: Callable[[], str] = lambda: "",
+    ) -> None:
         self.in_fd = in_fd
         self.out_fd = out_fd
         self.peer = peer
         """What people call the other side."""
+        self.complaint = complaint
+        """Once it is broken: what the program that made it said of that, in one line, or ""."""
         self._on_close: Callable[[], None] | None = on_close
 
     def close(self) -> None:
@@ -319,26 +328,43 @@ def _open_tty(address: Address) -> Channel:
 
 
 def _run_ssh(address: Address) -> Channel:
-    """ssh, with `pyhv receive -` at its other end; its complaints go to our stderr."""
+    """ssh, with `pyhv receive -` at its other end. What either says on stderr is for the error, if there is one: the
+    VM's process may have no stderr, or a console there."""
     import subprocess
 
     # A socketpair, not pipes: it holds more than 64 KiB on the way.
     ours, theirs = socket.socketpair()
+    said = os.memfd_create("pyhv-ssh", os.MFD_CLOEXEC)
     command = os.environ.get("PYHV_SSH", "ssh").split()
     try:
         with theirs:
             remote = "exec " + os.environ.get("PYHV_REMOTE", "pyhv") + " receive -"
-            process = subprocess.Popen([*command, address.host, remote], stdin=theirs.fileno(), stdout=theirs.fileno())
+            process = subprocess.Popen(
+                [*command, address.host, remote], stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=said
+            )
     except OSError as error:
         ours.close()
+        os.close(said)
         raise BadInput(command[0], f"cannot be run: {error.strerror}", "install an ssh client") from None
-    return Channel(ours.fileno(), ours.fileno(), address.text, lambda: _end_ssh(ours, process))
+    fd = ours.fileno()
+    return Channel(fd, fd, address.text, lambda: _end_ssh(ours, process, said), lambda: _ssh_complaint(process, said))
 
 
-def _end_ssh(ours: socket.socket, process: subprocess.Popen[bytes]) -> None:
+def _ssh_complaint(process: subprocess.Popen[bytes], said: int) -> str:
+    import subprocess
+
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(1.0)  # it is about to end, and may not have said it yet
+    lines = os.pread(said, 4096, max(os.fstat(said).st_size - 4096, 0)).decode("utf-8", "replace").splitlines()
+    text = "; ".join(line.strip() for line in lines[-3:] if line.strip())
+    return "".join(c if c.isprintable() else " " for c in text[-500:])
+
+
+def _end_ssh(ours: socket.socket, process: subprocess.Popen[bytes], said: int) -> None:
     import subprocess
 
     ours.close()
+    os.close(said)
     try:
         process.wait(5.0)
     except subprocess.TimeoutExpired:
