@@ -326,14 +326,7 @@ class Machine:
         self._check_may_leave(limits)  # before the other side, who takes one VM, is bothered
         with transport.connect(transport.parse(uri, insecure), tls) as channel:
             try:
-                try:
                 return self.depart(channel, limits=limits, name=name, strict_tsc=strict_tsc, progress=progress)
-            except HostError as error:
-                complaint = "" if isinstance(error, HandoverUnknown) else channel.complaint()
-                if not complaint:
-                    raise
-                detail = f"{error.detail}: {complaint}"
-                raise HostError(error.what, error.errnum, detail, error.advice) from None
             except HostError as error:
                 complaint = "" if isinstance(error, HandoverUnknown) else channel.complaint()
                 if not complaint:
@@ -558,15 +551,6 @@ class Machine:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def check_processors(processors: Sequence[int]) -> None:
-    """Raises BadInput where this process may not use one of these host processors."""
-    usable = os.sched_getaffinity(0)
-    for processor in processors:
-        if processor not in usable:
-            some = ", ".join(map(str, sorted(usable)[:16]))
-            raise BadInput(f"processor {processor}", "cannot be used by this process", f"it has {some}")
 
 
 def check_processors(processors: Sequence[int]) -> None:
