@@ -27,6 +27,9 @@ from pyhv.errors import BadInput, HostError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SUFFIX = ".sock"
 
+# The socket of a VM that waits for a name which its predecessor still has: .PID-NAME.sock. No name begins with a dot.
+_WAITING = re.compile(r"\.[0-9]+-.*\.sock", re.DOTALL)
+
 # sockaddr_un has room for 108 bytes, of which one is a NUL (unix(7)).
 _MAX_ADDRESS = 107
 
@@ -129,13 +132,24 @@ class Directory:
     def claim(self, name: str, predecessor: int = 0) -> Claim:
         """Makes the name this process's; with a predecessor, the process that has it now, as soon as Claim.take() is
         called. Raises BadInput where another VM has it, HostError."""
+        self.clean()
         with self._locked():
             if self._may_have(name, 0):
                 return self._listen(name, name + _SUFFIX)
             if predecessor and self._may_have(name, predecessor):
-                # Nobody looks for a VM there: no name begins with a dot.
                 return self._listen(name, f".{os.getpid()}-{name}{_SUFFIX}")
         raise BadInput(f"name {name}", "is that of a VM that runs", "choose another, or see pyhv ls")
+
+    def clean(self) -> None:
+        """Removes what VMs left that died while they waited for their names."""
+        if self._fd < 0 or not any(map(_WAITING.fullmatch, os.listdir(self._fd))):
+            return
+        with self._locked():
+            for entry in filter(_WAITING.fullmatch, os.listdir(self._fd)):
+                with contextlib.suppress(BadInput, HostError):
+                    connection = self._connect_or_clean(entry[: -len(_SUFFIX)])
+                    if connection is not None:
+                        connection.close()
 
     def take(self, name: str, entry: str, predecessor: int) -> None:
         """Puts the socket `entry` in the place of the predecessor's. Raises BadInput, HostError."""
@@ -305,6 +319,7 @@ def _connect_patiently(directory: Directory, name: str) -> socket.socket | None:
 
 def live_names(directory: Directory) -> list[str]:
     """The names of the VMs that run; what dead ones left is removed."""
+    directory.clean()
     live = []
     for name in directory.names():
         try:

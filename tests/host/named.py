@@ -51,7 +51,7 @@ def assert_nothing_left(base: Path, patience: float = 10) -> None:
 def ok(*words: str) -> str:
     """What a command that succeeds prints, and nothing on stderr."""
     done = call(*words)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
 
 

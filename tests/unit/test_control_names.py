@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -276,3 +277,85 @@ def test_threads_that_race_for_a_name(base: Path) -> None:
         assert (len(claims), len(refused)) == (1, 3)
         claims[0].release()
         assert os.listdir(base / "pyhv") == []
+
+
+# ------------------------------------------------------------------------------------------ a name that is handed over
+
+
+@contextlib.contextmanager
+def holder(name: str = "a") -> Iterator[subprocess.Popen[str]]:
+    """Another process that has the name."""
+    with starters(1) as (process,):
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "mine\n"
+        yield process
+
+
+def owner(name: str) -> int:
+    with names.connect(name) as connection:
+        return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+
+
+def test_a_name_is_taken_over(base: Path) -> None:
+    with holder() as process:
+        with names.claim("a", predecessor=process.pid) as claim:
+            assert owner("a") == process.pid
+            with names.Directory() as directory:
+                assert names.live_names(directory) == ["a"]  # and not the one that waits
+            claim.take(process.pid)
+            assert owner("a") == os.getpid()
+            claim.take(process.pid)  # no effect
+            process.communicate("")  # it releases what is not its any more
+            assert owner("a") == os.getpid()
+        assert os.listdir(base / "pyhv") == []
+
+
+def test_a_predecessor_that_died(base: Path) -> None:
+    with holder() as process, names.claim("a", predecessor=process.pid) as claim:
+        process.kill()
+        process.wait()
+        claim.take(process.pid)
+        assert owner("a") == os.getpid()
+    assert os.listdir(base / "pyhv") == []
+
+
+def test_without_a_predecessor_the_name_is_had_at_once(base: Path) -> None:
+    with names.claim("a", predecessor=1) as claim:
+        assert owner("a") == os.getpid()
+        claim.take(1)
+        assert owner("a") == os.getpid()
+    assert os.listdir(base / "pyhv") == []
+
+
+def test_a_name_of_another_than_the_predecessor(base: Path) -> None:
+    with holder() as process, pytest.raises(BadInput, match="name a: is that of a VM that runs"):
+        names.claim("a", predecessor=process.pid + 1)
+    assert os.listdir(base / "pyhv") in ([], ["a.sock"])  # the holder was killed
+
+
+def test_a_name_that_another_vm_took_meanwhile(base: Path) -> None:
+    with holder() as process, names.claim("a", predecessor=process.pid) as claim:
+        process.kill()
+        process.wait()
+        with names.claim("a"):
+            with pytest.raises(BadInput, match="name a: was taken by another VM meanwhile"):
+                claim.take(process.pid + 1)
+            claim.release()
+            assert owner("a") == os.getpid()
+    assert os.listdir(base / "pyhv") == []
+
+
+def test_what_a_vm_left_that_died_while_it_waited_is_removed(base: Path) -> None:
+    with holder() as process, names.claim("a", predecessor=process.pid):
+        leave_stale(base, ".123-a")
+        waiting = {".123-a.sock", f".{os.getpid()}-a.sock", "a.sock"}
+        assert set(os.listdir(base / "pyhv")) == waiting
+        with names.Directory() as directory:
+            assert names.live_names(directory) == ["a"]
+        assert set(os.listdir(base / "pyhv")) == waiting - {".123-a.sock"}
+        leave_stale(base, ".123-a")
+        names.claim("b").release()
+        assert set(os.listdir(base / "pyhv")) == waiting - {".123-a.sock"}
