@@ -122,4 +122,13 @@ extern char user_text_start[], user_text_end[], user_data_start[], user_data_end
             "2: .balign 4\n"                          \
             ".popsection\n")
 
+/* "PC": this guest wants a PC's timer, devices and ACPI tables, which images with notes do not get otherwise. */
+#define NOTE_PC                                       \
+    __asm__(".pushsection .note.pyhv, \"a\", @note\n" \
+            ".balign 4\n"                             \
+            ".long 5, 0, 3\n"                         \
+            ".asciz \"pyhv\"\n"                       \
+            ".balign 4\n"                             \
+            ".popsection\n")
+
 #endif

@@ -151,7 +151,8 @@ def image(elf: Elf, data: bytes, name: str) -> Image:
     if elf.bits != 64:
         raise BadInput(
             name,
-            f"is not an x86-64 image but ELF for {_describe(elf.bits, elf.machine)}, and no multiboot or PVH kernel",
+            f"is not an x86-64 image but ELF for {_describe(elf.bits, elf.machine)}",
+            "32-bit kernels are booted by multiboot and PVH",
         )
     sites: tuple[int, ...] = ()
     user_word: str | None = None

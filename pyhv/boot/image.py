@@ -105,7 +105,7 @@ def read(path: str, memory_size: int, kind: str = "") -> Image:
         from pyhv.boot import multiboot
 
         if kind or multiboot.find(data) is not None:
-            return multiboot.parse_elf(read, data, path)
+            return multiboot.parse(data, path, read)
         return elf.image(read, data, path)
     if kind in ("elf64", "pvh"):
         raise BadInput(path, f"is not an ELF file, and so not {KINDS[kind]}", "leave --boot out")
@@ -113,7 +113,7 @@ def read(path: str, memory_size: int, kind: str = "") -> Image:
         from pyhv.boot import multiboot
 
         if kind or multiboot.find(data) is not None:
-            return multiboot.parse_flat(data, path)
+            return multiboot.parse(data, path)
     from pyhv.boot import flat
 
     return flat.parse(data, path)

@@ -56,25 +56,26 @@ def find(data: bytes) -> Header | None:
     return None
 
 
-def parse_elf(elf: Elf, data: bytes, name: str) -> Image:
-    """The image of an ELF file that was read; its headers count, not addresses in the multiboot header. Raises
-    BadInput."""
-    _find(data, name)
+def parse(data: bytes, name: str, elf: Elf | None = None) -> Image:
+    """The image of a kernel's bytes. elf: what was read where it is an ELF file; addresses in the multiboot header go
+    before those in an ELF file's. Raises BadInput."""
+    header = _find(data, name)
+    if header.flags & _HAS_ADDRESSES:
+        return _parse_flat(header, data, name)
+    if elf is None:
+        raise BadInput(name, "is a multiboot kernel that is neither an ELF file nor tells its addresses in the header")
     loaded = elf_file.segments(elf, data, name)
     entry = elf.entry
-    for header in elf.headers:  # kernels that are linked high have a virtual address here
-        if header.type == elf_file.PT_LOAD and header.vaddr <= entry < header.vaddr + header.memsz:
-            entry += header.paddr - header.vaddr
+    for part in elf.headers:  # kernels that are linked high have a virtual address here
+        if part.type == elf_file.PT_LOAD and part.vaddr <= entry < part.vaddr + part.memsz:
+            entry += part.paddr - part.vaddr
             break
     elf_file.check_entry(entry, loaded, name)
     return Image(name, "multiboot", entry, loaded, (), None, elf.isa_level)
 
 
-def parse_flat(data: bytes, name: str) -> Image:
-    """The image of a file with addresses in its multiboot header. Raises BadInput."""
-    header = _find(data, name)
-    if not header.flags & _HAS_ADDRESSES:
-        raise BadInput(name, "is a multiboot kernel that is neither an ELF file nor tells its addresses in the header")
+def _parse_flat(header: Header, data: bytes, name: str) -> Image:
+    """The image of a file with addresses in its multiboot header."""
     if header.at + _HEADER.size + _ADDRESSES.size > len(data):
         raise BadInput(name, "is cut off in its multiboot header")
     header_gpa, start, load_end, bss_end, entry = _ADDRESSES.unpack_from(data, header.at + _HEADER.size)

@@ -8,11 +8,14 @@ from pyhv.errors import BadInput
 
 # Name -> what it proves, in a line. The sources' own headers say more.
 _GUESTS = {
+    "acpi": "reads the ACPI tables and switches the machine off by what they say",
     "cpuid": "prints every CPUID leaf and subleaf as `cpuid -r` does; with `cpl3` as CPL 3 reads them",
     "dispatch": "chooses its code path by CPUID and checks that the result is that of plain code",
     "faults": "ends or misbehaves in the way that its command line names",
     "hello": "says hello, echoes its command line, ends with status 0",
     "instructions": "executes an instruction of each set that compatibility mode hides, and prints which run",
+    "multiboot": "a multiboot kernel: prints its memory map, modules, command line and number of vCPUs",
+    "pvh": "a PVH kernel: prints its memory map, modules and command line",
     "refuse": "demands SSE4.2; without it it ends with status 42",
     "spin": "loops for ever without an exit",
     "ticker": "stamps all memory, round after round, and ends when memory, CPUID or the TSC is not what it was",

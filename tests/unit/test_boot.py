@@ -77,7 +77,7 @@ def test_notes_of_others_are_not_ours() -> None:
     ("data", "words"),
     [
         (make_elf()[:40], "cut off in its header (40 of 64 bytes)"),
-        (make_elf32(), "not an x86-64 image but ELF for 32-bit i386, and no multiboot or PVH kernel"),
+        (make_elf32(), "not an x86-64 image but ELF for 32-bit i386; 32-bit kernels are booted by"),
         (make_elf32()[:51], "cut off in its header (51 of 52 bytes)"),
         (make_elf(machine=3), "not an x86 image but ELF for 64-bit i386"),
         (make_elf(machine=183), "64-bit AArch64"),

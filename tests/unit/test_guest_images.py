@@ -23,6 +23,7 @@ from pyhv.errors import BadInput
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "guest_images" / "build.py"
 NAMES = guests.names()
+NAMES32 = ("multiboot", "pvh")
 MIB = 1 << 20
 
 pytestmark = pytest.mark.skipif(
@@ -41,17 +42,29 @@ class Header(NamedTuple):
 
 
 class Elf:
-    """What an ELF64 file says, and what objdump makes of its code."""
+    """What an ELF file says, and what objdump makes of its code."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.data = path.read_bytes()
+        if self.data[4] == 1:
+            self._read32()
+            return
         self.type, self.machine = struct.unpack_from("<HH", self.data, 16)
         self.entry, phoff = struct.unpack_from("<QQ", self.data, 24)
         (count,) = struct.unpack_from("<H", self.data, 56)
         self.headers = []
         for at in range(phoff, phoff + 56 * count, 56):
             kind, _, offset, vaddr, paddr, filesz, memsz, _ = struct.unpack_from("<IIQQQQQQ", self.data, at)
+            self.headers.append(Header(kind, offset, vaddr, paddr, filesz, memsz))
+
+    def _read32(self) -> None:
+        self.type, self.machine = struct.unpack_from("<HH", self.data, 16)
+        self.entry, phoff = struct.unpack_from("<II", self.data, 24)
+        (count,) = struct.unpack_from("<H", self.data, 44)
+        self.headers = []
+        for at in range(phoff, phoff + 32 * count, 32):
+            kind, offset, vaddr, paddr, filesz, memsz, _, _ = struct.unpack_from("<8I", self.data, at)
             self.headers.append(Header(kind, offset, vaddr, paddr, filesz, memsz))
 
     @property
@@ -109,6 +122,8 @@ pdep aesenc pclmullqlqdq sha1nexte movbe adcx rdrand rdseed rdtscp clflushopt cl
 """
 # What a guest executes beyond that, and why it may.
 EXTRA = {
+    "multiboot": {"lgdtl", "ljmp", "shld", "shrd"},  # every such kernel begins so; 64-bit numbers
+    "pvh": {"lgdtl", "ljmp", "shrd"},
     "dispatch": {"crc32", "popcnt"},  # paths that it takes only where CPUID shows them
     "faults": {"fninit", "fld1", "faddp", "fstp"},  # on purpose: `fpu`
     "cpuid": {"iretq"},  # to CPL 3
@@ -151,7 +166,7 @@ def run_build(output: Path, *, check: bool = False, **environment: str) -> subpr
     )
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[name for name in NAMES if name not in NAMES32])
 def elf(request: pytest.FixtureRequest, folder: Path) -> Elf:
     return Elf(folder / f"{request.param}.elf")
 
@@ -166,7 +181,7 @@ def test_every_guest_is_named_and_described(folder: Path) -> None:
 def test_unknown_guest_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(BadInput, match=r"helo: .*did you mean hello\?"):
         guests.path("helo")
-    with pytest.raises(BadInput, match="there are: cpuid, "):
+    with pytest.raises(BadInput, match="there are: acpi, "):
         guests.describe("../../etc/passwd")
 
 
@@ -183,7 +198,8 @@ def test_layout(elf: Elf) -> None:
 
 
 def test_notes(elf: Elf) -> None:
-    assert [(owner, kind) for owner, kind, _ in sorted(elf.notes)] == [(b"pyhv\0", 1), (b"pyhv\0", 2)]
+    kinds = [1, 2, 3] if elf.path.stem == "acpi" else [1, 2]
+    assert [(owner, kind) for owner, kind, _ in sorted(elf.notes)] == [(b"pyhv\0", kind) for kind in kinds]
     (word,) = (value for _, kind, value in elf.notes if kind == 2)
     assert word == (b"cpl3\0" if elf.path.stem == "cpuid" else b"\0")
 
@@ -208,6 +224,20 @@ def test_instructions(elf: Elf) -> None:
     assert strange_instructions(elf) == EXTRA.get(elf.path.stem, set())
 
 
+@pytest.mark.parametrize("name", NAMES32)
+def test_32_bit_kernels(name: str, folder: Path) -> None:
+    """They are what their protocols ask for, and nothing of pyhv's own."""
+    elf = Elf(folder / f"{name}.elf")
+    assert (elf.type, elf.machine) == (2, 3)  # ET_EXEC, EM_386
+    assert any(load.paddr <= elf.entry < load.paddr + load.filesz for load in elf.loads)
+    for load in elf.loads:
+        assert load.vaddr == load.paddr and MIB <= load.paddr and load.paddr + load.memsz <= 2 * MIB
+    notes = [(b"Xen\0", 18, struct.pack("<I", elf.entry))] if name == "pvh" else []
+    assert elf.notes == notes
+    assert (elf.data.find(struct.pack("<I", 0x1BADB002)) in range(0, 8192, 4)) == (name == "multiboot")
+    assert strange_instructions(elf) == EXTRA[name]
+
+
 def test_the_checks_can_fail(build: ModuleType, tmp_path: Path) -> None:
     source = tmp_path / "bad.c"
     source.write_text(
@@ -220,7 +250,7 @@ def test_the_checks_can_fail(build: ModuleType, tmp_path: Path) -> None:
         "}\n"
     )
     image = tmp_path / "bad.elf"
-    build.build(["gcc"], image, [*build.sources_in(build.COMMON), source])
+    build.build(["gcc"], image, [*build.common_to("bad"), source])
     elf = Elf(image)
     assert strange_instructions(elf) == {"popcnt", "tzcnt", "movaps", "int3"}
     assert len(undeclared_cpuid(elf)) == 1

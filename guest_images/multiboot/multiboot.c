@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * multiboot: a 32-bit multiboot kernel that prints what its loader and the firmware configuration tell it: command line,
+ * memory map, modules, number of vCPUs. Status 1 where the two disagree or something that is promised is missing; with
+ * the word `panic` on its command line it ends as a kernel that panics does, by port 0x505.
+ */
+#include "guest32.h"
+
+/* Multiboot Specification 0.6.96, "Boot information format". */
+struct info {
+    uint32_t flags, mem_lower, mem_upper, boot_device, cmdline, mods_count, mods_addr, symbols[4];
+    uint32_t mmap_length, mmap_addr, drives_length, drives_addr, config_table, boot_loader_name;
+};
+
+struct module {
+    uint32_t start, end, string, reserved;
+};
+
+struct area {
+    uint32_t entry_size;
+    uint64_t address, size;
+    uint32_t type;
+} __attribute__((packed));
+
+enum { BOOTED = 0x2badb002, WANTED = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9, RAM = 1, PANIC_PORT = 0x505 };
+
+static int fails(const char *why)
+{
+    PRINT("multiboot: ");
+    console_string(why);
+    PRINT("\n");
+    return 1;
+}
+
+int start(uint32_t eax, uint32_t ebx)
+{
+    const struct info *info = (const struct info *)ebx;
+    if (eax != BOOTED)
+        return fails("EAX is not what a multiboot loader leaves there");
+    if ((info->flags & WANTED) != WANTED)
+        return fails("the loader tells too little");
+
+    const char *cmdline = (const char *)info->cmdline;
+    PRINT("multiboot: booted by ");
+    console_string((const char *)info->boot_loader_name);
+    PRINT("\ncommand line: ");
+    console_string(cmdline);
+    PRINT("\n");
+
+    uint64_t ram = 0;
+    for (uint32_t at = info->mmap_addr; at < info->mmap_addr + info->mmap_length;) {
+        const struct area *area = (const struct area *)at;
+        PRINT("memory ");
+        print_area(area->address, area->size, area->type);
+        if (area->type == RAM)
+            ram += area->size;
+        if (area->address == 0x100000 && area->size >> 10 != info->mem_upper)
+            return fails("mem_upper is not what the memory map says");
+        at += area->entry_size + sizeof area->entry_size;
+    }
+
+    const struct module *modules = (const struct module *)info->mods_addr;
+    for (uint32_t i = 0; i < info->mods_count; i++) {
+        PRINT("module ");
+        console_string((const char *)modules[i].string);
+        PRINT(": ");
+        console_hex(modules[i].end - modules[i].start, 8);
+        PRINT(" bytes, sum ");
+        console_hex(sum_of((const uint8_t *)modules[i].start, modules[i].end - modules[i].start), 4);
+        PRINT("\n");
+        if (modules[i].start % PAGE)
+            return fails("a module does not begin with a page");
+    }
+
+    if (fw_cfg(FW_CFG_SIGNATURE, 4) != 0x554d4551) /* "QEMU" */
+        return fails("there is no firmware configuration");
+    PRINT("vCPUs: ");
+    console_hex(fw_cfg(FW_CFG_NB_CPUS, 2), 2);
+    PRINT("\n");
+    /* The map leaves out what a PC has between 639 KiB and 1 MiB. */
+    uint64_t hole = 0x100000 - 639 * 1024;
+    if (fw_cfg(FW_CFG_RAM_SIZE, 8) != ram + hole)
+        return fails("the memory map and the firmware configuration do not agree");
+
+    if (cmdline_has(cmdline, "panic"))
+        outb(PANIC_PORT, 1);
+    return 0;
+}
