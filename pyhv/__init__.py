@@ -6,13 +6,23 @@ with pyhv.Machine(image="cpuid", compat=True) as vm:
 
 from __future__ import annotations
 
-from pyhv.errors import BadInput, HostError, Incompatible, NotAvailable, NotFaithful, PyhvError
+from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible, NotAvailable, NotFaithful, PyhvError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyhv.machine import Machine, RunResult
 
-__all__ = ["BadInput", "HostError", "Incompatible", "Machine", "NotAvailable", "NotFaithful", "PyhvError", "RunResult"]
+__all__ = [
+    "BadInput",
+    "HandoverUnknown",
+    "HostError",
+    "Incompatible",
+    "Machine",
+    "NotAvailable",
+    "NotFaithful",
+    "PyhvError",
+    "RunResult",
+]
 __version__ = "0.1.0"
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable
 from typing import Any
+
+from pyhv.errors import HostError
 
 from . import check, ffi, lib, new_error
 from .memory import Memory
@@ -61,6 +64,19 @@ class Link:
         """Sends a message, however long that takes."""
         error = new_error()
         check(lib.pyhv_link_send(self._link, kind, payload, len(payload), error), error)
+
+    def send_last(self, kind: int, payload: bytes, within: float) -> None:
+        """Sends a message after which nothing comes, if the other side takes it within so many seconds; if not, or if
+        the link is broken, nobody is told."""
+        timer = threading.Timer(within, self.cancel)
+        timer.start()
+        try:
+            self.send(kind, payload)
+        except HostError:
+            pass
+        finally:
+            timer.cancel()
+            timer.join()
 
     def receive(self, timeout: float) -> tuple[int, bytes] | None:
         """The next message that is neither a sign of life nor pages; pages are put where they belong on the way. None

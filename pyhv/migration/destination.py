@@ -1,8 +1,8 @@
 """The side of a migration that takes a VM.
 
 What comes in is taken for hostile: a message is looked at only where it is due, its size is bounded by the engine and
-its content by the codec, and nothing that the other side says makes this side allocate more than the guest's memory,
-which is checked against the host's before.
+its content by the codec, and nothing that the other side says makes this side take more memory than the guest's, the
+size of which is known, and was refused where the host cannot map it, before a page comes.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Destination:
         self._over = False  # the source knows
         self._silence = _SILENCE
         self._hello: Hello | None = None
+        self._greeted = time.monotonic_ns()
 
     def greet(self) -> Hello:
         """What is to come; may be asked again."""
@@ -118,7 +119,8 @@ class Destination:
                 sent = f"{end.pages} pages, {end.zero_pages} pages of zeros and {end.records} records were sent"
                 came = f"{landing.pages}, {landing.zero_pages} and {count} came"
                 raise BadInput("message end", f"{sent}, {came}")
-            elapsed = max(time.time_ns() - end.taken, 0)
+            # Hosts' clocks differ: the guest has not stood for longer than we have talked.
+            elapsed = min(max(time.time_ns() - end.taken, 0), time.monotonic_ns() - self._greeted)
             return Received(self._join(found, hello), elapsed)
 
     def _add(self, found: dict[type[tuple[Any, ...]], list[Any]], payload: bytes) -> None:
@@ -158,10 +160,7 @@ class Destination:
         broken = isinstance(error, HostError) and error.errnum in (errno.EPIPE, errno.ETIMEDOUT)
         if error is not None and not self._over and not broken:
             self._over = True
-            try:
-                self._send(Cancel(protocol.reason_of(error)))
-            except HostError:
-                pass
+            self._link.send_last(*protocol.encode(Cancel(protocol.reason_of(error))), protocol.LAST_WORD)
         self._link.close()
         self._channel.close()
 

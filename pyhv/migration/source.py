@@ -203,10 +203,7 @@ class Source:
         self._vm.log_dirty(False)
         broken = isinstance(error, HostError) and error.errnum in (errno.EPIPE, errno.ETIMEDOUT, errno.EBADMSG)
         if not broken and not isinstance(error, _Refused):
-            try:
-                self._send(Cancel(protocol.reason_of(error)))
-            except HostError:
-                pass
+            self._link.send_last(*protocol.encode(Cancel(protocol.reason_of(error))), protocol.LAST_WORD)
 
     # -------------------------------------------------------------------------------------------- conversation
 

@@ -89,6 +89,8 @@ class Side:
                 for fd in [reader, self._orders, *close]:
                     os.close(fd)
                 self._reports, self._orders = writer, orders
+                # KVM's VMs are those of the process that made them.
+                vars(choose.open_accelerator()).get("_spares", []).clear()
                 body(self)
                 status = 0
             except BaseException:

@@ -1,0 +1,570 @@
+"""Receivers and sources that lie: the other side is unharmed, and says what was wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import resource
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pyhv
+from pyhv.accel import choose
+from pyhv.errors import PyhvError
+from pyhv.migration import destination, protocol, source
+from pyhv.migration.destination import Destination
+from pyhv.migration.protocol import Answer, Cancel, End, Ready, Running, Type
+from pyhv.migration.transport import Channel
+from pyhv.state import codec
+from tests.frames import Frame, Sealer, Speaker, Splitter, pages, sum_of
+
+from .migration import LIMITS, PATIENCE, TIMEOUT, Migration, Side, Wishes, check_console, descriptors, wait_for_rounds
+from .test_migration import running
+
+Lie = Callable[[Speaker], None]
+
+
+@pytest.fixture(autouse=True)
+def short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(source, "_PATIENCE", PATIENCE)
+    monkeypatch.setattr(destination, "_PATIENCE", PATIENCE)
+    monkeypatch.setattr(destination, "_SILENCE", 0.6)
+    choose.open_accelerator().prepare()
+    before, threads = descriptors(), threading.active_count()
+    yield
+    choose.open_accelerator().prepare()
+    assert (descriptors(), threading.active_count()) == (before, threads)
+
+
+def in_background(sock: socket.socket, lie: Lie) -> threading.Thread:
+    def tell() -> None:
+        # Until the other side has had enough of it.
+        with sock, contextlib.suppress(OSError, EOFError):
+            sock.settimeout(TIMEOUT)
+            lie(Speaker(sock))
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    return thread
+
+
+# ------------------------------------------------------------------------------------------------------ receivers
+
+
+def raw(data: bytes) -> Lie:
+    def lie(speaker: Speaker) -> None:
+        speaker.sock.sendall(data)
+        wait(speaker)
+
+    return lie
+
+
+def message(kind: int, payload: bytes = b"") -> Lie:
+    def lie(speaker: Speaker) -> None:
+        speaker.say(kind, payload)
+        wait(speaker)
+
+    return lie
+
+
+def wait(speaker: Speaker) -> None:
+    """Says nothing more, until the other side closes."""
+    with contextlib.suppress(EOFError, OSError):
+        while speaker.hear(skip=()):
+            pass
+
+
+def stay_alive(speaker: Speaker) -> None:
+    """Gives signs of life and nothing else."""
+    while True:
+        speaker.say(Type.HEARTBEAT)
+        time.sleep(0.05)
+
+
+def chatter(speaker: Speaker) -> None:
+    """Signs of life as fast as it can."""
+    while True:
+        speaker.say(Type.HEARTBEAT)
+
+
+def greeted(then: Lie) -> Lie:
+    def lie(speaker: Speaker) -> None:
+        assert speaker.hear().kind == Type.HELLO
+        speaker.say(*protocol.encode(Answer((), False)))
+        then(speaker)
+
+    return lie
+
+
+def all_taken(then: Lie) -> Lie:
+    def lie(speaker: Speaker) -> None:
+        while speaker.hear().kind != Type.END:
+            pass
+        then(speaker)
+
+    return greeted(lie)
+
+
+def say(*messages: tuple[Any, ...], then: Lie = wait) -> Lie:
+    def lie(speaker: Speaker) -> None:
+        for message in messages:
+            speaker.say(*protocol.encode(message))
+        then(speaker)
+
+    return lie
+
+
+def version_2(record: tuple[Any, ...]) -> Lie:
+    kind, payload = protocol.encode(record)
+    return message(kind, payload.replace(b'"version":1', b'"version":2'))
+
+
+def endlessly(message: tuple[Any, ...]) -> Lie:
+    def lie(speaker: Speaker) -> None:
+        while True:
+            speaker.say(*protocol.encode(message))
+
+    return lie
+
+
+def damaged(speaker: Speaker) -> None:
+    data = bytearray(speaker.seal(*protocol.encode(Answer((), False))))
+    data[20] ^= 1
+    speaker.sock.sendall(data)
+    wait(speaker)
+
+
+RUNNING = Running("somewhere", 1)
+
+RECEIVERS: dict[str, tuple[Lie, str]] = {
+    "damaged answer": (damaged, "was changed on the way"),
+    "answer of another version": (version_2(Answer((), False)), "version 2 of this record is newer"),
+    "answer without a record": (message(Type.ANSWER), "message answer: is not JSON"),
+    "garbage": (raw(b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n" * 100), "too long for a message of type"),
+    "random garbage": (raw(os.urandom(4096)), "link: "),
+    "zeros": (raw(bytes(4096)), "is none"),
+    "absurd length": (raw(struct.pack("<IIQ", Type.ANSWER, 0xFFFFFFFF, 0)), "4294967295 bytes are too long"),
+    "a length just too long": (raw(struct.pack("<IIQ", Type.ANSWER, 262145, 0)), "262145 bytes are too long"),
+    "no answer, but alive": (stay_alive, "no answer within"),
+    "silence": (wait, "no answer within|nothing came from the other side"),
+    "hang-up": (lambda speaker: None, "the other side has closed the link"),
+    "endless answers": (endlessly(Answer((), False)), "a message answer came where nothing was due"),
+    "heartbeats without end": (chatter, "no answer within"),
+    "ready at once": (say(Ready()), "a message ready came where answer was due"),
+    "ready before the end": (greeted(say(Ready())), "a message ready came where nothing was due"),
+    "ready twice": (all_taken(say(Ready(), Ready())), "HandoverUnknown"),
+    "never ready, but alive": (all_taken(stay_alive), "no ready within"),
+    "never ready": (all_taken(wait), "nothing came from the other side for"),
+    "running without a commit": (all_taken(say(RUNNING)), "a message running came where ready was due"),
+    "running at once": (greeted(say(RUNNING)), "a message running came where nothing was due"),
+    "pages from the wrong side": (
+        greeted(message(Type.PAGES, pages([(0, 1, True)]))),
+        "pages were not expected",
+    ),
+    "unknown message": (greeted(message(99)), "of the unknown type 99 came"),
+    "a cancel that drives terminals": (
+        greeted(say(Cancel("\x1b[2J\r\n" + "x" * 1000))), r"gave the migration up: +\[2J  x{400,}\.\.\.$",
+    ),
+    "reasons without end": (say(Answer(("no",) * 50000, False)), "does not take this guest: no; no"),
+    "commit comes, running does not, but alive": (
+        all_taken(say(Ready(), then=stay_alive)), r"HandoverUnknown.*no running within",
+    ),
+    "running of another version": (
+        all_taken(say(Ready(), then=version_2(RUNNING))), r"HandoverUnknown.*message running: version 2",
+    ),
+    "cancel after the commit": (
+        all_taken(say(Ready(), Cancel("oh"))), r"HandoverUnknown.*gave the migration up: oh",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECEIVERS)
+def test_a_receiver_that_lies(name: str) -> None:
+    lie, words = RECEIVERS[name]
+    ours, theirs = socket.socketpair()
+    with running() as machine:
+        thread = in_background(theirs, lie)
+        with (
+            Channel(ours.fileno(), ours.fileno(), "the other side", ours.close) as channel,
+            pytest.raises(PyhvError) as caught,
+        ):
+            machine.depart(channel, limits=LIMITS)
+        thread.join(TIMEOUT)
+        said = f"{type(caught.value).__name__}: {caught.value}"
+        assert re.search(words, said), said
+        assert said.isprintable() and len(said) < 300_000
+        if isinstance(caught.value, pyhv.HandoverUnknown):
+            assert not machine.vm.running and machine.handed_over
+            machine.start(force=True)
+        assert machine.vm.running
+        wait_for_rounds(machine)
+        machine.pause()
+        check_console(machine.console())
+
+
+def test_a_receiver_that_is_slow() -> None:
+    """100 kB a second, but alive: pre-copy does not converge, and is given up in time."""
+
+    def lie(speaker: Speaker) -> None:
+        while True:
+            time.sleep(0.1)
+            if not speaker.sock.recv(10_000):
+                return
+            speaker.say(Type.HEARTBEAT)
+
+    def greet(speaker: Speaker) -> None:
+        greeted(lie)(speaker)
+
+    ours, theirs = socket.socketpair()
+    with running(memory="8M") as machine:
+        machine.vm.memory.write(4 << 20, os.urandom(4 << 20))
+        thread = in_background(theirs, greet)
+        begin = time.monotonic()
+        with (
+            Channel(ours.fileno(), ours.fileno(), "the other side", ours.close) as channel,
+            pytest.raises(pyhv.BadInput, match="writes its memory too fast to be migrated"),
+        ):
+            machine.depart(channel, limits=LIMITS._replace(downtime=0.05, timeout=0.5))
+        assert time.monotonic() - begin < 10
+        assert machine.vm.running
+        wait_for_rounds(machine)
+        thread.join(TIMEOUT)
+
+
+def test_a_receiver_without_memory() -> None:
+    with Migration(Wishes(machine={"append": "pages=64 every=1", "memory": "8G"})) as migration:
+        soft, hard = resource.prlimit(migration.destination.pid, resource.RLIMIT_AS)
+        resource.prlimit(migration.destination.pid, resource.RLIMIT_AS, (4 << 30, hard))
+        migration.run()
+        there, here = migration.outcome["destination"], migration.outcome["source"]
+        assert there is not None and "Cannot allocate memory" in there["text"], there
+        assert here is not None and here["runs"] and "Cannot allocate memory" in here["text"], here
+        assert here["leaked"] == there["leaked"] == 0
+        migration.source.tell("count")
+        check_console(migration.console())
+        assert isinstance(migration.source, Side) and soft
+
+
+# -------------------------------------------------------------------------------------------------------- sources
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[Frame]:
+    """What a source says in a migration that goes through."""
+    with Migration() as migration:
+        migration.run()
+        frames = Splitter()(migration.proxy.bytes["source"])
+    return [frame for frame in frames if frame.kind != Type.HEARTBEAT]
+
+
+Messages = list[tuple[int, bytes]]
+
+
+def arrive(sock: socket.socket, **options: Any) -> pyhv.Machine:
+    channel = Channel(sock.fileno(), sock.fileno(), "the other side", sock.close)
+    return pyhv.Machine.arrive(Destination(channel), **options)
+
+
+def take(messages: Messages, then: Lie | None = None, **options: Any) -> PyhvError | None:
+    """Says all this to a destination; what it made of it. None: it took the guest."""
+    ours, theirs = socket.socketpair()
+
+    def lie(speaker: Speaker) -> None:
+        drain = threading.Thread(target=lambda: wait(speaker))
+        drain.start()
+        try:
+            for kind, payload in messages:
+                speaker.say(kind, payload)
+            if then is not None:
+                then(speaker)
+        finally:
+            with contextlib.suppress(OSError):
+                speaker.sock.shutdown(socket.SHUT_WR)
+            drain.join()
+
+    thread = in_background(theirs, lie)
+    try:
+        arrive(ours, **options).close()
+        return None
+    except PyhvError as error:
+        return error
+    finally:
+        thread.join(TIMEOUT)
+
+
+def hello_with(**fields: Any) -> Callable[[Messages], Messages]:
+    """Changes the hello's fields; machine_memory and the like those of its machine."""
+
+    def change(messages: Messages) -> Messages:
+        value = json.loads(messages[0][1])
+        for name, content in fields.items():
+            part = value["fields"]
+            if name.startswith("machine_"):
+                part, name = part["machine"], name.removeprefix("machine_")
+            part[name] = content(part[name]) if callable(content) else content
+        return [(messages[0][0], json.dumps(value).encode()), *messages[1:]]
+
+    return change
+
+
+def other_vendor(tables: Any) -> Any:
+    """Leaf 0's EBX, ECX, EDX of a processor of somebody else's."""
+    ebx, edx, ecx = struct.unpack("<3I", b"CyrixInstead")
+    return [[[*e[:4], ebx, ecx, edx] if e[0] in (0, 0x80000000) and e[4] else e for e in table] for table in tables]
+
+
+def other_tables(messages: Messages) -> Messages:
+    """The vCPU's record has another CPUID table than the hello."""
+    changed = []
+    for kind, payload in messages:
+        name, data = protocol.split_state(payload) if kind == Type.RECORD else ("", b"")
+        if name == "vcpu":
+            value = json.loads(data)
+            value["fields"]["cpuid"][1][3] ^= 1
+            payload = payload[:16] + json.dumps(value).encode()
+        changed.append((kind, payload))
+    return changed
+
+
+def insert(before: Type, *extra: tuple[int, bytes]) -> Callable[[Messages], Messages]:
+    def change(messages: Messages) -> Messages:
+        place = next(i for i, (kind, _) in enumerate(messages) if kind == before)
+        return [*messages[:place], *extra, *messages[place:]]
+
+    return change
+
+
+def without(what: Type) -> Callable[[Messages], Messages]:
+    return lambda messages: [message for message in messages if message[0] != what]
+
+
+def only_record(name: str, times: int) -> Callable[[Messages], Messages]:
+    """One of the records comes so often."""
+
+    def change(messages: Messages) -> Messages:
+        place = next(
+            i for i, (kind, data) in enumerate(messages)
+            if kind == Type.RECORD and protocol.split_state(data)[0] == name
+        )
+        return [*messages[:place], *[messages[place]] * (times - 1), *messages[place:]]
+
+    return change
+
+
+def end_with(**counts: Callable[[int], int]) -> Callable[[Messages], Messages]:
+    def change(messages: Messages) -> Messages:
+        changed = []
+        for kind, payload in messages:
+            if kind == Type.END:
+                end = protocol.decode(End, payload)
+                end = end._replace(**{name: count(getattr(end, name)) for name, count in counts.items()})
+                kind, payload = protocol.encode(end)
+            changed.append((kind, payload))
+        return changed
+
+    return change
+
+
+PAGE = pages([(0, 1, False)], bytes(4096))
+
+SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
+    "hello of another version": (
+        lambda m: [(m[0][0], m[0][1].replace(b'"version":1}', b'"version":9}')), *m[1:]], "version 9 of this record",
+    ),
+    "hello of another vendor": (hello_with(tables=other_vendor), "vendor"),
+    "tables that make no sense": (hello_with(tables=lambda t: [[[1, 0, 0, 0, 0, 0, 0]]]), ""),
+    "no tables": (hello_with(tables=[]), "must be 1 to 254 long"),
+    "more vCPUs than there may be": (hello_with(tables=lambda t: t * 255), "must be 1 to 254 long"),
+    "16 TiB": (hello_with(machine_memory=16 << 40), ""),
+    "more than that": (hello_with(machine_memory=1 << 63), "is too much; the most is 16T"),
+    "1 byte": (hello_with(machine_memory=1), "is too small"),
+    "half a page": (hello_with(machine_memory=(4 << 20) + 2048), "is not a multiple of 4096"),
+    "negative": (hello_with(machine_memory=-1), "must be a number of 64 bits"),
+    "devices that do not exist": (hello_with(devices=lambda d: [*d, "gpu"]), "gpu"),
+    "devices that are missing": (hello_with(devices=[]), ""),
+    "no heartbeat": (hello_with(heartbeat=0), "has the time limits"),
+    "an endless silence": (hello_with(silence=4_000_000_000), "has the time limits"),
+    "MSRs that nobody has": (hello_with(msrs=[1, 2, 0x12345678]), "MSR"),
+    "pages at once": (lambda m: [(Type.PAGES, PAGE), *m], "pages were not expected"),
+    "hello twice": (lambda m: [m[0], *m], "a message hello came where end was due"),
+    "no hello": (lambda m: without(Type.PAGES)(m[1:]), "came where hello was due"),
+    "pages beyond the RAM": (insert(Type.RECORD, (Type.PAGES, pages([(1 << 39, 1, True)]))), "of 768"),
+    "one page beyond the RAM": (insert(Type.RECORD, (Type.PAGES, pages([(767, 2, True)]))), "of 768"),
+    "no runs": (insert(Type.RECORD, (Type.PAGES, pages([]))), "with 0 runs"),
+    "runs that do not ascend": (insert(Type.RECORD, (Type.PAGES, pages([(5, 1, True), (5, 1, True)]))), "after page 6"),
+    "less content than pages": (insert(Type.RECORD, (Type.PAGES, pages([(5, 2, False)], bytes(4096)))), "of 2 pages"),
+    "more content than pages": (insert(Type.RECORD, (Type.PAGES, pages([(5, 1, False)], bytes(8192)))), "of 1 pages"),
+    "pages that are no zstd": (insert(Type.RECORD, (Type.PAGES_ZSTD, os.urandom(500))), "zstd|compressed"),
+    "a page more than was counted": (insert(Type.END, (Type.PAGES, PAGE)), "pages, .* were sent, .* came"),
+    "pages of zeros that did not come": (end_with(zero_pages=lambda n: n + 1), "were sent, .* came"),
+    "records that did not come": (end_with(records=lambda n: n + 1), "were sent, .* came"),
+    "no records": (
+        lambda m: end_with(records=lambda n: 0)(without(Type.RECORD)(m)), "came before the records platform and writer",
+    ),
+    "two platforms": (only_record("platform", 2), "comes too often with the record platform"),
+    "40 of one device": (only_record("device", 40), "comes too often with the record device"),
+    "300 vCPUs": (only_record("vcpu", 300), "comes too often with the record vcpu"),
+    "a vCPU more than announced": (
+        lambda m: end_with(records=lambda n: n + 1)(only_record("vcpu", 2)(m)), "that message hello announced",
+    ),
+    "other tables than announced": (other_tables, "is not of the processors that message hello announced"),
+    "a record of no VM": (insert(Type.END, (Type.RECORD, b"gpu".ljust(16, b"\0") + b"{}")), "unknown record 'gpu'"),
+    "a record without a name": (insert(Type.END, (Type.RECORD, b"")), "unknown record ''"),
+    "a record that is the hello's": (
+        insert(Type.END, (Type.RECORD, b"machine".ljust(16, b"\0") + b"{}")), "unknown record 'machine'",
+    ),
+    "a record of garbage": (
+        insert(Type.RECORD, (Type.RECORD, b"vcpu".ljust(16, b"\0") + b"[" * 100000)), "message record: vcpu",
+    ),
+    "commit before the end": (insert(Type.RECORD, protocol.encode(protocol.Commit())), "commit came where end was due"),
+    "end twice": (insert(Type.COMMIT, (Type.END, b"")), "a message end came where commit was due"),
+    "running from the source": (insert(Type.COMMIT, protocol.encode(RUNNING)), "a message running came where commit"),
+    "an unknown message": (insert(Type.RECORD, (99, b"")), "a message of the unknown type 99 came where end was due"),
+    "a heartbeat with a payload": (insert(Type.RECORD, (Type.HEARTBEAT, b"x")), "too long for a message of type 1"),
+    "no commit": (without(Type.COMMIT), "the other side has closed the link"),
+    "nothing": (lambda m: [], "the other side has closed the link"),
+    "a cancel that drives terminals": (
+        insert(Type.COMMIT, protocol.encode(Cancel("\x1b[2J" + "x" * 1000))), r"gave it up:  \[2Jx{400,}\.\.\.$",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_that_lies(recorded: list[Frame], name: str) -> None:
+    change, words = SOURCES[name]
+    error = take(change([(frame.kind, frame.payload) for frame in recorded]))
+    if words:
+        assert error is not None and re.search(words, str(error)), error
+    assert error is None or (str(error).isprintable() and len(str(error)) < 5000)
+
+
+def test_what_was_recorded_is_taken(recorded: list[Frame]) -> None:
+    """The lies above are lies only because of what they change."""
+    assert take([(frame.kind, frame.payload) for frame in recorded]) is None
+
+
+@pytest.mark.parametrize(
+    ("until", "words"), [(0, "hello did not come"), (3, "end did not come"), (None, "commit did not come")], ids=str
+)
+def test_a_source_that_says_nothing_but_is_alive(recorded: list[Frame], until: int | None, words: str) -> None:
+    messages = [(frame.kind, frame.payload) for frame in recorded]
+    first = next(i for i, (kind, _) in enumerate(messages) if kind == Type.RECORD)
+    end = {0: 0, 3: first + 1, None: len(messages) - 1}[until]
+    error = take(messages[:end], then=stay_alive)
+    assert error is not None and words in str(error), error
+
+
+def test_pages_without_end(recorded: list[Frame]) -> None:
+    """Whoever waits may give up, and no memory is taken beyond the guest's."""
+    begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def more(speaker: Speaker) -> None:
+        for number in itertools.count():
+            speaker.say(Type.PAGES, pages([(number % 768, 1, False)], bytes(4096)))
+
+    def while_waiting() -> None:
+        if time.monotonic() > begin + 0.5:
+            raise pyhv.BadInput("the user", "has enough")
+
+    error = take([(recorded[0].kind, recorded[0].payload)], then=more, while_waiting=while_waiting)
+    assert str(error) == "the user: has enough"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (64 << 10)
+
+
+def test_a_damaged_byte_is_noticed_wherever_it_is(recorded: list[Frame]) -> None:
+    ours, theirs = socket.socketpair()
+    stream = bytearray(b"".join(frame.raw for frame in recorded))
+    stream[len(stream) * 2 // 3] ^= 1
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+    thread = in_background(theirs, raw(bytes(stream)))
+    with pytest.raises(PyhvError, match=r"was changed on the way|too long|is none"):
+        arrive(ours)
+    thread.join(TIMEOUT)
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> list[tuple[str, float, float, int]]:
+    kinds = st.sampled_from(["byte", "bytes", "cut", "grow", "drop", "twice", "swap", "kind", "number"])
+    part = st.floats(0, 1, exclude_max=True)
+    return draw(st.lists(st.tuples(kinds, part, part, st.integers(0, 2**64 - 1)), min_size=1, max_size=4))
+
+
+def mutate(messages: Messages, changes: list[tuple[str, float, float, int]]) -> Messages:
+    messages = list(messages)
+    for what, where, place, value in changes:
+        if not messages:
+            break
+        index = int(where * len(messages))
+        kind, payload = messages[index]
+        at = int(place * len(payload))
+        match what:
+            case "byte":
+                payload = payload[:at] + bytes([value & 0xFF]) + payload[at + 1 :]
+            case "bytes":
+                payload = payload[:at] + struct.pack("<Q", value) + payload[at + 8 :]
+            case "cut":
+                payload = payload[:at]
+            case "grow":
+                payload = payload[:at] + payload[: value % 5000] + payload[at:]
+            case "kind":
+                kind = 1 + value % 25
+            case "number":  # of the JSON: what is checked is not only how it is written
+                numbers = [m.span() for m in re.finditer(rb"-?\d+", payload)]
+                if numbers:
+                    begin, end = numbers[int(place * len(numbers))]
+                    payload = payload[:begin] + str(value >> value % 64).encode() + payload[end:]
+        messages[index] = (kind, payload)
+        if what == "drop":
+            messages.pop(index)
+        elif what == "twice":
+            messages.insert(index, messages[index])
+        elif what == "swap":
+            other = int(place * len(messages))
+            messages[index], messages[other] = messages[other], messages[index]
+    return messages
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=mutations())
+def test_mutated_streams(recorded: list[Frame], changes: list[tuple[str, float, float, int]]) -> None:
+    """With the right sums, so that they get past these: refused with a word, or a guest like any other."""
+    error = take(mutate([(frame.kind, frame.payload) for frame in recorded], changes))
+    assert error is None or str(error)
+    assert len(codec.encode(Cancel(protocol.reason_of(error or pyhv.BadInput("a", "b"))))) < 2000
+
+
+def test_the_fuzzer_gets_past_the_sums(recorded: list[Frame]) -> None:
+    seal, before = Sealer(), 0
+    for frame in recorded:
+        data = seal(frame.kind, frame.payload)
+        assert data[8:16] == struct.pack("<Q", before := sum_of(data[:8], frame.payload, before))
+
+
+@pytest.mark.parametrize("taken", [0, 2**63], ids=["1970", "2262"])
+def test_the_clock_of_a_source_that_lives_in_another_time(recorded: list[Frame], taken: int) -> None:
+    """The guest's clock goes on by no more than the time that the two sides have talked."""
+    messages = end_with(taken=lambda t: taken)([(frame.kind, frame.payload) for frame in recorded])
+    platform = next(data for kind, data in messages if kind == Type.RECORD and data.startswith(b"platform"))
+    before = json.loads(platform[16:])["fields"]["clock"]
+    ours, theirs = socket.socketpair()
+
+    def lie(speaker: Speaker) -> None:
+        for kind, payload in messages:
+            speaker.say(kind, payload)
+        wait(speaker)
+
+    thread = in_background(theirs, lie)
+    with arrive(ours) as machine:
+        assert before <= machine.vm.capture().clock < before + int(TIMEOUT * 1e9)
+    thread.join(TIMEOUT)
