@@ -607,4 +607,90 @@ int pyhv_vcpu_trap(struct pyhv_vcpu *vcpu, const struct pyhv_trap_config *config
 /* Moves up to `capacity` records out of the log, oldest first; returns how many. Not while the vCPU runs. */
 size_t pyhv_vcpu_trap_log(struct pyhv_vcpu *vcpu, struct pyhv_cpuid_record *records, size_t capacity);
 
+/* ---------------------------------------------------------------------------------------------- the emulator -- */
+
+/* The software accelerator: the CPU emulator library (Unicorn 2.1.4), opened at run time. What is called as above does
+ * the same; the differences are said here. A VM has one vCPU, index 0. */
+
+/* Opens the library at `path` (a file, or a name for dlopen) and checks that it is the version whose CPU state is known,
+ * by its number, its size and by markers; once a process, later calls find it open. Any thread. */
+int pyhv_emulator_open(const char *path, struct pyhv_error *error);
+
+/* The rate of this host's time-stamp counter in kHz, 0 where the kernel does not tell. */
+uint32_t pyhv_emulator_host_tsc_khz(void);
+
+/* The MSRs that make up a vCPU's state: returns how many. */
+size_t pyhv_emulator_msr_list(uint32_t *indices, size_t capacity);
+
+struct pyhv_emulator_vm;
+/* config->late has no effect. */
+struct pyhv_emulator_vm *pyhv_emulator_vm_create(const struct pyhv_vm_config *config, struct pyhv_bus *bus,
+                                                 struct pyhv_error *error);
+void pyhv_emulator_vm_destroy(struct pyhv_emulator_vm *vm);
+/* In ascending order of gpa, and before the vCPU. */
+int pyhv_emulator_vm_map(struct pyhv_emulator_vm *vm, uint64_t gpa, uint64_t size, void *host,
+                         struct pyhv_error *error);
+/* Of any size: memory need not be a multiple of 64 pages. Where the kernel has no PAGEMAP_SCAN (before Linux 6.7) a
+ * system call that writes guest memory on the process's behalf fails while this is on. */
+int pyhv_emulator_vm_log_dirty(struct pyhv_emulator_vm *vm, int on, struct pyhv_error *error);
+int pyhv_emulator_vm_take_dirty(struct pyhv_emulator_vm *vm, uint64_t *bitmap, struct pyhv_error *error);
+
+struct pyhv_emulator_vcpu;
+/* tsc_khz: the rate of its time-stamp counter. */
+struct pyhv_emulator_vcpu *pyhv_emulator_vcpu_create(struct pyhv_emulator_vm *vm, uint32_t index, uint32_t tsc_khz,
+                                                     struct pyhv_error *error);
+void pyhv_emulator_vcpu_destroy(struct pyhv_emulator_vcpu *vcpu);
+/* The table answers CPUID, and its features are the instructions that there are. */
+int pyhv_emulator_vcpu_set_cpuid(struct pyhv_emulator_vcpu *vcpu, const struct pyhv_cpuid_entry *entries, size_t count,
+                                 struct pyhv_error *error);
+int pyhv_emulator_vcpu_get_cpuid(struct pyhv_emulator_vcpu *vcpu, struct pyhv_cpuid_entry *entries, size_t capacity,
+                                 struct pyhv_error *error);
+/* Keeps a record of each CPUID; a run stops with PYHV_STOP_TRAP_LOG_FULL soon after there are `capacity` (0: no log). */
+int pyhv_emulator_vcpu_log_cpuid(struct pyhv_emulator_vcpu *vcpu, uint32_t capacity, struct pyhv_error *error);
+size_t pyhv_emulator_vcpu_cpuid_log(struct pyhv_emulator_vcpu *vcpu, struct pyhv_cpuid_record *records,
+                                    size_t capacity);
+const struct pyhv_counters *pyhv_emulator_vcpu_counters(const struct pyhv_emulator_vcpu *vcpu);
+void pyhv_emulator_vcpu_run(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit);
+void pyhv_emulator_vcpu_kick(struct pyhv_emulator_vcpu *vcpu);
+void pyhv_emulator_vcpu_step(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit);
+
+int pyhv_emulator_vcpu_get_regs(struct pyhv_emulator_vcpu *vcpu, struct pyhv_regs *regs, struct pyhv_error *error);
+int pyhv_emulator_vcpu_set_regs(struct pyhv_emulator_vcpu *vcpu, const struct pyhv_regs *regs,
+                                struct pyhv_error *error);
+int pyhv_emulator_vcpu_get_sregs(struct pyhv_emulator_vcpu *vcpu, struct pyhv_sregs *sregs, struct pyhv_error *error);
+int pyhv_emulator_vcpu_set_sregs(struct pyhv_emulator_vcpu *vcpu, const struct pyhv_sregs *sregs,
+                                 struct pyhv_error *error);
+int pyhv_emulator_vcpu_get_events(struct pyhv_emulator_vcpu *vcpu, struct pyhv_events *events,
+                                  struct pyhv_error *error);
+/* After all other state: what is on its way is delivered at once. */
+int pyhv_emulator_vcpu_set_events(struct pyhv_emulator_vcpu *vcpu, const struct pyhv_events *events,
+                                  struct pyhv_error *error);
+int pyhv_emulator_vcpu_get_debugregs(struct pyhv_emulator_vcpu *vcpu, struct pyhv_debugregs *regs,
+                                     struct pyhv_error *error);
+int pyhv_emulator_vcpu_set_debugregs(struct pyhv_emulator_vcpu *vcpu, const struct pyhv_debugregs *regs,
+                                     struct pyhv_error *error);
+int64_t pyhv_emulator_vcpu_get_xsave(struct pyhv_emulator_vcpu *vcpu, uint8_t *area, size_t capacity,
+                                     struct pyhv_error *error);
+int pyhv_emulator_vcpu_set_xsave(struct pyhv_emulator_vcpu *vcpu, const uint8_t *area, size_t size,
+                                 struct pyhv_error *error);
+int pyhv_emulator_vcpu_get_msrs(struct pyhv_emulator_vcpu *vcpu, const uint32_t *indices, uint64_t *values, size_t count,
+                                struct pyhv_error *error);
+int pyhv_emulator_vcpu_set_msrs(struct pyhv_emulator_vcpu *vcpu, const uint32_t *indices, const uint64_t *values,
+                                size_t count, struct pyhv_error *error);
+int pyhv_emulator_vcpu_get_mp_state(const struct pyhv_emulator_vcpu *vcpu);
+int pyhv_emulator_vcpu_set_mp_state(struct pyhv_emulator_vcpu *vcpu, uint32_t state, struct pyhv_error *error);
+int pyhv_emulator_vcpu_get_tsc_khz(struct pyhv_emulator_vcpu *vcpu);
+/* Any rate. */
+void pyhv_emulator_vcpu_set_tsc_khz(struct pyhv_emulator_vcpu *vcpu, uint32_t khz);
+
+void pyhv_emulator_vm_get_irqchip(struct pyhv_emulator_vm *vm, struct pyhv_irqchip *irqchip);
+int pyhv_emulator_vm_set_irqchip(struct pyhv_emulator_vm *vm, const struct pyhv_irqchip *irqchip,
+                                 struct pyhv_error *error);
+/* PYHV_LAPIC_SIZE bytes: the vCPU's. */
+void pyhv_emulator_vm_get_lapic(struct pyhv_emulator_vm *vm, uint8_t *page);
+void pyhv_emulator_vm_set_lapic(struct pyhv_emulator_vm *vm, const uint8_t *page);
+/* The guest's monotonic time in ns. */
+uint64_t pyhv_emulator_vm_get_clock(const struct pyhv_emulator_vm *vm);
+void pyhv_emulator_vm_set_clock(struct pyhv_emulator_vm *vm, uint64_t ns);
+
 #endif

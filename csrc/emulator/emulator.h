@@ -1,0 +1,182 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * What the files of csrc/emulator share: the VM and vCPU objects.
+ *
+ * The library executes instructions and walks page tables. All else that a processor does is here: exceptions,
+ * interrupts and system calls through the guest's own tables (events.c), the interrupt controllers (irqchip.c), and
+ * devices, which are called while the instruction executes (vcpu.c).
+ */
+#ifndef PYHV_EMULATOR_EMULATOR_H
+#define PYHV_EMULATOR_EMULATOR_H
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <time.h>
+
+#include "emulator/irqchip.h"
+#include "emulator/library.h"
+#include "error.h"
+#include "pyhv.h"
+
+struct emulator_slot {
+    uint64_t gpa;
+    uint64_t size;
+    uint8_t *host;
+};
+
+/* Which pages were written; see dirty.c. */
+struct emulator_dirty {
+    enum { DIRTY_OFF, DIRTY_BY_SCAN, DIRTY_BY_FAULT } how;
+    int userfault;     /* DIRTY_BY_SCAN: its descriptor */
+    int pagemap;       /* /proc/self/pagemap */
+    uint64_t *written; /* DIRTY_BY_FAULT: a bit a page, in the order of the slots */
+};
+
+struct pyhv_emulator_vcpu;
+
+struct pyhv_emulator_vm {
+    bool irqchip; /* wanted */
+    bool pit;     /* wanted with it */
+    struct pyhv_bus *bus;
+    struct pyhv_emulator_vcpu *vcpu; /* the only one, once it is there */
+    uint32_t slot_count;
+    struct emulator_slot slots[PYHV_VM_MAX_SLOTS];
+    struct emulator_dirty dirty;
+
+    /* `lock` covers what follows: devices raise interrupts from any thread. */
+    pthread_mutex_t lock;
+    pthread_cond_t wake; /* of the vCPU in HLT; CLOCK_MONOTONIC */
+    struct irqchip chips;
+    int64_t clock_zero; /* CLOCK_MONOTONIC ns when the guest's own clock stood at 0 */
+};
+
+/* A piece of the guest's address space without RAM: the library tells offsets in it. */
+struct emulator_hole {
+    struct pyhv_emulator_vcpu *vcpu;
+    uint64_t gpa;
+};
+
+struct pyhv_emulator_vcpu {
+    struct pyhv_emulator_vm *vm;
+    struct emulator_hole holes[PYHV_VM_MAX_SLOTS + 1];
+    uc_engine *engine;
+    struct cpu_context *context; /* to look at the state, and to change it, between two runs of the engine */
+    struct cpu_context *at_stop; /* the state at the port access that ended the run */
+    struct pyhv_counters counters;
+
+    struct pyhv_cpuid_table table;
+    struct pyhv_cpuid_entry cpuid[PYHV_CPUID_MAX_ENTRIES]; /* as it was set */
+    uint32_t cpuid_count;
+    struct pyhv_cpuid_record *log;
+    uint32_t log_capacity, log_count;
+
+    /* The guest's time-stamp counter: tsc_base at the moment tsc_since (CLOCK_MONOTONIC, ns), at tsc_khz. */
+    uint64_t tsc_base;
+    int64_t tsc_since;
+    uint32_t tsc_khz;
+
+    bool halted;           /* in HLT */
+    bool priority_written; /* the local APIC's task priority, of which CR8 is a copy, was written */
+    uint64_t plain_out;    /* RIP of the last OUT that is no REP OUTSB: a loop of them is not looked at again */
+
+    /* What hooks leave for the run loop. */
+    enum { HAPPENED_NOTHING, HAPPENED_EXCEPTION, HAPPENED_SYSCALL, HAPPENED_SYSENTER, HAPPENED_ACTION } happened;
+    uint32_t vector;            /* HAPPENED_EXCEPTION */
+    int action;                 /* HAPPENED_ACTION: enum pyhv_action */
+    bool log_full;              /* the log of CPUIDs */
+    const char *cannot;         /* what the guest did that nobody can carry out here, or NULL */
+    atomic_bool stop_requested; /* uc_emu_stop() was called in this run of the engine */
+
+    /* The kick. `lock` covers thread and running, so that no signal goes to a thread that has ended. */
+    pthread_mutex_t lock;
+    pthread_t thread;
+    bool running;
+    atomic_int kicked;
+    atomic_bool attention; /* the run loop must look at kick and interrupts before it goes on */
+    atomic_bool in_engine;
+    timer_t timer; /* of the vCPU's thread, while it runs */
+};
+
+/* Nanoseconds of CLOCK_MONOTONIC. */
+int64_t emulator_now(void);
+
+/* The guest's time-stamp counter now. */
+uint64_t emulator_tsc(const struct pyhv_emulator_vcpu *vcpu);
+
+/* Makes the vCPU look at its interrupts soon. Any thread; with vm->lock held. */
+void emulator_attention(struct pyhv_emulator_vcpu *vcpu);
+
+/* ------------------------------------------------------------------------------------------------- memory -- */
+
+/* Where `size` bytes of guest memory are in this process, which must not cross a page; NULL where there is no RAM. */
+uint8_t *emulator_host(const struct pyhv_emulator_vm *vm, uint64_t gpa, uint64_t size);
+
+/* How code that the processor itself executes touches memory. */
+enum emulator_access { ACCESS_READ = 0, ACCESS_WRITE = 1, ACCESS_USER = 2, ACCESS_PEEK = 4 /* changes nothing */ };
+
+struct emulator_fault {
+    uint32_t vector;
+    uint32_t error_code;
+    uint64_t address; /* #PF */
+};
+
+/* Copies between linear memory as `state` maps it and `buffer`. Returns 0, or -1 with the fault that it causes; a write
+ * that faults has written nothing before the faulting page's turn. */
+int emulator_copy(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state, uint64_t linear, void *buffer,
+                  size_t size, unsigned access, struct emulator_fault *fault);
+
+/* Reads guest memory as the vCPU sees it; returns how many bytes could be read from the start on. */
+size_t emulator_peek(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state, uint64_t linear, void *buffer,
+                     size_t size);
+
+/* ------------------------------------------------------------------------------------------------- events -- */
+
+enum emulator_event {
+    EVENT_FAULT,     /* an exception of the processor's */
+    EVENT_SOFTWARE,  /* INT n, INT3, INTO: RIP stands behind it */
+    EVENT_INTERRUPT, /* from outside, NMI too */
+};
+
+enum emulator_delivery {
+    DELIVERED = 0,
+    DELIVERY_TRIPLE_FAULT = -1,
+    DELIVERY_UNSUPPORTED = -2, /* vcpu->cannot says what */
+};
+
+/* Lets the processor enter the handler of `vector`; what goes wrong on the way becomes an exception in turn. */
+enum emulator_delivery emulator_deliver(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *state,
+                                        enum emulator_event event, uint32_t vector, uint32_t error_code);
+
+/* What SYSCALL and SYSENTER do; RIP stands behind them. */
+enum emulator_delivery emulator_syscall(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *state);
+enum emulator_delivery emulator_sysenter(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *state);
+
+/* ------------------------------------------------------------------------------------------------- state -- */
+
+/* RFLAGS is one number in a state that these have handled: its parts are put together and taken apart. */
+int emulator_save(struct pyhv_emulator_vcpu *vcpu, struct cpu_context *context, struct pyhv_error *error);
+/* flush: translations of addresses depend on what was changed. */
+int emulator_load(struct pyhv_emulator_vcpu *vcpu, struct cpu_context *context, bool flush, struct pyhv_error *error);
+
+/* The bits of hflags that follow from other registers. */
+void emulator_update_hflags(struct cpu_state *state);
+
+/* The state of a processor after reset. */
+void emulator_reset(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *state);
+
+/* Puts the CPUID table's features where the translator looks for them. */
+void emulator_set_features(struct pyhv_emulator_vcpu *vcpu, struct cpu_identity *identity);
+
+/* CPL. */
+static inline unsigned emulator_cpl(const struct cpu_state *state)
+{
+    return state->hflags & HF_CPL;
+}
+
+/* ------------------------------------------------------------------------------------------- dirty pages -- */
+
+void emulator_dirty_close(struct pyhv_emulator_vm *vm);
+
+#endif

@@ -1,0 +1,328 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Opening the CPU emulator library, and making sure that it is the one that we know.
+ */
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "emulator/library.h"
+#include "error.h"
+
+struct library uc;
+
+/* Measured on the library by writing each register through its interface and looking what changed. */
+#define AT(field, offset) \
+    _Static_assert(offsetof(struct cpu_state, field) == (offset), "the library has " #field " at " #offset)
+AT(rip, 128);
+AT(rflags, 136);
+AT(cc_op, 168);
+AT(hflags, 176);
+AT(segs, 184);
+AT(ldt, 328);
+AT(tr, 352);
+AT(cr, 424);
+AT(a20_mask, 496);
+AT(efer, 592);
+AT(fpstt, 604);
+AT(fptags, 612);
+AT(fpregs, 624);
+AT(mxcsr, 816);
+AT(xmm, 824);
+AT(sysenter_cs, 4800);
+AT(lstar, 4840);
+AT(tsc_aux, 4896);
+AT(misc_enable, 4920);
+AT(pat, 5280);
+AT(error_code, 5384);
+AT(dr, 5400);
+AT(old_exception, 5496);
+AT(task_priority, 5556);
+_Static_assert(sizeof(struct cpu_state) == 5568, "the library saves so much");
+_Static_assert(offsetof(struct cpu_identity, features) == 64, "features follow vendor and version");
+_Static_assert(CONTEXT_HEAD == 40, "struct uc_context");
+
+/* Where the check's code runs. */
+#define CHECK_PAGE 0x1000u
+
+/* The code buffer of an engine. The library's own default, 1 GiB, is too much address space where there are many. */
+#define CODE_BUFFER (UINT32_C(16) << 20)
+
+int pyhv_library_fail(struct pyhv_error *error, const char *what, int code)
+{
+    return pyhv_fail(error, 0, what, "%s", uc.strerror(code));
+}
+
+int pyhv_library_engine(uc_engine **engine, struct cpu_context **context, struct pyhv_error *error)
+{
+    void *own = NULL;
+    *engine = NULL;
+    *context = NULL;
+    int code = uc.open(UC_ARCH_X86, UC_MODE_64, engine);
+    if (code != UC_ERR_OK)
+        return pyhv_library_fail(error, "uc_open", code);
+    const char *what = "uc_ctl";
+    /* The model is only where the features begin: pyhv_emulator_vcpu_set_cpuid() says which there are. */
+    if ((code = uc.ctl(*engine, UC_CTL_CPU_MODEL, UC_CPU_X86_QEMU64)) != UC_ERR_OK ||
+        (code = uc.ctl(*engine, UC_CTL_CODE_BUFFER, CODE_BUFFER)) != UC_ERR_OK ||
+        (code = uc.ctl(*engine, UC_CTL_USE_EXITS, 1)) != UC_ERR_OK) /* no address at which the guest ends */
+        goto fail;
+    what = "uc_context_alloc";
+    size_t size = uc.context_size(*engine);
+    if (size != CONTEXT_HEAD + sizeof(struct cpu_state)) {
+        pyhv_fail(error, 0, "libunicorn", "its CPU state has %zu bytes, expected %zu; %s", size,
+                  CONTEXT_HEAD + sizeof(struct cpu_state), "install unicorn==2.1.4 as PyPI has it");
+        goto close;
+    }
+    if ((code = uc.context_alloc(*engine, &own)) != UC_ERR_OK)
+        goto fail;
+    *context = calloc(1, sizeof **context);
+    if (!*context) {
+        uc.context_free(own);
+        pyhv_fail(error, ENOMEM, "uc_context_alloc", NULL);
+        goto close;
+    }
+    memcpy(*context, own, CONTEXT_HEAD);
+    uc.context_free(own);
+    (*context)->size = sizeof **context - CONTEXT_HEAD;
+    return 0;
+
+fail:
+    pyhv_library_fail(error, what, code);
+close:
+    uc.close(*engine);
+    *engine = NULL;
+    return -1;
+}
+
+/* ---------------------------------------------------------------------------------------------- the check -- */
+
+/* What the check's hook saw. */
+struct seen {
+    uc_engine *engine;
+    struct cpu_context *context;
+    uint32_t vector;
+    uint32_t count;
+};
+
+static void see_exception(uc_engine *engine, uint32_t vector, void *opaque)
+{
+    struct seen *seen = opaque;
+    seen->vector = vector;
+    seen->count++;
+    uc.context_save(engine, seen->context);
+    uc.emu_stop(engine);
+}
+
+/* Runs code that ends with an exception; false if it did not. */
+static bool run_to_exception(struct seen *seen, uint8_t *page, const char *code, size_t size)
+{
+    memset(page, 0xf4, 64);
+    memcpy(page, code, size);
+    uc.ctl(seen->engine, UC_CTL_FLUSH_BLOCKS);
+    seen->count = 0;
+    return uc.emu_start(seen->engine, CHECK_PAGE, 0, 0, 0) == UC_ERR_OK && seen->count == 1;
+}
+
+/* Writes registers through the interface and finds them in the saved state, and the other way round. Returns the name
+ * of the first that is elsewhere, or NULL. */
+static const char *misplaced_register(uc_engine *engine, struct cpu_context *context)
+{
+    const struct cpu_state *state = &context->state;
+    if (uc.context_save(engine, context) != UC_ERR_OK)
+        return "everything";
+    if (state->efer != 0x500) /* LMA, LME: how the library starts in 64-bit mode */
+        return "EFER";
+    if (state->old_exception != -1)
+        return "old_exception";
+    if (state->a20_mask != UINT32_MAX)
+        return "a20_mask";
+    if (memcmp(context->identity.vendor, "AuthenticAMD", 12) != 0 || context->identity.version != 0x663 ||
+        context->identity.features.leaf1_edx != 0x078bfbfd || context->identity.features.leaf1_ecx != 0x80002001 ||
+        context->identity.features.extended_edx != 0x2193fbfd || context->identity.features.extended_ecx != 0x5)
+        return "CPUID"; /* its model qemu64, less what the library cannot do */
+
+    static const struct {
+        const char *name;
+        int number;
+        size_t offset, size;
+        uint64_t marker;
+    } registers[] = {
+        {"RAX", UC_X86_REG_RAX, offsetof(struct cpu_state, regs[RAX]), 8, 0x1122334455667701},
+        {"RCX", UC_X86_REG_RCX, offsetof(struct cpu_state, regs[RCX]), 8, 0x1122334455667702},
+        {"RDX", UC_X86_REG_RDX, offsetof(struct cpu_state, regs[RDX]), 8, 0x1122334455667703},
+        {"RBX", UC_X86_REG_RBX, offsetof(struct cpu_state, regs[RBX]), 8, 0x1122334455667704},
+        {"RSI", UC_X86_REG_RSI, offsetof(struct cpu_state, regs[RSI]), 8, 0x1122334455667705},
+        {"R15", UC_X86_REG_R15, offsetof(struct cpu_state, regs[15]), 8, 0x1122334455667706},
+        {"RIP", UC_X86_REG_RIP, offsetof(struct cpu_state, rip), 8, 0x1122334455667707},
+        {"CR2", UC_X86_REG_CR2, offsetof(struct cpu_state, cr[2]), 8, 0x1122334455667708},
+        {"CR8", UC_X86_REG_CR8, offsetof(struct cpu_state, cr[8]), 8, 5},
+        {"DR0", UC_X86_REG_DR0, offsetof(struct cpu_state, dr[0]), 8, 0x1122334455667709},
+        {"FPCW", UC_X86_REG_FPCW, offsetof(struct cpu_state, fpuc), 2, 0x67f},
+        {"MXCSR", UC_X86_REG_MXCSR, offsetof(struct cpu_state, mxcsr), 4, 0x5f80},
+        {"ST1", UC_X86_REG_FP1, offsetof(struct cpu_state, fpregs[1].mantissa), 8, 0x112233445566770a},
+        {"XMM1", UC_X86_REG_XMM1, offsetof(struct cpu_state, xmm[1].low), 8, 0x112233445566770b},
+    };
+    for (size_t i = 0; i < sizeof registers / sizeof *registers; i++) {
+        uint64_t value[2] = {registers[i].marker, 0};
+        if (uc.reg_write(engine, registers[i].number, value) != UC_ERR_OK ||
+            uc.context_save(engine, context) != UC_ERR_OK ||
+            memcmp((const char *)state + registers[i].offset, value, registers[i].size) != 0)
+            return registers[i].name;
+    }
+
+    static const struct {
+        const char *name;
+        uint32_t number;
+        size_t offset;
+    } msrs[] = {
+        {"IA32_LSTAR", 0xc0000082, offsetof(struct cpu_state, lstar)},
+        {"KERNEL_GS_BASE", 0xc0000102, offsetof(struct cpu_state, kernel_gs_base)},
+        {"IA32_SYSENTER_EIP", 0x176, offsetof(struct cpu_state, sysenter_eip)},
+        {"IA32_MISC_ENABLE", 0x1a0, offsetof(struct cpu_state, misc_enable)},
+        {"IA32_PAT", 0x277, offsetof(struct cpu_state, pat)},
+        {"IA32_TSC_AUX", 0xc0000103, offsetof(struct cpu_state, tsc_aux)},
+    };
+    for (size_t i = 0; i < sizeof msrs / sizeof *msrs; i++) {
+        struct uc_x86_msr msr = {.rid = msrs[i].number, .value = 0x0102030405060708 + i};
+        if (uc.reg_write(engine, UC_X86_REG_MSR, &msr) != UC_ERR_OK || uc.context_save(engine, context) != UC_ERR_OK ||
+            memcmp((const char *)state + msrs[i].offset, &msr.value, sizeof msr.value) != 0)
+            return msrs[i].name;
+    }
+
+    const struct uc_x86_mmr table = {.selector = 0x10, .base = 0x1234567890, .limit = 0x777, .flags = 0x8b00};
+    if (uc.reg_write(engine, UC_X86_REG_GDTR, &table) != UC_ERR_OK ||
+        uc.reg_write(engine, UC_X86_REG_TR, &table) != UC_ERR_OK || uc.context_save(engine, context) != UC_ERR_OK ||
+        state->gdt.base != table.base || state->gdt.limit != table.limit)
+        return "GDTR";
+    if (state->tr.selector != 0x10 || state->tr.base != table.base || state->tr.limit != 0x777 ||
+        state->tr.flags != 0x8b00)
+        return "TR";
+
+    /* The other way: the flags by their parts. CF, ZF and DF, which are kept apart, and IF. */
+    uint64_t flags = 0;
+    context->state.cc_op = CC_OP_EFLAGS;
+    context->state.cc_src = 0x41;
+    context->state.df = -1;
+    context->state.rflags = 0x202;
+    if (uc.context_restore(engine, context) != UC_ERR_OK ||
+        uc.reg_read(engine, UC_X86_REG_RFLAGS, &flags) != UC_ERR_OK || flags != 0x643)
+        return "RFLAGS";
+    return NULL;
+}
+
+/* Runs a few instructions and looks for what they leave behind. */
+static const char *misplaced_event(uc_engine *engine, struct cpu_context *context, uint8_t *page)
+{
+    const struct cpu_state *state = &context->state;
+    struct seen seen = {.engine = engine, .context = context};
+    uc_hook hook;
+    if (uc.mem_map_ptr(engine, CHECK_PAGE, PYHV_PAGE_SIZE, UC_PROT_ALL, page) != UC_ERR_OK ||
+        uc.hook_add(engine, &hook, UC_HOOK_INTR, (void *)(uintptr_t)see_exception, &seen, 1, 0) != UC_ERR_OK)
+        return "the hook";
+    static const char interrupt[] = {'\xcd', 0x21}; /* int $0x21 */
+    if (!run_to_exception(&seen, page, interrupt, sizeof interrupt) || seen.vector != 0x21)
+        return "INT";
+    if (!state->exception_is_int || state->exception_next_rip != CHECK_PAGE + 2 || state->rip != CHECK_PAGE + 2)
+        return "exception_next_rip";
+    /* mov $0x7f8, %eax; mov %eax, %ds: there is no such descriptor */
+    static const char fault[] = {'\xb8', '\xf8', 0x07, 0, 0, '\x8e', '\xd8'};
+    if (!run_to_exception(&seen, page, fault, sizeof fault) || seen.vector != 13)
+        return "#GP";
+    if (state->exception_is_int || state->error_code != 0x7f8 || state->rip != CHECK_PAGE + 5)
+        return "error_code";
+    if (state->old_exception != 13)
+        return "old_exception";
+    return NULL;
+}
+
+static int check_library(struct pyhv_error *error)
+{
+    uc_engine *engine;
+    struct cpu_context *context, *pristine;
+    if (pyhv_library_engine(&engine, &context, error) < 0)
+        return -1;
+    const char *misplaced = "memory";
+    uint8_t *page = aligned_alloc(PYHV_PAGE_SIZE, PYHV_PAGE_SIZE);
+    pristine = malloc(sizeof *pristine);
+    if (page && pristine) {
+        memcpy(pristine, context, sizeof *pristine);
+        if (uc.context_save(engine, pristine) == UC_ERR_OK && !(misplaced = misplaced_register(engine, context)) &&
+            uc.context_restore(engine, pristine) == UC_ERR_OK)
+            misplaced = misplaced_event(engine, context, page);
+    }
+    uc.close(engine);
+    free(page);
+    free(pristine);
+    free(context);
+    if (!misplaced)
+        return 0;
+    return pyhv_fail(error, 0, "libunicorn", "its CPU state has %s elsewhere than version 2.1.4; %s", misplaced,
+                     "install unicorn==2.1.4 as PyPI has it");
+}
+
+static bool load_functions(void *handle, const char **missing)
+{
+    static const struct {
+        const char *name;
+        void **place;
+    } functions[] = {
+        {"uc_version", (void **)&uc.version},
+        {"uc_open", (void **)&uc.open},
+        {"uc_close", (void **)&uc.close},
+        {"uc_strerror", (void **)&uc.strerror},
+        {"uc_ctl", (void **)&uc.ctl},
+        {"uc_emu_start", (void **)&uc.emu_start},
+        {"uc_emu_stop", (void **)&uc.emu_stop},
+        {"uc_reg_read", (void **)&uc.reg_read},
+        {"uc_reg_write", (void **)&uc.reg_write},
+        {"uc_mem_map_ptr", (void **)&uc.mem_map_ptr},
+        {"uc_mmio_map", (void **)&uc.mmio_map},
+        {"uc_mem_write", (void **)&uc.mem_write},
+        {"uc_hook_add", (void **)&uc.hook_add},
+        {"uc_context_alloc", (void **)&uc.context_alloc},
+        {"uc_context_save", (void **)&uc.context_save},
+        {"uc_context_restore", (void **)&uc.context_restore},
+        {"uc_context_free", (void **)&uc.context_free},
+        {"uc_context_size", (void **)&uc.context_size},
+    };
+    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
+        *functions[i].place = dlsym(handle, functions[i].name);
+        if (!*functions[i].place) {
+            *missing = functions[i].name;
+            return false;
+        }
+    }
+    return true;
+}
+
+int pyhv_emulator_open(const char *path, struct pyhv_error *error)
+{
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    static bool opened;
+    int result = 0;
+    pthread_mutex_lock(&lock);
+    if (!opened) {
+        const char *missing = NULL;
+        void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+        if (!handle) {
+            result = pyhv_fail(error, ENOENT, "dlopen", "%s", dlerror());
+        } else if (!load_functions(handle, &missing)) {
+            result = pyhv_fail(error, 0, "libunicorn", "%s has no function %s", path, missing);
+        } else if (uc.version(NULL, NULL) != LIBRARY_VERSION) {
+            unsigned version = uc.version(NULL, NULL);
+            result = pyhv_fail(error, 0, "libunicorn", "%s is version %u.%u.%u, pyhv knows 2.1.4 only", path,
+                               version >> 24, version >> 16 & 0xff, version >> 8 & 0xff);
+        } else {
+            result = check_library(error);
+        }
+        opened = result == 0;
+        if (!opened && handle)
+            dlclose(handle);
+    }
+    pthread_mutex_unlock(&lock);
+    return result;
+}

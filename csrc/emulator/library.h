@@ -1,0 +1,228 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The CPU emulator library (Unicorn 2.1.4), as far as the engine uses it.
+ *
+ * It is opened at run time, so nothing of it is needed to build pyhv or to run it on KVM. What is declared here is its
+ * public interface (its headers uc.h and x86.h), and the layout of its CPU state, which is none of its interface:
+ * pyhv_library_check() compares that with the library in hand before anything relies on it.
+ */
+#ifndef PYHV_EMULATOR_LIBRARY_H
+#define PYHV_EMULATOR_LIBRARY_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "pyhv.h"
+
+/* uc_version(): major, minor, patch, and 255 for a release. */
+#define LIBRARY_VERSION 0x020104ffu
+
+enum { UC_ARCH_X86 = 4, UC_MODE_64 = 8 };
+enum { UC_CPU_X86_QEMU64 = 0 };
+enum { UC_PROT_ALL = 7 };
+
+enum {
+    UC_ERR_OK = 0,
+    UC_ERR_READ_UNMAPPED = 6,
+    UC_ERR_WRITE_UNMAPPED = 7,
+    UC_ERR_FETCH_UNMAPPED = 8,
+    UC_ERR_INSN_INVALID = 10,
+};
+
+enum { UC_HOOK_INTR = 1 << 0, UC_HOOK_INSN = 1 << 1 };
+enum {
+    UC_X86_INS_CPUID = 113,
+    UC_X86_INS_IN = 218,
+    UC_X86_INS_OUT = 500,
+    UC_X86_INS_RDTSC = 608,
+    UC_X86_INS_RDTSCP = 609,
+    UC_X86_INS_SYSCALL = 699,
+    UC_X86_INS_SYSENTER = 700,
+};
+
+/* uc_ctl()'s requests: number, count of arguments at bit 26, 1 at bit 30 to write. */
+#define UC_CTL_WRITE(number, count) ((int)((number) | (count) << 26 | 1u << 30))
+#define UC_CTL_USE_EXITS            UC_CTL_WRITE(4u, 1u)
+#define UC_CTL_CPU_MODEL            UC_CTL_WRITE(7u, 1u)
+#define UC_CTL_FLUSH_BLOCKS         UC_CTL_WRITE(10u, 0u)
+#define UC_CTL_FLUSH_TLB            UC_CTL_WRITE(11u, 0u)
+#define UC_CTL_CODE_BUFFER          UC_CTL_WRITE(13u, 1u)
+
+typedef struct uc_struct uc_engine;
+typedef size_t uc_hook;
+
+struct uc_x86_mmr {
+    uint16_t selector;
+    uint64_t base;
+    uint32_t limit;
+    uint32_t flags;
+};
+
+struct uc_x86_msr {
+    uint32_t rid;
+    uint64_t value;
+};
+
+/* ------------------------------------------------------------------------------------------ its CPU state -- */
+
+struct cpu_segment { /* flags: the descriptor's second word */
+    uint32_t selector;
+    uint64_t base;
+    uint32_t limit;
+    uint32_t flags;
+};
+
+enum { ES, CS, SS, DS, FS, GS, SEGMENTS };
+enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI };
+
+/* The parts of the flags that are kept apart (cc_*, df) are read and written as UC_X86_REG_RFLAGS. */
+struct cpu_state {
+    uint64_t regs[16];
+    uint64_t rip;
+    uint64_t rflags; /* without CF, PF, AF, ZF, SF, OF, DF */
+    uint64_t cc_dst, cc_src, cc_src2;
+    uint32_t cc_op;
+    int32_t df;
+    uint32_t hflags, hflags2;
+    struct cpu_segment segs[SEGMENTS], ldt, tr, gdt, idt;
+    uint64_t cr[9];
+    uint32_t a20_mask;
+    uint8_t bounds[88]; /* MPX, which no guest is shown */
+    uint64_t efer;
+    uint32_t start_init_save;
+    uint32_t fpstt;
+    uint16_t fpus, fpuc;
+    uint8_t fptags[8]; /* 1: empty */
+    struct {
+        uint64_t mantissa;
+        uint16_t exponent;
+        uint8_t reserved[6];
+    } fpregs[8]; /* by number, not by place on the stack */
+    uint8_t float_status[64]; /* follows from fpuc and mxcsr: see pyhv_state_load() */
+    uint32_t mxcsr;
+    uint32_t before_xmm;
+    struct {
+        uint64_t low, high, upper[6];
+    } xmm[32];
+    uint8_t wide_vectors[1928];
+    uint32_t sysenter_cs;
+    uint32_t reserved0;
+    uint64_t sysenter_esp, sysenter_eip;
+    uint64_t star, vm_hsave, lstar, cstar, fmask, kernel_gs_base;
+    uint64_t tsc, tsc_adjust, tsc_deadline, tsc_aux;
+    uint64_t xcr0;
+    uint64_t mcg_status, misc_enable;
+    uint8_t counters[352];
+    uint64_t pat;
+    uint8_t reserved1[96];
+    int32_t error_code;
+    int32_t exception_is_int;
+    uint64_t exception_next_rip;
+    uint64_t dr[8];
+    uint64_t breakpoints[4];
+    int32_t old_exception;
+    uint8_t svm[56];
+    uint8_t task_priority;
+    uint8_t reserved2[3];
+    uint64_t retaddr;
+};
+
+/* What stands behind that part, which a saved context ends with. A context whose size is set by hand has it too. */
+struct cpu_identity {
+    uint32_t reserved[12];
+    uint32_t vendor[3];
+    uint32_t version;
+    /* CPUID words: what the translator takes for an instruction, and what for #UD, depends on them. */
+    struct {
+        uint64_t leaf1_edx, leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf7_1_eax, extended_edx, extended_ecx;
+    } features;
+};
+
+/* struct uc_context. */
+struct cpu_context {
+    uint64_t size; /* of what follows the head */
+    uint8_t head[32];
+    struct cpu_state state;
+    struct cpu_identity identity;
+};
+#define CONTEXT_HEAD offsetof(struct cpu_context, state)
+
+/* Bits of hflags. */
+enum {
+    HF_CPL = 3,
+    HF_INHIBIT_IRQ = 1 << 3,
+    HF_CS32 = 1 << 4,
+    HF_SS32 = 1 << 5,
+    HF_ADDSEG = 1 << 6,
+    HF_PE = 1 << 7,
+    HF_MP_SHIFT = 9, /* MP, EM, TS, as in CR0 from bit 1 on */
+    HF_LMA = 1 << 14,
+    HF_CS64 = 1 << 15,
+    HF_OSFXSR = 1 << 22,
+    HF_SMAP = 1 << 23,
+};
+enum { HF2_NMI = 1 << 2 };
+enum { CC_OP_EFLAGS = 1 }; /* the arithmetic flags are in cc_src */
+
+/* ------------------------------------------------------------------------------------------ its functions -- */
+
+/* Register numbers (enum uc_x86_reg). */
+enum {
+    UC_X86_REG_CS = 11,
+    UC_X86_REG_RAX = 35,
+    UC_X86_REG_RBX = 37,
+    UC_X86_REG_RCX = 38,
+    UC_X86_REG_RDX = 40,
+    UC_X86_REG_RIP = 41,
+    UC_X86_REG_RSI = 43,
+    UC_X86_REG_CR2 = 52,
+    UC_X86_REG_CR4 = 54,
+    UC_X86_REG_CR8 = 58,
+    UC_X86_REG_DR0 = 66,
+    UC_X86_REG_FP1 = 83,
+    UC_X86_REG_R15 = 113,
+    UC_X86_REG_XMM1 = 123,
+    UC_X86_REG_GDTR = 243,
+    UC_X86_REG_TR = 245,
+    UC_X86_REG_FPCW = 246,
+    UC_X86_REG_MSR = 248,
+    UC_X86_REG_MXCSR = 249,
+    UC_X86_REG_RFLAGS = 253,
+};
+
+struct library {
+    unsigned (*version)(unsigned *major, unsigned *minor);
+    int (*open)(int arch, int mode, uc_engine **engine);
+    int (*close)(uc_engine *engine);
+    const char *(*strerror)(int code);
+    int (*ctl)(uc_engine *engine, int control, ...);
+    int (*emu_start)(uc_engine *engine, uint64_t begin, uint64_t until, uint64_t timeout, size_t count);
+    int (*emu_stop)(uc_engine *engine);
+    int (*reg_read)(uc_engine *engine, int number, void *value);
+    int (*reg_write)(uc_engine *engine, int number, const void *value);
+    int (*mem_map_ptr)(uc_engine *engine, uint64_t address, uint64_t size, uint32_t perms, void *host);
+    int (*mmio_map)(uc_engine *engine, uint64_t address, uint64_t size,
+                    uint64_t (*read)(uc_engine *, uint64_t offset, unsigned size, void *opaque), void *read_opaque,
+                    void (*write)(uc_engine *, uint64_t offset, unsigned size, uint64_t value, void *opaque),
+                    void *write_opaque);
+    int (*mem_write)(uc_engine *engine, uint64_t address, const void *bytes, uint64_t size);
+    int (*hook_add)(uc_engine *engine, uc_hook *hook, int type, void *callback, void *opaque, uint64_t begin,
+                    uint64_t end, ...);
+    int (*context_alloc)(uc_engine *engine, void **context);
+    int (*context_save)(uc_engine *engine, void *context);
+    int (*context_restore)(uc_engine *engine, void *context);
+    int (*context_free)(void *context);
+    size_t (*context_size)(uc_engine *engine);
+};
+
+/* Filled by pyhv_emulator_open(). */
+extern struct library uc;
+
+/* Makes an engine in 64-bit mode, with a context for it to be saved to and restored from, which has the size of struct
+ * cpu_context and so holds the identity too. Both are the caller's. */
+int pyhv_library_engine(uc_engine **engine, struct cpu_context **context, struct pyhv_error *error);
+
+/* -1 with the library's own words. */
+int pyhv_library_fail(struct pyhv_error *error, const char *what, int code);
+
+#endif

@@ -1,0 +1,780 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * A vCPU of the emulator: its creation, what it asks for while it executes, its run loop, and the kick.
+ *
+ * How a run of the engine is ended from outside. uc_emu_stop() makes the engine return at the end of the block that it
+ * executes, and may be called from a signal handler on the engine's own thread; but uc_emu_start() forgets a stop that
+ * came before it. So whoever wants the run loop's attention sets a flag and sends the thread a signal; and as long as
+ * the flag is there the handler comes back by a timer. The same timer is the alarm of the guest's own timers.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cancel.h"
+#include "devices/device.h"
+#include "emulator/emulator.h"
+
+/* Next to the signal of csrc/kvm/vcpu.c. */
+#define ATTENTION_SIGNAL (SIGRTMIN + 1)
+
+/* How soon the handler comes back, in ns. It is also how often a guest is stopped for a look whether it takes
+ * interrupts again, while it has them switched off and one waits: the library does not tell when they are on. */
+#define COME_BACK 50000
+
+#define RFLAGS_IF   (UINT64_C(1) << 9)
+#define RFLAGS_DF   UINT64_C(0x400)
+#define HLT         0xf4
+#define INVALID_OPCODE 6
+#define NMI            2
+
+/* A block of the engine's is at most so many instructions, which run on after the log is full. */
+enum { LOG_SPARE = 512 };
+
+static _Thread_local struct pyhv_emulator_vcpu *current;
+
+/* ------------------------------------------------------------------------------------------- attention, kick -- */
+
+static void set_alarm(struct pyhv_emulator_vcpu *vcpu, int64_t in)
+{
+    struct itimerspec when = {.it_value = {.tv_sec = in / 1000000000, .tv_nsec = in % 1000000000}};
+    timer_settime(vcpu->timer, 0, &when, NULL);
+}
+
+static void stop_engine(struct pyhv_emulator_vcpu *vcpu)
+{
+    atomic_store(&vcpu->stop_requested, true);
+    uc.emu_stop(vcpu->engine);
+}
+
+static void on_attention(int signal, siginfo_t *info, void *context)
+{
+    (void)signal, (void)context;
+    int errnum = errno;
+    struct pyhv_emulator_vcpu *vcpu = current;
+    if (vcpu) {
+        if (info->si_code == SI_TIMER)
+            atomic_store(&vcpu->attention, true);
+        if (atomic_load(&vcpu->attention) && atomic_load(&vcpu->in_engine)) {
+            stop_engine(vcpu);
+            set_alarm(vcpu, COME_BACK);
+        }
+    }
+    errno = errnum;
+}
+
+static void install_attention_handler(void)
+{
+    struct sigaction action = {.sa_sigaction = on_attention, .sa_flags = SA_SIGINFO}; /* no SA_RESTART */
+    sigemptyset(&action.sa_mask);
+    sigaction(ATTENTION_SIGNAL, &action, NULL); /* cannot fail for a valid signal and handler */
+}
+
+static void signal_thread(struct pyhv_emulator_vcpu *vcpu)
+{
+    pthread_mutex_lock(&vcpu->lock);
+    if (vcpu->running && !pthread_equal(vcpu->thread, pthread_self()))
+        pthread_kill(vcpu->thread, ATTENTION_SIGNAL);
+    pthread_mutex_unlock(&vcpu->lock);
+}
+
+void emulator_attention(struct pyhv_emulator_vcpu *vcpu)
+{
+    atomic_store(&vcpu->attention, true);
+    pthread_cond_broadcast(&vcpu->vm->wake);
+    if (current == vcpu) { /* from within a port access of its own */
+        if (atomic_load(&vcpu->in_engine))
+            stop_engine(vcpu);
+    } else {
+        signal_thread(vcpu);
+    }
+}
+
+void pyhv_emulator_vcpu_kick(struct pyhv_emulator_vcpu *vcpu)
+{
+    atomic_store(&vcpu->kicked, 1);
+    pthread_mutex_lock(&vcpu->vm->lock);
+    atomic_store(&vcpu->attention, true);
+    pthread_cond_broadcast(&vcpu->vm->wake);
+    pthread_mutex_unlock(&vcpu->vm->lock);
+    signal_thread(vcpu);
+}
+
+/* ------------------------------------------------------------------------- what the guest does: time and CPUID -- */
+
+uint64_t emulator_tsc(const struct pyhv_emulator_vcpu *vcpu)
+{
+    uint64_t ns = (uint64_t)(emulator_now() - vcpu->tsc_since);
+    return vcpu->tsc_base + (uint64_t)((unsigned __int128)ns * vcpu->tsc_khz / 1000000);
+}
+
+static int on_rdtsc(uc_engine *engine, void *opaque)
+{
+    uint64_t tsc = emulator_tsc(opaque), low = (uint32_t)tsc, high = tsc >> 32;
+    uc.reg_write(engine, UC_X86_REG_RAX, &low);
+    uc.reg_write(engine, UC_X86_REG_RDX, &high);
+    return 1; /* the instruction is done */
+}
+
+static int on_rdtscp(uc_engine *engine, void *opaque)
+{
+    struct uc_x86_msr aux = {.rid = 0xc0000103};
+    uc.reg_read(engine, UC_X86_REG_MSR, &aux);
+    aux.value = (uint32_t)aux.value;
+    uc.reg_write(engine, UC_X86_REG_RCX, &aux.value);
+    return on_rdtsc(engine, opaque);
+}
+
+static void record_cpuid(struct pyhv_emulator_vcpu *vcpu, uint32_t leaf, uint32_t subleaf, const uint32_t answer[4])
+{
+    if (vcpu->log_count == vcpu->log_capacity + LOG_SPARE)
+        return;
+    struct pyhv_cpuid_record *record = &vcpu->log[vcpu->log_count++];
+    uc.context_save(vcpu->engine, vcpu->at_stop);
+    const struct cpu_state *state = &vcpu->at_stop->state;
+    *record = (struct pyhv_cpuid_record){
+        .rip = state->segs[CS].base + state->rip,
+        .leaf = leaf,
+        .subleaf = subleaf,
+        .cpl = emulator_cpl(state),
+    };
+    memcpy(record->guest, answer, sizeof record->guest);
+    pyhv_cpuid_host(leaf, subleaf, record->hardware);
+    if (vcpu->log_count >= vcpu->log_capacity) {
+        vcpu->log_full = true;
+        stop_engine(vcpu);
+    }
+}
+
+static int on_cpuid(uc_engine *engine, void *opaque)
+{
+    struct pyhv_emulator_vcpu *vcpu = opaque;
+    uint64_t rax = 0, rcx = 0, value;
+    uint32_t answer[4];
+    struct pyhv_cpuid_dynamic dynamic = {.apic_base = LAPIC_BASE | 0x900, .xcr0 = 1};
+    uc.reg_read(engine, UC_X86_REG_RAX, &rax);
+    uc.reg_read(engine, UC_X86_REG_RCX, &rcx);
+    uc.reg_read(engine, UC_X86_REG_CR4, &dynamic.cr4);
+    pyhv_cpuid_answer(&vcpu->table, &dynamic, (uint32_t)rax, (uint32_t)rcx, answer);
+    uc.reg_write(engine, UC_X86_REG_RAX, (value = answer[0], &value));
+    uc.reg_write(engine, UC_X86_REG_RBX, (value = answer[1], &value));
+    uc.reg_write(engine, UC_X86_REG_RCX, (value = answer[2], &value));
+    uc.reg_write(engine, UC_X86_REG_RDX, (value = answer[3], &value));
+    vcpu->counters.cpuid_answered++;
+    if (vcpu->log)
+        record_cpuid(vcpu, (uint32_t)rax, (uint32_t)rcx, answer);
+    return 1;
+}
+
+/* ------------------------------------------------------------------------------------ what it does: ports -- */
+
+/* Looks whether an interrupt waits now, after the guest has touched a controller. With vm->lock held. */
+static void look_at_chips(struct pyhv_emulator_vcpu *vcpu)
+{
+    atomic_store(&vcpu->attention, true); /* its timers may be other ones too */
+    stop_engine(vcpu);
+}
+
+static uint32_t on_in(uc_engine *engine, uint32_t port, int size, void *opaque)
+{
+    (void)engine;
+    struct pyhv_emulator_vcpu *vcpu = opaque;
+    struct pyhv_emulator_vm *vm = vcpu->vm;
+    uint32_t value = UINT32_MAX;
+    vcpu->counters.port_io++;
+    if (vm->irqchip && irqchip_owns_port(&vm->chips, port)) {
+        int64_t now = emulator_now();
+        pthread_mutex_lock(&vm->lock);
+        for (int i = 0; i < size; i++) {
+            uint32_t byte = 0xff;
+            if (irqchip_owns_port(&vm->chips, port + (uint32_t)i))
+                byte = irqchip_read_port(&vm->chips, port + (uint32_t)i, now);
+            value = (value & ~(0xffu << 8 * i)) | byte << 8 * i;
+        }
+        pthread_mutex_unlock(&vm->lock);
+    } else if (vm->bus && vcpu->happened != HAPPENED_ACTION) {
+        pyhv_bus_port_io(vm->bus, (uint16_t)port, 0, (uint32_t)size, 1, &value);
+    }
+    return value;
+}
+
+/* Whether the instruction at RIP is REP OUTSB of 64-bit code without a segment of its own, whose length is `length`. */
+static bool is_string_output(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state)
+{
+    uint8_t bytes[3];
+    size_t count = emulator_peek(vcpu, state, state->rip, bytes, sizeof bytes);
+    if (!(state->hflags & HF_CS64) || count < 2 || (bytes[0] != 0xf3 && bytes[0] != 0xf2))
+        return false;
+    return bytes[1] == 0x6e || (count == 3 && (bytes[1] & 0xf0) == 0x40 && bytes[2] == 0x6e);
+}
+
+/* Writes the rest of a REP OUTSB's page at once: the engine makes one call for each byte, which a device that sends
+ * strings would have to send on one by one. Returns how many bytes that was; the engine goes on behind them. */
+static uint32_t take_string(struct pyhv_emulator_vcpu *vcpu, uint16_t port, int *action)
+{
+    uint64_t rip = 0;
+    uc.reg_read(vcpu->engine, UC_X86_REG_RIP, &rip);
+    if (rip == vcpu->plain_out)
+        return 0;
+    uc.context_save(vcpu->engine, vcpu->at_stop);
+    struct cpu_state *state = &vcpu->at_stop->state;
+    if (!is_string_output(vcpu, state)) {
+        vcpu->plain_out = rip;
+        return 0;
+    }
+    uint64_t left = state->regs[RCX], from = state->regs[RSI];
+    uint64_t room = PYHV_PAGE_SIZE - (from & (PYHV_PAGE_SIZE - 1));
+    uint32_t count = (uint32_t)(left < room ? left : room);
+    uint8_t bytes[PYHV_PAGE_SIZE];
+    if (state->df != 1 || count < 2 || emulator_peek(vcpu, state, from, bytes, count) != count)
+        return 0;
+    *action = pyhv_bus_port_io(vcpu->vm->bus, port, 1, 1, count, bytes);
+    left -= count - 1; /* the engine counts the last one itself */
+    from += count - 1;
+    uc.reg_write(vcpu->engine, UC_X86_REG_RCX, &left);
+    uc.reg_write(vcpu->engine, UC_X86_REG_RSI, &from);
+    return count;
+}
+
+static void on_out(uc_engine *engine, uint32_t port, int size, uint32_t value, void *opaque)
+{
+    struct pyhv_emulator_vcpu *vcpu = opaque;
+    struct pyhv_emulator_vm *vm = vcpu->vm;
+    int action = PYHV_ACTION_NONE;
+    vcpu->counters.port_io++;
+    if (vcpu->happened == HAPPENED_ACTION)
+        return; /* the rest of a block that should have ended already */
+    if (vm->irqchip && irqchip_owns_port(&vm->chips, port)) {
+        int64_t now = emulator_now();
+        pthread_mutex_lock(&vm->lock);
+        for (int i = 0; i < size; i++)
+            if (irqchip_owns_port(&vm->chips, port + (uint32_t)i))
+                irqchip_write_port(&vm->chips, port + (uint32_t)i, (uint8_t)(value >> 8 * i), now);
+        look_at_chips(vcpu);
+        pthread_mutex_unlock(&vm->lock);
+        return;
+    }
+    if (!vm->bus)
+        return;
+    if (size != 1 || take_string(vcpu, (uint16_t)port, &action) == 0)
+        action = pyhv_bus_port_io(vm->bus, (uint16_t)port, 1, (uint32_t)size, 1, &value);
+    if (action != PYHV_ACTION_NONE) {
+        vcpu->happened = HAPPENED_ACTION;
+        vcpu->action = action;
+        uc.context_save(engine, vcpu->at_stop);
+        stop_engine(vcpu);
+    }
+}
+
+/* ----------------------------------------------------------------------------------- what it does: memory -- */
+
+static uint64_t on_mmio_read(uc_engine *engine, uint64_t offset, unsigned size, void *opaque)
+{
+    (void)engine;
+    const struct emulator_hole *hole = opaque;
+    struct pyhv_emulator_vm *vm = hole->vcpu->vm;
+    uint64_t gpa = hole->gpa + offset, value = UINT64_MAX;
+    hole->vcpu->counters.mmio++;
+    if (vm->irqchip && irqchip_owns_memory(gpa) && gpa % 4 + size <= 4) {
+        pthread_mutex_lock(&vm->lock);
+        value = irqchip_read_memory(&vm->chips, gpa & ~UINT64_C(3), emulator_now()) >> 8 * (gpa % 4);
+        pthread_mutex_unlock(&vm->lock);
+    }
+    return size < 8 ? value & ((UINT64_C(1) << 8 * size) - 1) : value;
+}
+
+static void on_mmio_write(uc_engine *engine, uint64_t offset, unsigned size, uint64_t value, void *opaque)
+{
+    (void)engine;
+    const struct emulator_hole *hole = opaque;
+    struct pyhv_emulator_vm *vm = hole->vcpu->vm;
+    uint64_t gpa = hole->gpa + offset;
+    hole->vcpu->counters.mmio++;
+    if (!vm->irqchip || !irqchip_owns_memory(gpa) || gpa % 4 || size != 4)
+        return; /* nobody listens; the controllers' registers are 32 bits wide (SDM Vol. 3, "Local APIC") */
+    pthread_mutex_lock(&vm->lock);
+    uint8_t priority = irqchip_cr8(&vm->chips);
+    irqchip_write_memory(&vm->chips, gpa, (uint32_t)value, emulator_now());
+    if (irqchip_cr8(&vm->chips) != priority)
+        hole->vcpu->priority_written = true;
+    look_at_chips(hole->vcpu);
+    pthread_mutex_unlock(&vm->lock);
+}
+
+/* The engine's address space ends here; processors have up to 52 bits. */
+#define ADDRESS_END (UINT64_C(1) << 52)
+
+static int map_hole(struct pyhv_emulator_vcpu *vcpu, struct emulator_hole *hole, uint64_t begin, uint64_t end)
+{
+    *hole = (struct emulator_hole){.vcpu = vcpu, .gpa = begin};
+    if (begin == end)
+        return UC_ERR_OK;
+    return uc.mmio_map(vcpu->engine, begin, end - begin, on_mmio_read, hole, on_mmio_write, hole);
+}
+
+/* Maps RAM, and what is between, as memory that reads all-ones. */
+static int map_memory(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
+{
+    uint64_t end = 0;
+    const struct pyhv_emulator_vm *vm = vcpu->vm;
+    for (uint32_t i = 0; i < vm->slot_count; i++) {
+        const struct emulator_slot *slot = &vm->slots[i];
+        int code = map_hole(vcpu, &vcpu->holes[i], end, slot->gpa);
+        if (code == UC_ERR_OK)
+            code = uc.mem_map_ptr(vcpu->engine, slot->gpa, slot->size, UC_PROT_ALL, slot->host);
+        if (code != UC_ERR_OK)
+            return pyhv_library_fail(error, "uc_mem_map_ptr", code);
+        end = slot->gpa + slot->size;
+    }
+    int code = map_hole(vcpu, &vcpu->holes[vm->slot_count], end, ADDRESS_END);
+    return code == UC_ERR_OK ? 0 : pyhv_library_fail(error, "uc_mmio_map", code);
+}
+
+/* ---------------------------------------------------------------------------------- what it does: exceptions -- */
+
+static void on_exception(uc_engine *engine, uint32_t vector, void *opaque)
+{
+    (void)engine;
+    struct pyhv_emulator_vcpu *vcpu = opaque;
+    vcpu->happened = HAPPENED_EXCEPTION;
+    vcpu->vector = vector;
+    stop_engine(vcpu);
+}
+
+static void on_syscall(uc_engine *engine, void *opaque)
+{
+    (void)engine;
+    struct pyhv_emulator_vcpu *vcpu = opaque;
+    vcpu->happened = HAPPENED_SYSCALL;
+    stop_engine(vcpu);
+}
+
+static void on_sysenter(uc_engine *engine, void *opaque)
+{
+    (void)engine;
+    struct pyhv_emulator_vcpu *vcpu = opaque;
+    vcpu->happened = HAPPENED_SYSENTER;
+    stop_engine(vcpu);
+}
+
+/* ---------------------------------------------------------------------------------------- creation and end -- */
+
+static int add_hooks(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
+{
+    const struct {
+        int instruction; /* 0: all exceptions */
+        void *callback;
+    } hooks[] = {
+        {0, (void *)(uintptr_t)on_exception},
+        {UC_X86_INS_CPUID, (void *)(uintptr_t)on_cpuid},
+        {UC_X86_INS_IN, (void *)(uintptr_t)on_in},
+        {UC_X86_INS_OUT, (void *)(uintptr_t)on_out},
+        {UC_X86_INS_RDTSC, (void *)(uintptr_t)on_rdtsc},
+        {UC_X86_INS_RDTSCP, (void *)(uintptr_t)on_rdtscp},
+        {UC_X86_INS_SYSCALL, (void *)(uintptr_t)on_syscall},
+        {UC_X86_INS_SYSENTER, (void *)(uintptr_t)on_sysenter},
+    };
+    for (size_t i = 0; i < sizeof hooks / sizeof *hooks; i++) {
+        uc_hook hook;
+        int type = hooks[i].instruction ? UC_HOOK_INSN : UC_HOOK_INTR;
+        int code = uc.hook_add(vcpu->engine, &hook, type, hooks[i].callback, vcpu, 1, 0, hooks[i].instruction);
+        if (code != UC_ERR_OK)
+            return pyhv_library_fail(error, "uc_hook_add", code);
+    }
+    return 0;
+}
+
+struct pyhv_emulator_vcpu *pyhv_emulator_vcpu_create(struct pyhv_emulator_vm *vm, uint32_t index, uint32_t tsc_khz,
+                                                     struct pyhv_error *error)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, install_attention_handler);
+    if (index != 0 || vm->vcpu) {
+        pyhv_fail(error, ENOTSUP, "pyhv_emulator_vcpu_create", "vCPU %u: the emulator runs one", index);
+        return NULL;
+    }
+    struct pyhv_emulator_vcpu *vcpu = calloc(1, sizeof *vcpu);
+    if (!vcpu) {
+        pyhv_fail(error, ENOMEM, "pyhv_emulator_vcpu_create", NULL);
+        return NULL;
+    }
+    vcpu->vm = vm;
+    vcpu->tsc_khz = tsc_khz;
+    vcpu->tsc_since = emulator_now();
+    pthread_mutex_init(&vcpu->lock, NULL);
+    vcpu->at_stop = calloc(1, sizeof *vcpu->at_stop);
+    if (!vcpu->at_stop) {
+        pyhv_fail(error, ENOMEM, "pyhv_emulator_vcpu_create", NULL);
+        goto fail;
+    }
+    if (pyhv_library_engine(&vcpu->engine, &vcpu->context, error) < 0)
+        goto fail;
+    *vcpu->at_stop = *vcpu->context; /* its head */
+    if (map_memory(vcpu, error) < 0 || add_hooks(vcpu, error) < 0 || emulator_save(vcpu, vcpu->context, error) < 0)
+        goto fail;
+    emulator_reset(vcpu, &vcpu->context->state);
+    if (emulator_load(vcpu, vcpu->context, true, error) < 0)
+        goto fail;
+    pthread_mutex_lock(&vm->lock);
+    vm->vcpu = vcpu;
+    pthread_mutex_unlock(&vm->lock);
+    return vcpu;
+
+fail:
+    pyhv_emulator_vcpu_destroy(vcpu);
+    return NULL;
+}
+
+void pyhv_emulator_vcpu_destroy(struct pyhv_emulator_vcpu *vcpu)
+{
+    if (!vcpu)
+        return;
+    pthread_mutex_lock(&vcpu->vm->lock);
+    if (vcpu->vm->vcpu == vcpu)
+        vcpu->vm->vcpu = NULL;
+    pthread_mutex_unlock(&vcpu->vm->lock);
+    if (vcpu->engine)
+        uc.close(vcpu->engine);
+    pthread_mutex_destroy(&vcpu->lock);
+    free(vcpu->context);
+    free(vcpu->at_stop);
+    free(vcpu->log);
+    free(vcpu);
+}
+
+const struct pyhv_counters *pyhv_emulator_vcpu_counters(const struct pyhv_emulator_vcpu *vcpu)
+{
+    return &vcpu->counters;
+}
+
+int pyhv_emulator_vcpu_log_cpuid(struct pyhv_emulator_vcpu *vcpu, uint32_t capacity, struct pyhv_error *error)
+{
+    free(vcpu->log);
+    vcpu->log = NULL;
+    vcpu->log_capacity = capacity;
+    vcpu->log_count = 0;
+    if (capacity == 0)
+        return 0;
+    vcpu->log = calloc((size_t)capacity + LOG_SPARE, sizeof *vcpu->log);
+    return vcpu->log ? 0 : pyhv_fail(error, ENOMEM, "pyhv_emulator_vcpu_log_cpuid", "%u records", capacity);
+}
+
+size_t pyhv_emulator_vcpu_cpuid_log(struct pyhv_emulator_vcpu *vcpu, struct pyhv_cpuid_record *records, size_t capacity)
+{
+    size_t count = vcpu->log_count < capacity ? vcpu->log_count : capacity;
+    if (count == 0)
+        return 0;
+    memcpy(records, vcpu->log, count * sizeof *records);
+    memmove(vcpu->log, vcpu->log + count, (vcpu->log_count - count) * sizeof *records);
+    vcpu->log_count -= (uint32_t)count;
+    return count;
+}
+
+/* ------------------------------------------------------------------------------------------------ the run loop -- */
+
+static bool stop(struct pyhv_exit *exit, enum pyhv_stop why)
+{
+    exit->stop = why;
+    return true;
+}
+
+static bool stop_for_code(struct pyhv_exit *exit, const char *what, int code)
+{
+    exit->exit_reason = (uint32_t)code;
+    pyhv_library_fail(&exit->error, what, code);
+    return stop(exit, PYHV_STOP_FAILED);
+}
+
+static bool stop_for_action(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    /* The engine went on to the end of the block: back to the port access, and behind it. */
+    struct cpu_state *state = &vcpu->at_stop->state;
+    uint8_t bytes[15];
+    size_t count = emulator_peek(vcpu, state, state->segs[CS].base + state->rip, bytes, sizeof bytes), length = 0;
+    while (length < count && bytes[length] == 0x66)
+        length++;
+    if (length < count && (bytes[length] & 0xfe) == 0xe6) /* OUT to a port in the instruction */
+        state->rip += length + 2;
+    else if (length < count && (bytes[length] & 0xfe) == 0xee)
+        state->rip += length + 1;
+    int code = uc.context_restore(vcpu->engine, vcpu->at_stop);
+    if (code != UC_ERR_OK)
+        return stop_for_code(exit, "uc_context_restore", code);
+    switch (vcpu->action) {
+    case PYHV_ACTION_GUEST_EXIT:
+        exit->status = pyhv_bus_exit_status(vcpu->vm->bus);
+        return stop(exit, PYHV_STOP_GUEST_EXIT);
+    case PYHV_ACTION_RESET:
+        return stop(exit, PYHV_STOP_RESET);
+    default:
+        return stop(exit, PYHV_STOP_POWER_OFF);
+    }
+}
+
+static bool stop_for_want(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    pyhv_fail(&exit->error, 0, "the emulator", "cannot do %s", vcpu->cannot);
+    return stop(exit, PYHV_STOP_FAILED);
+}
+
+/* Takes over what emulator_deliver() and its like have done. */
+static bool finish_event(struct pyhv_emulator_vcpu *vcpu, enum emulator_delivery done, struct pyhv_exit *exit)
+{
+    if (done == DELIVERY_UNSUPPORTED)
+        return stop_for_want(vcpu, exit);
+    if (emulator_load(vcpu, vcpu->context, false, &exit->error) < 0)
+        return stop(exit, PYHV_STOP_FAILED);
+    return done == DELIVERY_TRIPLE_FAULT ? stop(exit, PYHV_STOP_TRIPLE_FAULT) : false;
+}
+
+static bool save_state(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    return emulator_save(vcpu, vcpu->context, &exit->error) == 0 || !stop(exit, PYHV_STOP_FAILED);
+}
+
+static bool raise_fault(struct pyhv_emulator_vcpu *vcpu, uint32_t vector, struct pyhv_exit *exit)
+{
+    if (!save_state(vcpu, exit))
+        return true;
+    struct cpu_state *state = &vcpu->context->state;
+    enum emulator_event event = state->exception_is_int && vector != INVALID_OPCODE ? EVENT_SOFTWARE : EVENT_FAULT;
+    enum emulator_delivery done =
+        emulator_deliver(vcpu, state, event, vector, event == EVENT_FAULT ? (uint32_t)state->error_code : 0);
+    state->exception_is_int = 0;
+    state->error_code = 0;
+    return finish_event(vcpu, done, exit);
+}
+
+/* An instruction that the engine does not know, or no memory where one should be. */
+static bool raise_invalid_opcode(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    if (!save_state(vcpu, exit))
+        return true;
+    struct cpu_state *state = &vcpu->context->state;
+    uint8_t byte;
+    if (emulator_peek(vcpu, state, state->segs[CS].base + state->rip, &byte, 1) != 1) {
+        exit->suberror = 1; /* as KVM says it: it cannot execute the instruction */
+        return stop(exit, PYHV_STOP_INTERNAL_ERROR);
+    }
+    return finish_event(vcpu, emulator_deliver(vcpu, state, EVENT_FAULT, INVALID_OPCODE, 0), exit);
+}
+
+/* Delivers what waits, if the guest takes it. Returns true if the run ends. */
+static bool take_interrupt(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    struct pyhv_emulator_vm *vm = vcpu->vm;
+    if (!save_state(vcpu, exit))
+        return true;
+    struct cpu_state *state = &vcpu->context->state;
+    int vector = NO_INTERRUPT;
+    bool is_nmi = false, changed = false;
+    pthread_mutex_lock(&vm->lock);
+    /* CR8 and the local APIC's register are one; who was written last? */
+    if (vcpu->priority_written) {
+        changed = state->task_priority != irqchip_cr8(&vm->chips);
+        state->task_priority = irqchip_cr8(&vm->chips);
+    } else if ((state->task_priority & 0xf) != irqchip_cr8(&vm->chips)) {
+        irqchip_set_cr8(&vm->chips, state->task_priority);
+    }
+    vcpu->priority_written = false;
+    if (!(state->hflags & HF_INHIBIT_IRQ)) {
+        if (vm->chips.nmi_pending && !(state->hflags2 & HF2_NMI)) {
+            is_nmi = true;
+            vm->chips.nmi_pending = false;
+        } else if ((state->rflags & RFLAGS_IF) && irqchip_pending(&vm->chips)) {
+            vector = irqchip_acknowledge(&vm->chips);
+        }
+    }
+    pthread_mutex_unlock(&vm->lock);
+    if (!is_nmi && vector == NO_INTERRUPT) {
+        if (changed && emulator_load(vcpu, vcpu->context, false, &exit->error) < 0)
+            return stop(exit, PYHV_STOP_FAILED);
+        return false;
+    }
+    vcpu->halted = false;
+    if (is_nmi)
+        state->hflags2 |= HF2_NMI;
+    enum emulator_delivery done =
+        emulator_deliver(vcpu, state, EVENT_INTERRUPT, is_nmi ? NMI : (uint32_t)vector, 0);
+    return finish_event(vcpu, done, exit);
+}
+
+/* Waits in HLT for something to look at. */
+static void sleep_in_hlt(struct pyhv_emulator_vcpu *vcpu, int64_t deadline)
+{
+    struct pyhv_emulator_vm *vm = vcpu->vm;
+    struct timespec until = {.tv_sec = deadline / 1000000000, .tv_nsec = deadline % 1000000000};
+    pthread_mutex_lock(&vm->lock);
+    while (!atomic_load(&vcpu->attention)) {
+        if (deadline == NO_DEADLINE)
+            pthread_cond_wait(&vm->wake, &vm->lock);
+        else if (pthread_cond_timedwait(&vm->wake, &vm->lock, &until) == ETIMEDOUT)
+            break;
+    }
+    pthread_mutex_unlock(&vm->lock);
+}
+
+/* HLT and a stop both make the engine return without an error. Without a stop it was HLT; with one it was if HLT is what
+ * it stands behind. (A guest that is stopped where it has just jumped to, right behind an HLT that it did not execute,
+ * would be taken for halted. It would have to be stopped in that very block: the code behind an HLT is what runs after
+ * the HLT.) */
+static bool was_hlt(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state)
+{
+    uint8_t byte = 0;
+    if (!atomic_load(&vcpu->stop_requested))
+        return true;
+    return emulator_peek(vcpu, state, state->segs[CS].base + state->rip - 1, &byte, 1) == 1 && byte == HLT &&
+           emulator_cpl(state) == 0;
+}
+
+/* Lets the engine execute, `count` instructions if that is not 0, and acts on why it came back. True if the run ends. */
+static bool run_engine(struct pyhv_emulator_vcpu *vcpu, size_t count, struct pyhv_exit *exit)
+{
+    uint64_t rip = 0;
+    uc.reg_read(vcpu->engine, UC_X86_REG_RIP, &rip);
+    vcpu->happened = HAPPENED_NOTHING;
+    atomic_store(&vcpu->stop_requested, count > 0);
+    atomic_store(&vcpu->in_engine, true);
+    int code = UC_ERR_OK;
+    if (atomic_load(&vcpu->attention) && count == 0) {
+        atomic_store(&vcpu->in_engine, false);
+        return false;
+    }
+    code = uc.emu_start(vcpu->engine, rip, 0, 0, count);
+    atomic_store(&vcpu->in_engine, false);
+    exit->exit_reason = (uint32_t)code;
+
+    switch (vcpu->happened) {
+    case HAPPENED_ACTION:
+        return stop_for_action(vcpu, exit);
+    case HAPPENED_EXCEPTION:
+        return raise_fault(vcpu, vcpu->vector, exit);
+    case HAPPENED_SYSCALL:
+        return !save_state(vcpu, exit) || finish_event(vcpu, emulator_syscall(vcpu, &vcpu->context->state), exit);
+    case HAPPENED_SYSENTER:
+        return !save_state(vcpu, exit) || finish_event(vcpu, emulator_sysenter(vcpu, &vcpu->context->state), exit);
+    case HAPPENED_NOTHING:
+        break;
+    }
+    if (code == UC_ERR_INSN_INVALID)
+        return raise_invalid_opcode(vcpu, exit);
+    if (code == UC_ERR_FETCH_UNMAPPED || code == UC_ERR_READ_UNMAPPED || code == UC_ERR_WRITE_UNMAPPED) {
+        exit->suberror = 1;
+        return stop(exit, PYHV_STOP_INTERNAL_ERROR);
+    }
+    if (code != UC_ERR_OK)
+        return stop_for_code(exit, "uc_emu_start", code);
+    if (!save_state(vcpu, exit))
+        return true;
+    const struct cpu_state *state = &vcpu->context->state;
+    /* A step moves on; of its own accord HLT is the only instruction that ends on the byte of HLT. */
+    vcpu->halted = (count == 0 || state->rip != rip) && was_hlt(vcpu, state);
+    return false;
+}
+
+/* One turn: what wants attention, then the engine. True if the run ends. */
+static bool turn(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    struct pyhv_emulator_vm *vm = vcpu->vm;
+    int64_t deadline = NO_DEADLINE;
+    bool waiting = false;
+    atomic_store(&vcpu->attention, false);
+    if (atomic_exchange(&vcpu->kicked, 0))
+        return stop(exit, PYHV_STOP_KICKED);
+    if (vcpu->log_full) {
+        vcpu->log_full = false;
+        return stop(exit, PYHV_STOP_TRAP_LOG_FULL);
+    }
+    if (vm->irqchip) {
+        pthread_mutex_lock(&vm->lock);
+        deadline = irqchip_update(&vm->chips, emulator_now());
+        waiting = irqchip_waiting(&vm->chips);
+        pthread_mutex_unlock(&vm->lock);
+    }
+    if ((waiting || vcpu->priority_written) && take_interrupt(vcpu, exit))
+        return true;
+    if (vcpu->halted) {
+        if (!vm->irqchip)
+            return stop(exit, PYHV_STOP_HALTED);
+        sleep_in_hlt(vcpu, deadline);
+        return false;
+    }
+    int64_t in = waiting ? COME_BACK : deadline == NO_DEADLINE ? 0 : deadline - emulator_now();
+    set_alarm(vcpu, waiting || deadline != NO_DEADLINE ? (in > 0 ? in : 1) : 0);
+    return run_engine(vcpu, 0, exit);
+}
+
+/* Adds where the vCPU stands, for whoever reads the exit. */
+static void describe(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    if (emulator_save(vcpu, vcpu->context, NULL) < 0)
+        return;
+    const struct cpu_state *state = &vcpu->context->state;
+    exit->rip = state->segs[CS].base + state->rip;
+    exit->bytes_count = (uint32_t)emulator_peek(vcpu, state, exit->rip, exit->bytes, sizeof exit->bytes);
+}
+
+/* Marks the calling thread as the vCPU's, where the signal gets through whatever the caller's mask says. */
+static int enter_thread(struct pyhv_emulator_vcpu *vcpu, sigset_t *mask, struct pyhv_error *error)
+{
+    struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = ATTENTION_SIGNAL};
+    event._sigev_un._tid = gettid();
+    if (timer_create(CLOCK_MONOTONIC, &event, &vcpu->timer) < 0)
+        return pyhv_fail_errno(error, "timer_create");
+    current = vcpu;
+    sigset_t own;
+    sigemptyset(&own);
+    sigaddset(&own, ATTENTION_SIGNAL);
+    pthread_sigmask(SIG_UNBLOCK, &own, mask);
+    pyhv_cancel = &vcpu->kicked;
+    pthread_mutex_lock(&vcpu->lock);
+    vcpu->thread = pthread_self();
+    vcpu->running = true;
+    pthread_mutex_unlock(&vcpu->lock);
+    return 0;
+}
+
+static void leave_thread(struct pyhv_emulator_vcpu *vcpu, const sigset_t *mask)
+{
+    pthread_mutex_lock(&vcpu->lock);
+    vcpu->running = false;
+    pthread_mutex_unlock(&vcpu->lock);
+    timer_delete(vcpu->timer);
+    pyhv_cancel = NULL;
+    current = NULL;
+    pthread_sigmask(SIG_SETMASK, mask, NULL);
+}
+
+void pyhv_emulator_vcpu_run(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    sigset_t mask;
+    *exit = (struct pyhv_exit){0};
+    vcpu->cannot = NULL;
+    if (enter_thread(vcpu, &mask, &exit->error) < 0) {
+        stop(exit, PYHV_STOP_FAILED);
+        return;
+    }
+    if (vcpu->vm->bus) /* console bytes that the last pause kept from getting out */
+        pyhv_bus_flush(vcpu->vm->bus);
+    while (!turn(vcpu, exit))
+        ;
+    describe(vcpu, exit);
+    leave_thread(vcpu, &mask);
+}
+
+void pyhv_emulator_vcpu_step(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    sigset_t mask;
+    *exit = (struct pyhv_exit){0};
+    vcpu->cannot = NULL;
+    if (enter_thread(vcpu, &mask, &exit->error) < 0) {
+        stop(exit, PYHV_STOP_FAILED);
+        return;
+    }
+    if (vcpu->halted)
+        stop(exit, PYHV_STOP_HALTED);
+    else if (!run_engine(vcpu, 1, exit))
+        stop(exit, PYHV_STOP_DEBUG);
+    describe(vcpu, exit);
+    leave_thread(vcpu, &mask);
+}
