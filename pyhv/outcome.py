@@ -12,7 +12,7 @@ from pyhv.accel.data import Stop
 CAUSES: dict[str, tuple[int, str]] = {
     "guest-exit": (0, "the guest wrote its exit status, the byte itself, to port 0xf4"),
     "power-off": (0, "the guest switched itself off"),
-    "reset": (0, "the guest reset itself; pyhv does not start it again"),
+    "reset": (0, "the guest reset itself; only --reboot starts it again"),
     "halted": (0, "all vCPUs halted with interrupts off: nothing can wake them"),
     "stopped": (0, "pyhv stop or pyhv save --stop ended it"),
     "migrated": (0, "it was migrated: the guest runs on elsewhere, and its console and status with it"),

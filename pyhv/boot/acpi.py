@@ -109,7 +109,7 @@ def dsdt(generation_id: int, generation_event: int, pvpanic_port: int) -> bytes:
         _device("PEVT", "QEMU0001", _io(pvpanic_port, 1)),
         _device(
             "VGEN",
-            "VMGENCTR",
+            "PYHV0001",  # kernels look for the compatible id
             b"",
             _name("_CID", _string("VM_Gen_Counter")),
             _name("_DDN", _string("VM_Gen_Counter")),

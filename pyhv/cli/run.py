@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import time
 from types import SimpleNamespace
 
 from pyhv import outcome
@@ -101,6 +102,7 @@ _COMMAND = Command(
         *MACHINE_OPTIONS,
         PIN_OPTION,
         *NAME_OPTIONS,
+        Option("--reboot", "start the guest again when it resets itself, instead of ending; not with --name"),
         Option(
             "--json",
             "capture the console and print one JSON object: cause, status, message, registers, profile, intercept, "
@@ -116,6 +118,8 @@ _COMMAND = Command(
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     given = _COMMAND.parse(arguments)
+    if given.reboot and (given.name is not None or given.detach):
+        raise BadInput("--reboot", "cannot be combined with --name and --detach", "leave one out")
     if given.name is None and not given.detach:
         with contextlib.suppress(PyhvError):  # Machine finds the same, and says it when its turn comes
             open_accelerator().prepare()  # while the kernel works on it, the modules below are imported
@@ -159,16 +163,20 @@ def _run(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
         from pyhv.cli import named
 
         return named.run(given, make)
-    with (
-        contextlib.closing(Console(None if given.json else 1)) as console,
-        make(console_in=console.input, console_out=console.output) as machine,
-    ):
-        machine.pin(given.pin)
-        for note in machine.notes:
-            complain(note)
-        with Signals() as signals:
-            result = console.run(machine, given.timeout, signals)
-        description = describe(machine, result) if given.json else {}
+    deadline = None if given.timeout is None else time.monotonic() + given.timeout
+    with contextlib.closing(Console(None if given.json else 1)) as console:
+        while True:
+            with make(console_in=console.input, console_out=console.output) as machine:
+                machine.pin(given.pin)
+                for note in machine.notes:
+                    complain(note)
+                with Signals() as signals:
+                    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                    result = console.run(machine, left, signals)
+                description = describe(machine, result) if given.json else {}
+            if result.cause != "reset" or not getattr(given, "reboot", False):  # pyhv run alone has the option
+                break
+            complain("the guest has reset itself and is started again")
     tell(result)
     if given.json:
         output.print_json(description)
