@@ -1,0 +1,229 @@
+"""The table of messages, what they carry, and the page that describes them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyhv._native import lib
+from pyhv.cli import migrate as command
+from pyhv.control.server import METHODS
+from pyhv.errors import BadInput, HostError
+from pyhv.migration import protocol
+from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Type
+from pyhv.migration.source import Limits, Progress
+from pyhv.state.records import MachineRecord, WriterRecord
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+
+
+def ints(bits: int) -> st.SearchStrategy[int]:
+    return st.integers(0, (1 << bits) - 1)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+machines = st.builds(
+    MachineRecord, texts, texts, texts, texts, st.booleans(), ints(64), st.tuples(ints(64)), st.booleans()
+)
+entries = st.tuples(*[ints(8 if i == 2 else 32) for i in range(7)])
+tables = st.lists(st.lists(entries, min_size=1, max_size=3).map(tuple), min_size=1, max_size=3).map(tuple)
+hellos = st.builds(
+    Hello, texts, st.text("abc", max_size=64), texts, ints(32), machines, tables,
+    st.lists(ints(32), max_size=5).map(tuple), ints(32), st.booleans(), st.booleans(), st.booleans(),
+    st.lists(texts, max_size=5).map(tuple), st.booleans(), ints(32), ints(32),
+)  # fmt: skip
+messages = st.one_of(
+    hellos,
+    st.builds(Answer, st.lists(texts, max_size=5).map(tuple), st.booleans()),
+    st.builds(End, ints(64), ints(64), ints(32), ints(64)),
+    st.just(Ready()),
+    st.just(Commit()),
+    st.builds(Running, texts, ints(64)),
+    st.builds(Cancel, texts),
+)
+
+
+# -------------------------------------------------------------------------------------------------------- the table
+
+
+def test_every_type_has_one_kind() -> None:
+    assert [kind.number for kind in protocol.KINDS] == list(Type)
+    assert all(kind.sender in ("source", "destination", "both") for kind in protocol.KINDS)
+
+
+def test_every_record_has_one_kind() -> None:
+    """All records that protocol.py defines are carried by a message."""
+    carried = [kind.carries for kind in protocol.KINDS if kind.carries is not None]
+    assert len(carried) == len(set(carried))
+    defined = {
+        value for value in vars(protocol).values()
+        if isinstance(value, type) and value.__module__ == protocol.__name__ and hasattr(value, "_fields")
+    } - {protocol.Kind}  # fmt: skip
+    assert set(carried) == defined
+
+
+def test_the_engines_types_are_the_engines() -> None:
+    assert (Type.HEARTBEAT, Type.PAGES, Type.PAGES_ZSTD) == (
+        lib.PYHV_MESSAGE_HEARTBEAT, lib.PYHV_MESSAGE_PAGES, lib.PYHV_MESSAGE_PAGES_ZSTD,
+    )  # fmt: skip
+
+
+def test_names_of_messages() -> None:
+    assert protocol.title(Type.HELLO) == "hello" and protocol.title(99) == "of the unknown type 99"
+    assert protocol.name_of(Commit) == "commit" and protocol.type_of(Commit) == Type.COMMIT
+    assert protocol.sender_of(Type.READY) == "destination" and protocol.sender_of(99) == ""
+    assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", protocol.boot_id())
+
+
+# ------------------------------------------------------------------------------------------------- there and back
+
+
+@given(messages)
+def test_every_message_comes_back(message: tuple[Any, ...]) -> None:
+    kind, payload = protocol.encode(message)
+    assert kind == protocol.type_of(type(message)) and len(payload) <= protocol.MAX_MESSAGE
+    assert protocol.decode(type(message), payload) == message
+
+
+def test_a_record_of_the_state_comes_back_with_its_name() -> None:
+    writer = WriterRecord("0.1", "a processor", "6.1", "kvm", 7)
+    kind, payload = protocol.encode_state(writer)
+    name, data = protocol.split_state(payload)
+    assert (kind, name) == (Type.RECORD, "writer") and data.startswith(b'{"fields"')
+
+
+@given(st.sampled_from([Hello, Answer, End, Ready, Commit, Running, Cancel]), st.binary(max_size=200))
+def test_hostile_payloads(cls: type[tuple[Any, ...]], payload: bytes) -> None:
+    with pytest.raises(BadInput, match=f"^message {protocol.name_of(cls)}"):
+        protocol.decode(cls, payload)
+
+
+@given(messages, st.data())
+def test_a_changed_payload_is_refused_or_means_something(message: tuple[Any, ...], data: st.DataObject) -> None:
+    payload = bytearray(protocol.encode(message)[1])
+    payload[data.draw(st.integers(0, len(payload) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        decoded = protocol.decode(type(message), bytes(payload))
+    except BadInput as error:
+        assert str(error).startswith(f"message {protocol.name_of(type(message))}")
+    else:
+        assert type(decoded) is type(message)
+
+
+@given(st.binary(max_size=40))
+def test_any_record_message_is_split(payload: bytes) -> None:
+    name, data = protocol.split_state(payload)
+    assert isinstance(name, str) and data == payload[16:]
+
+
+def test_a_message_that_is_too_large() -> None:
+    with pytest.raises(BadInput, match=r"message cancel: has 3.* bytes, at most 262144 are possible"):
+        protocol.encode(Cancel("x" * 300000))
+
+
+def test_what_people_are_told_of_an_error() -> None:
+    assert protocol.reason_of(BadInput("a", "b", "c")) == "a: b; c"
+    assert protocol.reason_of(HostError("read", 32)) == "read: Broken pipe"
+    assert protocol.reason_of(KeyboardInterrupt()) == "it was interrupted"
+    assert protocol.reason_of(ZeroDivisionError("secret")) == "internal error: ZeroDivisionError"
+    assert protocol.shown("a\x1b[2J\nb\u202e") == "a [2J b "
+    assert protocol.shown("x" * 501) == "x" * 500 + "..."
+
+
+# ------------------------------------------------------------------------------------------------------- the limits
+
+
+@pytest.mark.parametrize("good", [{}, {"downtime": 0}, {"timeout": 1e9}, {"heartbeat": 0.01, "silence": 0.02}], ids=str)
+def test_limits_that_make_sense(good: dict[str, Any]) -> None:
+    Limits(**good).check()
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"downtime": -1}, "downtime -1: is no limit; give a number that is not negative"),
+        ({"bandwidth": float("inf")}, "bandwidth inf: is no limit"),
+        ({"timeout": float("nan")}, "timeout nan: is no limit"),
+        ({"on_timeout": "maybe"}, "on_timeout maybe: is unknown; choose one of cancel, stop"),
+        ({"heartbeat": 0}, "time limits: do not fit: heartbeat 0, silence 1; 0.01 is the least"),
+        ({"heartbeat": 0.6}, "time limits: do not fit"),
+        ({"silence": 3601}, "time limits: do not fit"),
+        ({"silence": float("nan")}, "time limits: do not fit"),
+    ],
+    ids=str,
+)
+def test_limits_that_make_none(bad: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        Limits(**bad).check()
+
+
+def test_the_control_method_has_every_limit() -> None:
+    assert set(Limits._fields) <= set(METHODS["migrate"])
+
+
+# -------------------------------------------------------------------------------------------------------- the texts
+
+
+SUMMARY = {
+    "total_time": 1.234, "downtime": 0.0123, "one_clock": True, "rounds": 3, "pages": 7, "zero_pages": 0,
+    "bytes": 5 << 20, "rate": 100 << 20,
+}  # fmt: skip
+
+
+def test_a_summary_for_a_person() -> None:
+    said = command._describe(SUMMARY)
+    assert said.startswith("migrated in 1.23 s, of which the guest stood 12.3 ms; 3 rounds, 5")
+    assert "the guest stood at most 12.3 ms" in command._describe(SUMMARY | {"one_clock": False})
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown(terminal: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    now = [100.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(command.os, "isatty", lambda fd: terminal)
+    facts = Progress(2, 5 << 20, 10 << 20, 7 << 20, 1e8, 1e6, 0.04)._asdict()
+    with command._Progress() as progress:
+        progress(facts)  # at once is too early
+        now[0] += 2
+        progress(facts)
+        now[0] += 2
+        progress(facts | {"round": 0, "total": 0, "left": 0})
+    said = capfd.readouterr().err
+    if terminal:
+        first, second = re.findall(r"\r([^\r]+)\x1b\[K", said)
+        assert first.startswith("round 2 [##########..........] 5") and "would stand 40 ms" in first
+        assert second.startswith("hand-over [") and said.endswith("\r\x1b[K")
+    else:
+        assert said.count('{"progress": "migrate", "round": ') == 2 == said.count("\n")
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_has_the_table_of_messages() -> None:
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \| ([a-z]+) \|", PAGE, re.MULTILINE)
+    assert rows == [(str(int(kind.number)), kind.number.name.lower(), kind.sender) for kind in protocol.KINDS]
+
+
+def test_the_page_has_every_limit_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGE, re.MULTILINE))
+    for name, value in Limits()._asdict().items():
+        assert rows[name].strip() == (value if isinstance(value, str) else f"{value:g}" if value else "none")
+
+
+def test_the_page_has_every_field_of_the_summary_and_of_progress() -> None:
+    from pyhv.migration.source import Summary
+
+    for name in (*Summary._fields, *Progress._fields):
+        assert f"`{name}`" in PAGE, name
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", PAGE):
+        assert (ROOT / "docs" / target).exists(), target
