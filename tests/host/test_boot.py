@@ -161,3 +161,26 @@ def test_a_guest_that_resets_itself_is_started_again_if_asked() -> None:
     assert done.stderr.count("the guest has reset itself and is started again") > 1
     done = call("run", "hello", "--reboot", "--name", "x")
     assert (done.returncode, "--reboot: cannot be combined" in done.stderr) == (2, True)
+
+
+def test_a_pc_that_moves_is_the_same_one() -> None:
+    """It keeps its VM generation ID, hears of no new one, and its timer has gone on by the time that the move took."""
+    from .test_migration import hop, running
+
+    with running("acpi", append="watch", memory="4M") as machine:
+        deadline = time.monotonic() + 30
+        while not generations(machine.console()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        before = machine.vm.memory.read(machine.vm.devices.generation_id, 16)
+        counts: list[int] = []
+
+        def look(here: pyhv.Machine, there: pyhv.Machine) -> None:
+            for one in (here, there):
+                counts.append(int.from_bytes(one.vm.devices.save()["acpi_pm"][5:9], "little"))
+
+        moved = hop(machine, look=look).machine
+        with moved:
+            assert moved.vm.devices.names == machine.vm.devices.names and moved.vm.pit
+            assert moved.vm.memory.read(moved.vm.devices.generation_id, 16) == before
+            assert 0 <= counts[1] - counts[0] & 0xFFFFFFFF < 3_579_545, "the two timers are a second apart"
+            assert moved.run(timeout=0.3).cause == "timeout"

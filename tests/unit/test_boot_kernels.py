@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -411,6 +413,16 @@ def properties(*entries: tuple[int, bytes]) -> bytes:
 def test_the_isa_level_is_read(notes: bytes, level: int, kind: int) -> None:
     data = make_elf(segments=((1, 0x100000, b"code", 0x1000), (kind, 0, notes, len(notes))))
     assert elf.parse(data, "image").isa_level == level
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc and binutils")
+@pytest.mark.parametrize("level", [2, 3, 4])
+def test_the_linker_writes_the_level_that_is_read(level: int, tmp_path: Path) -> None:
+    source, made = tmp_path / "a.c", tmp_path / "a"
+    source.write_text("void _start(void) { for (;;); }\n")
+    command = ["gcc", "-nostdlib", "-static", "-no-pie", f"-Wl,-z,x86-64-v{level}", "-o", str(made), str(source)]
+    subprocess.run(command, check=True, timeout=60)
+    assert elf.parse(made.read_bytes(), "a").isa_level == level
 
 
 def test_a_level_that_the_guest_lacks_is_refused() -> None:
