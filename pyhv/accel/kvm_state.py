@@ -5,6 +5,7 @@ Source of the reasons: Documentation/virt/kvm/api.rst and arch/x86/kvm/x86.c.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -38,8 +39,10 @@ def capture(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable]) -
     error = new_error()
     clock = ffi.new("struct pyhv_clock *")
     check(lib.pyhv_vm_get_clock(vm.handle, clock, error), error)
+    # At once: both go on while the rest is taken.
+    tsc = read_msrs(vcpus[0], [msrs.IA32_TSC]).get(msrs.IA32_TSC)
     states = [_capture_vcpu(vm, vcpu, table) for vcpu, table in zip(vcpus, tables, strict=True)]
-    return ProcessorsState(_same_moment(vcpus, states), _capture_irqchip(vm), clock.ns, vcpus[0].read_tsc_khz())
+    return ProcessorsState(_same_moment(vcpus, states, tsc), _capture_irqchip(vm), clock.ns, vcpus[0].read_tsc_khz())
 
 
 def _capture_vcpu(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable) -> VcpuState:
@@ -76,8 +79,9 @@ def _capture_vcpu(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable) -> VcpuState:
 
 def apply(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable], state: ProcessorsState) -> None:
     """Puts `state` into vCPUs that have never run. Their memory is mapped (PDPTRs are read from it) and their CPUID
-    tables are set (control-register bits that the table forbids are refused). Raises HostError; the VM is then good
-    for nothing but close()."""
+    tables are set (control-register bits that the table forbids are refused). The clocks are those of the moment of
+    the call. Raises HostError; the VM is then good for nothing but close()."""
+    called = time.monotonic_ns()
     error = new_error()
     pairs = list(zip(vcpus, state.vcpus, strict=True))
     for vcpu, saved in pairs:
@@ -94,7 +98,7 @@ def apply(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable], sta
             lib.pyhv_vcpu_set_tsc_khz(vcpu.handle, state.tsc_khz, error)
     for vcpu, saved in pairs:
         write_msrs(vcpu, {number: value for number, value in saved.msrs.items() if number not in _TIME_MSRS})
-    _apply_tsc(pairs)
+    _apply_tsc(pairs, state.tsc_khz, called)
     if state.irqchip is not None:
         # Every LAPIC before the I/O APIC, which routes to them, and delivers at once what is pending.
         for vcpu, saved in pairs:
@@ -111,14 +115,15 @@ def apply(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable], sta
         check(lib.pyhv_vcpu_set_debugregs(vcpu.handle, _c_struct("pyhv_debugregs", saved.debugregs), error), error)
         # Last of the vCPU: from here on it may be woken.
         check(lib.pyhv_vcpu_set_mp_state(vcpu.handle, saved.mp_state, error), error)
-    clock = ffi.new("struct pyhv_clock *", {"ns": state.clock})
+    clock = ffi.new("struct pyhv_clock *", {"ns": state.clock + time.monotonic_ns() - called})
     check(lib.pyhv_vm_set_clock(vm.handle, clock, error), error)
     for vcpu, _ in pairs:
         check(lib.pyhv_vcpu_clock_paused(vcpu.handle, error), error)
 
 
-def _apply_tsc(pairs: Sequence[tuple[KvmVcpu, VcpuState]]) -> None:
-    """Lets the vCPUs' time-stamp counters go on where they were saved, from one and the same moment on."""
+def _apply_tsc(pairs: Sequence[tuple[KvmVcpu, VcpuState]], khz: int, since: int) -> None:
+    """Lets the vCPUs' time-stamp counters go on where they were saved, from one and the same moment on: since, in ns of
+    CLOCK_MONOTONIC. khz: their rate."""
     first, saved_first = pairs[0]
     if msrs.IA32_TSC not in saved_first.msrs:
         return
@@ -129,18 +134,19 @@ def _apply_tsc(pairs: Sequence[tuple[KvmVcpu, VcpuState]]) -> None:
         for vcpu, saved in pairs:
             write_msrs(vcpu, {msrs.IA32_TSC: saved.msrs[msrs.IA32_TSC]})
         return
-    shift = offset - read_msrs(first, [msrs.IA32_TSC])[msrs.IA32_TSC]
+    shift = offset - read_msrs(first, [msrs.IA32_TSC])[msrs.IA32_TSC] + (time.monotonic_ns() - since) * khz // 1_000_000
     error = new_error()
     for vcpu, saved in pairs:
         wanted = saved.msrs[msrs.IA32_TSC] + shift & _U64
         check(lib.pyhv_vcpu_set_tsc_offset(vcpu.handle, wanted, error), error)
 
 
-def _same_moment(vcpus: Sequence[KvmVcpu], states: Sequence[VcpuState]) -> tuple[VcpuState, ...]:
-    """The states with the time-stamp counters that the vCPUs had at one moment, that of the first: they were read one
-    after the other, and a guest that compares them would see them jump."""
+def _same_moment(
+    vcpus: Sequence[KvmVcpu], states: Sequence[VcpuState], base: int | None
+) -> tuple[VcpuState, ...]:
+    """The states with the time-stamp counters that the vCPUs had at one moment, when that of the first was `base`: they
+    were read one after the other, and a guest that compares them would see them jump."""
     offsets = [_tsc_offset(vcpu) for vcpu in vcpus]
-    base = states[0].msrs.get(msrs.IA32_TSC)
     if base is None or offsets[0] is None:
         return tuple(states)
     for state, offset in zip(states, offsets, strict=True):

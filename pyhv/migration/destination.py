@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pyhv._native.memory import Memory
     from pyhv.migration.transport import Channel
 
-# Until the source has said what it keeps to.
-_HEARTBEAT, _SILENCE = 0.2, 10.0
+# Until the source has said what it keeps to; in seconds.
+_SILENCE = 10.0
 
 # The limits that a source may set for both sides, in ms.
 _LEAST_MS, _MOST_MS = 10, 3_600_000
@@ -44,8 +44,13 @@ class Received(NamedTuple):
     """A guest that has come as a whole."""
 
     state: MachineState
-    elapsed: int
-    """Nanoseconds of real time since its clock was read."""
+    taken: int
+    """This host's CLOCK_MONOTONIC in ns when its clock was read there, as far as the two hosts' clocks agree."""
+
+    @property
+    def elapsed(self) -> int:
+        """Nanoseconds of real time since then."""
+        return time.monotonic_ns() - self.taken
 
 
 class Destination:
@@ -59,7 +64,9 @@ class Destination:
     def __init__(self, channel: Channel) -> None:
         self._peer = channel.peer
         self._channel = channel
-        self._link = Link(channel.in_fd, channel.out_fd, _HEARTBEAT, _SILENCE)
+        # No sign of life before the source has said something: what stands on a serial line before it listens is lost,
+        # or damaged.
+        self._link = Link(channel.in_fd, channel.out_fd, 0, _SILENCE)
         self._over = False  # the source knows
         self._silence = _SILENCE
         self._hello: Hello | None = None
@@ -120,8 +127,9 @@ class Destination:
                 came = f"{landing.pages}, {landing.zero_pages} and {count} came"
                 raise BadInput("message end", f"{sent}, {came}")
             # Hosts' clocks differ: the guest has not stood for longer than we have talked.
-            elapsed = min(max(time.time_ns() - end.taken, 0), time.monotonic_ns() - self._greeted)
-            return Received(self._join(found, hello), elapsed)
+            now = time.monotonic_ns()
+            elapsed = min(max(time.time_ns() - end.taken, 0), now - self._greeted)
+            return Received(self._join(found, hello), now - elapsed)
 
     def _add(self, found: dict[type[tuple[Any, ...]], list[Any]], payload: bytes) -> None:
         name, data = protocol.split_state(payload)

@@ -201,10 +201,13 @@ class Listener:
     def __init__(self, address: Address, tls: Tls | None = None) -> None:
         self.address = address
         self._socket: socket.socket | None = None
+        self._line: Channel | None = None
         self._made: os.stat_result | None = None
         self._context = _context(address, tls, server=True) if address.scheme == "tls" else None
         if address.scheme == "ssh":
             raise BadInput(address.text, "cannot be listened at", "the source runs pyhv receive - here by itself")
+        if address.scheme == "tty":
+            self._line = _open_tty(address)
         if address.scheme in ("fd", "tty"):
             return
         try:
@@ -240,7 +243,7 @@ class Listener:
         """The connection; None when nobody has come within `timeout` seconds. Raises HostError, BadInput for a side
         that has not the right certificate."""
         if self.address.scheme == "tty":
-            return _open_tty(self.address)
+            return self._wait_for_line(timeout)
         if self._socket is None:
             return Channel(*self.address.fds, self.address.text)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -260,6 +263,16 @@ class Listener:
             return _of_socket(sock, name)
         return _wrap_tls(sock, self._context, self.address, 10.0, server=True)
 
+    def _wait_for_line(self, timeout: float | None) -> Channel | None:
+        """A serial line connects nobody: somebody is there when a first byte comes."""
+        line, self._line = self._line or _open_tty(self.address), None
+        poll = select.poll()
+        poll.register(line.in_fd, select.POLLIN)
+        if poll.poll(None if timeout is None else timeout * 1000):
+            return line
+        line.close()
+        return None
+
     def forget(self) -> None:
         """After a fork: leaves it to the other process."""
         if self._socket is not None:
@@ -272,6 +285,9 @@ class Listener:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+        if self._line is not None:
+            self._line.close()
+            self._line = None
         if self._made is not None:
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.stat(self.address.path), self._made):
