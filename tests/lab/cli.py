@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     test.add_argument("--optional", action="store_true",
                       help="where the lab cannot run for want of packages: exit status 0, said in capitals; "
                       "but not with CI=true")  # fmt: skip
+    bench = commands.add_parser("bench", help="live migration by pyhv and by QEMU, between the same hosts")
+    bench.add_argument("--kinds", default="amd-opteron-g2,amd-epyc", metavar="A,B", help="from A to B, AMD hosts both")
+    bench.add_argument("--repeat", type=int, default=5, metavar="N", help="how often (default: 5)")
     given = list(sys.argv[1:] if arguments is None else arguments)
     # What follows "--" is the command for the hosts, not ours to read.
     command: list[str] = []
@@ -80,6 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _shell(options.kind)
         if options.command == "test":
             return _test(options)
+        if options.command == "bench":
+            from . import bench as benchmark
+
+            print(benchmark.run(options.kinds.split(","), options.repeat, _say))
+            return 0
     except Missing as error:
         print(f"pyhv-lab: {error}", file=sys.stderr)
         if options.command == "test" and options.optional and os.environ.get("CI") != "true":
@@ -155,6 +163,8 @@ def _test(options: argparse.Namespace) -> int:
         print(text, end="\n\n")
     print(testing.table(outcomes))
     if text := testing.generations(outcomes):
+        print(text)
+    if text := testing.ring(outcomes):
         print(text)
     print(f"in {time.monotonic() - begin:.0f} s")
     print(testing.summary(outcomes), flush=True)

@@ -21,13 +21,15 @@ from .kinds import Kind
 class Link:
     """A serial cable between two Intel hosts: /dev/ttyS1 of the one and of the other, at 115200 bits a second.
 
-    The lab passes the bytes on, so it can count them and cut the cable."""
+    It may have more ends than two: two of them are joined at a time, the first two to begin with. The lab passes the
+    bytes on, so it can count them, join other ends and cut the cable."""
 
-    def __init__(self) -> None:
-        self._listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    def __init__(self, ends: int = 2) -> None:
+        self._listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(ends)]
         self.ports = [listener.getsockname()[1] for listener in self._listeners]
         self._ends: list[socket.socket] = []
-        self.passed = [0, 0]
+        self.passed = [0] * ends
+        self._joined = (0, 1)
         self._cut = threading.Event()
         threading.Thread(target=self._connect, name="pyhv-lab link", daemon=True).start()
 
@@ -36,15 +38,20 @@ class Link:
             for listener in self._listeners:
                 self._ends.append(listener.accept()[0])
                 listener.close()
-            for source in (0, 1):
+            for source in range(len(self._ends)):
                 threading.Thread(target=self._pass, args=(source,), name="pyhv-lab link", daemon=True).start()
 
     def _pass(self, source: int) -> None:
         with contextlib.suppress(OSError):
             while data := self._ends[source].recv(4096):
-                if not self._cut.is_set():
-                    self._ends[1 - source].sendall(data)
+                joined = self._joined
+                if source in joined and not self._cut.is_set():
+                    self._ends[joined[1 - joined.index(source)]].sendall(data)
                     self.passed[source] += len(data)
+
+    def join(self, one: int, other: int) -> None:
+        """Joins two ends, counted from 0 as the hosts were started; what any other one sends is lost."""
+        self._joined = one, other
 
     def cut(self) -> None:
         """Cuts the cable: what is sent from now on is lost, and neither host is told, as with a real one."""
@@ -96,8 +103,8 @@ class Lab:
         """Starts hosts of these kinds side by side; returns when all take commands.
 
         `connected`: AMD hosts get a network among themselves (Host.address; 10.77.0.N, MTU 9000); Intel hosts, of
-        which there must be two, a serial cable (`link`). Needs the packages of `setup`. Raises HostFailed of the first
-        that failed; then none of these is left running.
+        which there must be two at least, a serial cable (`link`). Needs the packages of `setup`. Raises HostFailed of
+        the first that failed; then none of these is left running.
         """
         wanted = [kinds.find(name) for name in names]
         prepare(wanted, self._say)
@@ -105,11 +112,11 @@ class Lab:
             return []
         made: list[Host] = []
         intel = sum(kind.vendor == "intel" for kind in wanted)
-        if connected and intel not in (0, 2):
-            raise LabError(f"a serial cable has two ends, and {intel} Intel hosts want one")
+        if connected and intel == 1:
+            raise LabError("a serial cable has two ends, and one Intel host wants one")
         link = None
         if connected and intel:
-            link = Link()
+            link = Link(intel)
             self._links.append(link)
         ends = iter(link.ports if link else ())
         for kind in wanted:

@@ -274,6 +274,23 @@ def generations(outcomes: Sequence[Outcome]) -> str:
     return f"{title}\n{_aligned(lines)}"
 
 
+def ring(outcomes: Sequence[Outcome]) -> str:
+    """Every live migration from host to host; "" where no test tried. outside/test_ring.py records it as `hop`: source,
+    target, transport, seconds in all and of downtime, rounds, bytes, and seconds by which the guest's clock went wrong,
+    "-" where that cannot be told."""
+    lines = [["from", "to", "over", "seconds", "downtime", "rounds", "sent", "clock"]]
+    for outcome in outcomes:
+        for case in outcome.cases:
+            for name, value in case.properties:
+                if name == "hop":
+                    source, target, over, total, downtime, rounds, sent, clock = value.split(" ")
+                    lines.append([
+                        source, target, over, f"{float(total):.2f}", f"{float(downtime) * 1e3:.0f} ms", rounds,
+                        f"{int(sent) / 1e3:.0f} kB", clock if clock == "-" else f"{float(clock) * 1e3:+.1f} ms",
+                    ])  # fmt: skip
+    return "" if len(lines) == 1 else f"One guest, handed on live from host to host\n{_aligned(lines)}"
+
+
 def failures(outcomes: Sequence[Outcome]) -> str:
     """What went wrong, at length."""
     parts = []

@@ -238,6 +238,19 @@ def test_the_table_of_generations() -> None:
     assert testing.read_junit(recorded)[1].properties == (("moved", "a b c ok"),)
 
 
+def test_the_table_of_the_ring() -> None:
+    hops = (("hop", "amd-phenom amd-epyc tls 1.234 0.0567 2 98765 -0.0012"),
+            ("hop", "intel-penryn intel-haswell tty 9.5 7.0 1 14000 -"), ("moved", "a b c ok"))  # fmt: skip
+    case = testing.Case("test_ring", "test_it", "passed", 0, "", hops)
+    _, names, *rows = testing.ring([testing.Outcome("lab", (case,), "", 0, 0)]).splitlines()
+    assert names.split() == ["from", "to", "over", "seconds", "downtime", "rounds", "sent", "clock"]
+    assert [row.split() for row in rows] == [
+        ["amd-phenom", "amd-epyc", "tls", "1.23", "57", "ms", "2", "99", "kB", "-1.2", "ms"],
+        ["intel-penryn", "intel-haswell", "tty", "9.50", "7000", "ms", "1", "14", "kB", "-"],
+    ]  # fmt: skip
+    assert testing.ring([outcome("amd-epyc")]) == ""
+
+
 def test_reports_for_machines() -> None:
     outcomes = [outcome("amd-epyc"), testing.Outcome("amd-phenom", (), "died", 0, 0)]
     again = testing.read_junit(testing.as_junit(outcomes))
