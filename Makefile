@@ -15,14 +15,14 @@ GENERATED_FROM := pyhv/cpu/features.toml pyhv/cpu/generate.py $(wildcard pyhv/cp
 ENGINE  := $(wildcard csrc/*.[ch] csrc/*/*.[ch]) pyhv/_native/build.py
 GUESTS  := $(shell find guest_images -type f)
 
-.PHONY: demo test check unit c-test sanitize host lab lab-full soak bench clean install
+.PHONY: demo test check unit c-test sanitize host hops lab lab-full soak bench clean install
 .DELETE_ON_ERROR:
 
 demo: install
 	$(BIN)/python scripts/demo.py
 
 # In CI the lab must run; elsewhere it is a command of its own, for it takes ten minutes and fetches packages.
-test: check unit c-test sanitize host $(if $(filter true,$(CI)),lab)
+test: check unit c-test sanitize host hops $(if $(filter true,$(CI)),lab)
 	@echo "All tests passed.$(if $(filter true,$(CI)),, REAL KVM (kvm_amd, kvm_intel) WAS NOT TESTED: make lab)"
 
 # ------------------------------------------------------------------------------------------------------ building
@@ -63,6 +63,10 @@ sanitize: $(VENV)/installed
 
 host: $(VENV)/dev
 	$(BIN)/python -m pytest -q tests/host
+
+# 15 s on a machine with nothing else to do, two minutes on a busy one.
+hops: $(VENV)/installed
+	@if test -w /dev/kvm; then $(BIN)/pyhv soak --count 1000; else echo "/dev/kvm is missing: no hops"; fi
 
 lab: $(VENV)/dev
 	$(BIN)/python -m tests.lab test

@@ -31,6 +31,9 @@ from pyhv.migration.source import Limits
 # Where ticker's stamped pages begin, and the distance of their stamps within a block of 16 (guest_images/ticker.c).
 _FIRST_BYTE, _PAGE, _BLOCK = 0x200000, 4096, 16
 
+# What stands in front of the number in its line.
+_LINE = "ticker: round "
+
 # What a hop may take before the ring is taken for stuck; in seconds.
 HOP_LIMIT = 60.0
 
@@ -96,6 +99,7 @@ class Ring:
         os.set_blocking(self._console, False)
         self._rest = b""
         self._expected: int | None = None
+        self._may_be_cut = bool(plan.start)
         self._events: dict[int, int] = {}  # descriptor -> node
         self._buffers: dict[int, bytes] = {}
         self._children: list[int] = []
@@ -229,7 +233,10 @@ class Ring:
                 self._take_line(line.decode("ascii", "replace"))
 
     def _take_line(self, line: str) -> None:
-        number = line.removeprefix("ticker: round ")
+        begin, self._may_be_cut = self._may_be_cut, False
+        if begin and _LINE.endswith(line.rstrip("0123456789")):
+            return  # the rest of a line that the guest was saved in
+        number = line.removeprefix(_LINE)
         if number == line or not number.isdigit():
             if "pages from" in line:
                 return

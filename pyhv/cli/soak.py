@@ -48,6 +48,8 @@ def main(arguments: list[str]) -> int:
     given = _COMMAND.parse(arguments)
     state = _State(given.state)
     snapshot = f"{given.state}.pyhv" if given.state else ""
+    if given.count < 1:
+        raise BadInput("--count 0", "are no hops", "take one at least")
     if given.count <= state.hops:
         raise BadInput(given.state, f"has {state.hops} hops, which is all of them", "remove it to begin anew")
     plan = Plan(0, given.nodes, given.pages, not given.no_compat, fault=given.plant or "", save=snapshot)
@@ -109,7 +111,12 @@ class _State:
         self.hops = 0
         self.seconds = 0.0
         self.downtimes: list[float] = []
-        if path is None or not os.path.exists(path):
+        if path is None:
+            return
+        folder = os.path.dirname(os.path.abspath(path))
+        if not os.access(folder, os.W_OK):  # to be known now, not after the first leg
+            raise BadInput(path, f"cannot be written: {folder} is no folder, or not yours to write", "name another file")
+        if not os.path.exists(path):
             return
         try:
             with open(path, encoding="ascii") as file:

@@ -1,0 +1,172 @@
+"""`pyhv soak`: a ring that runs, faults that are noticed, and a state to go on from."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyhv import soak
+from pyhv.errors import BadInput
+
+from .cli import COMMAND, IN_THE_LAB, NOT_IN_THE_LAB, TIMEOUT, call, call_json, environment
+
+SMALL = ("--pages", "16" if IN_THE_LAB else "64")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    def sockets() -> set[str]:
+        return set(glob.glob(f"{tempfile.gettempdir()}/pyhv-soak-*"))
+
+    before = sockets()
+    yield
+    assert sockets() <= before
+
+
+@NOT_IN_THE_LAB
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_sixty_hops(nodes: int) -> None:
+    done = call_json("soak", "--count", "60", "--nodes", str(nodes))
+    assert (done["exit"], done["hops"], done["failures"], done["failure"]) == (0, 60, 0, "")
+    assert 0 < done["downtime_p50_ms"] <= done["downtime_p99_ms"] <= done["downtime_max_ms"]
+
+
+@NOT_IN_THE_LAB
+def test_what_it_prints() -> None:
+    done = call("soak", "--count", "4", "--nodes", "2", "--no-compat", *SMALL)
+    assert done.returncode == 0
+    form = r"4 hops in [\d.]+ s \([\d.]+ a second\), 0 failures\ndowntime p50 [\d.]+ ms, p99 [\d.]+ ms, max [\d.]+ ms\n"
+    assert re.fullmatch(form, done.stdout)
+
+
+NOTICED = {
+    "stale-page": r"the guest: ticker: page 0x0000000000200000 holds \d+, expected \d+",
+    "dropped-page": r"the guest: ticker: page 0x0000000000200000 holds 0, expected \d+",
+    "cpuid-bit": r"ticker: CPUID leaf 0x00000001 subleaf 0x00 ECX was|is not of the processors that message hello",
+    "tsc-back": r"the guest: ticker: the TSC went back from",
+    "second-copy": r"more than one copy, or none, ran|the guest: .*ticker|node",
+}
+
+
+def test_every_fault_has_a_test() -> None:
+    assert set(NOTICED) == set(soak.FAULTS)
+
+
+@pytest.mark.parametrize("fault", soak.FAULTS)
+def test_a_planted_fault_is_noticed(fault: str, request: pytest.FixtureRequest) -> None:
+    if fault == "tsc-back":
+        request.getfixturevalue("faithful")  # some other KVMs show guests the host's TSC, whatever offset they are given
+    elif IN_THE_LAB:
+        pytest.skip("runs outside the lab")
+    done = call_json("soak", "--count", "8", "--nodes", "2", *SMALL, "--plant", fault)
+    assert (done["exit"], done["failures"]) == (1, 1), done
+    assert re.search(NOTICED[fault], done["failure"]), done["failure"]
+
+
+@NOT_IN_THE_LAB
+def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    state = str(tmp_path / "s.json")
+    first = call_json("soak", "--count", "6", "--nodes", "2", *SMALL, "--state", state)
+    assert (first["exit"], first["hops"]) == (0, 6)
+    assert sorted(os.listdir(tmp_path)) == ["s.json", "s.json.pyhv"]
+
+    driver = subprocess.Popen(
+        [*COMMAND, "soak", "--count", "100000", "--nodes", "2", *SMALL, "--state", state], stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment() | {"PYHV_SOAK_TEST": str(tmp_path)},
+    )  # fmt: skip
+    deadline = time.monotonic() + TIMEOUT
+    while len(nodes := nodes_of(tmp_path)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.5)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    while nodes_of(tmp_path):  # they end by themselves: there is nobody to tell about their hops
+        assert time.monotonic() < deadline, nodes
+        time.sleep(0.02)
+    for left in glob.glob(f"{tempfile.gettempdir()}/pyhv-soak-*"):  # of the one that was killed
+        for path in glob.glob(f"{left}/*"):
+            os.unlink(path)
+        os.rmdir(left)
+
+    again = call_json("soak", "--count", "10", "--nodes", "2", *SMALL, "--state", state)
+    assert (again["exit"], again["hops"]) == (0, 10), again  # the leg that was killed is done anew
+    assert len(json.loads(Path(state).read_text())["downtimes_us"]) == 10
+    done = call("soak", "--count", "10", "--state", state)
+    assert (done.returncode, done.stderr) == (
+        2, f"pyhv: {state}: has 10 hops, which is all of them; remove it to begin anew\n",
+    )  # fmt: skip
+
+
+def nodes_of(marker: Path) -> list[int]:
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if f"PYHV_SOAK_TEST={marker}\0".encode() in Path(f"/proc/{entry}/environ").read_bytes():
+                found.append(int(entry))
+        except OSError:
+            continue
+    return found
+
+
+BAD_PLANS = [({"nodes": 1}, "1 nodes: are no ring; take two at least"), ({"hops": 0}, "0 hops: are none")]
+
+
+@pytest.mark.parametrize(("plan", "words"), BAD_PLANS, ids=str)
+def test_bad_plans(plan: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=words):
+        soak.Ring(soak.Plan(**{"hops": 1, **plan}), str(tmp_path))
+
+
+@NOT_IN_THE_LAB
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--count", "0"), "--count"),
+        (("--nodes", "1"), "1 nodes: are no ring"),
+        (("--plant", "nothing"), "--plant"),
+        (("--state", "/no/such/folder/s"), "/no/such/folder/s"),
+    ],
+    ids=str,
+)
+def test_bad_usage(words: tuple[str, ...], said: str) -> None:
+    done = call("soak", "--count", "2", *SMALL, *words)
+    assert done.returncode == 2 and said in done.stderr, done
+
+
+NO_STATES = ["", "{", "[]", '{"hops": 1}', '{"hops": "x", "seconds": 1, "downtimes_us": []}', "\xff"]
+
+
+@pytest.mark.parametrize("text", NO_STATES)
+@NOT_IN_THE_LAB
+def test_a_state_that_is_none(tmp_path: Path, text: str) -> None:
+    state = tmp_path / "s"
+    state.write_text(text, encoding="latin-1")
+    done = call("soak", "--count", "2", "--state", str(state))
+    assert done.returncode == 2 and "is no state of pyhv soak" in done.stderr, done
+
+
+def test_a_guest_that_was_saved_in_the_middle_of_a_line() -> None:
+    ring = soak.Ring.__new__(soak.Ring)
+    for line, good in (("43", True), (" 43", True), ("ound 43", True), ("", True), ("ticker: page 0 holds 1", False)):
+        ring._may_be_cut, ring._expected, ring.lines = True, None, 0
+        if good:
+            ring._take_line(line)
+            ring._take_line("ticker: round 44")
+            assert ring.lines == 1
+        else:
+            with pytest.raises(soak.Failure):
+                ring._take_line(line)
+        with pytest.raises(soak.Failure, match="the guest:"):
+            ring._take_line("ound 45")  # only the first one
