@@ -64,7 +64,7 @@ sanitize: $(VENV)/installed
 host: $(VENV)/dev
 	$(BIN)/python -m pytest -q tests/host
 
-# 15 s on a machine with nothing else to do, two minutes on a busy one.
+# 40 s on two processors that others use too.
 hops: $(VENV)/installed
 	@if test -w /dev/kvm; then $(BIN)/pyhv soak --count 1000; else echo "/dev/kvm is missing: no hops"; fi
 

@@ -115,7 +115,7 @@ class _State:
             return
         folder = os.path.dirname(os.path.abspath(path))
         if not os.access(folder, os.W_OK):  # to be known now, not after the first leg
-            raise BadInput(path, f"cannot be written: {folder} is no folder, or not yours to write", "name another file")
+            raise BadInput(path, f"cannot be written: {folder} is no folder, or not writable", "name another file")
         if not os.path.exists(path):
             return
         try:

@@ -66,7 +66,7 @@ def test_every_fault_has_a_test() -> None:
 @pytest.mark.parametrize("fault", soak.FAULTS)
 def test_a_planted_fault_is_noticed(fault: str, request: pytest.FixtureRequest) -> None:
     if fault == "tsc-back":
-        request.getfixturevalue("faithful")  # some other KVMs show guests the host's TSC, whatever offset they are given
+        request.getfixturevalue("faithful")  # some other KVMs show guests the host's TSC, whatever its offset is
     elif IN_THE_LAB:
         pytest.skip("runs outside the lab")
     done = call_json("soak", "--count", "8", "--nodes", "2", *SMALL, "--plant", fault)
