@@ -26,7 +26,8 @@ from pyhv.migration.destination import Destination
 from pyhv.migration.protocol import Type
 from pyhv.migration.source import Limits
 from pyhv.migration.transport import Channel
-from tests.frames import Frame, Splitter
+
+from .frames import Frame, Splitter
 
 PAGES = 64
 APPEND = f"pages={PAGES} every=1"

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import pyhv
 from pyhv.accel import choose
@@ -27,10 +25,17 @@ from pyhv.migration.destination import Destination
 from pyhv.migration.protocol import Answer, Cancel, End, Ready, Running, Type
 from pyhv.migration.transport import Channel
 from pyhv.state import codec
-from tests.frames import Frame, Sealer, Speaker, Splitter, pages, sum_of
 
+from .cli import IN_THE_LAB, LAB_REASON
+from .frames import Frame, Sealer, Speaker, Splitter, pages, sum_of
 from .migration import LIMITS, PATIENCE, TIMEOUT, Migration, Side, Wishes, check_console, descriptors, wait_for_rounds
 from .test_migration import running
+
+if IN_THE_LAB:  # which has no hypothesis
+    pytest.skip(LAB_REASON, allow_module_level=True)
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 Lie = Callable[[Speaker], None]
 
