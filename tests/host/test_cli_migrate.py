@@ -23,7 +23,7 @@ from pyhv.migration.protocol import Answer, Ready, Type
 from .cli import COMMAND, IN_THE_LAB, LAB_REASON, TIMEOUT, Terminal, call, environment
 from .frames import Speaker
 from .migration import APPEND, check_console
-from .named import detach, ok, read_until, rounds_of, status, wait_for
+from .named import detach, ok, processes_of, read_until, rounds_of, status, wait_for
 
 if IN_THE_LAB:
     pytest.skip(LAB_REASON, allow_module_level=True)
@@ -151,13 +151,17 @@ def test_ssh_by_a_command_that_stays_here(tmp_path: Path, base: Path, monkeypatc
     monkeypatch.setenv("PYHV_REMOTE", " ".join(COMMAND))
     detach("t", *TICKER)
     wait_for(lambda: rounds_of("t") >= 1)
-    migrate("t", "ssh://me@there")
-    assert (tmp_path / "host").read_text() == "me@there\n"
-    wait_for(lambda: ok("ls").count("\n") == 1)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(other))
-    wait_for(lambda: rounds_of("t") >= 3)
-    assert os.readlink(f"/proc/{status('t')['pid']}/fd/0") == "/dev/null"
-    ok("stop", "t")
+    try:
+        migrate("t", "ssh://me@there")
+        assert (tmp_path / "host").read_text() == "me@there\n"
+        wait_for(lambda: ok("ls").count("\n") == 1)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(other))
+        wait_for(lambda: rounds_of("t") >= 3)
+        assert os.readlink(f"/proc/{status('t')['pid']}/fd/0") == "/dev/null"
+    finally:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(other))
+        call("stop", "t")
+    wait_for(lambda: not processes_of(other))
 
 
 def test_ssh_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
