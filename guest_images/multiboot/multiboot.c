@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
  * multiboot: a 32-bit multiboot kernel that prints what its loader and the firmware configuration tell it: command line,
- * memory map, modules, number of vCPUs. Status 1 where the two disagree or something that is promised is missing; with
+ * memory map, modules, number of vCPUs. It looks for the MP table too. Status 1 where the two disagree or something that is promised is missing; with
  * the word `panic` on its command line it ends as a kernel that panics does, by port 0x505.
  */
 #include "guest32.h"
@@ -24,12 +24,53 @@ struct area {
 
 enum { BOOTED = 0x2badb002, WANTED = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9, RAM = 1, PANIC_PORT = 0x505 };
 
+/* Intel, MultiProcessor Specification 1.4, chapter 4. */
+struct mp_pointer {
+    uint32_t signature, table;
+    uint8_t paragraphs, revision, sum, features[5];
+};
+
+struct mp_table {
+    uint32_t signature;
+    uint16_t length;
+    uint8_t revision, sum, oem[20];
+    uint32_t oem_table;
+    uint16_t oem_size, entries;
+    uint32_t local_apic, reserved;
+};
+
 static int fails(const char *why)
 {
     PRINT("multiboot: ");
     console_string(why);
     PRINT("\n");
     return 1;
+}
+
+static bool sums_up(const void *bytes, uint32_t size)
+{
+    return sum_of(bytes, size) % 256 == 0;
+}
+
+/* How many processors the MP table has that can be used; -1 where there is none, or none that is right. */
+static int mp_processors(void)
+{
+    for (uint32_t at = 0xf0000; at < 0x100000; at += 16) {
+        const struct mp_pointer *pointer = (const struct mp_pointer *)at;
+        if (pointer->signature != 0x5f504d5f) /* "_MP_" */
+            continue;
+        const struct mp_table *table = (const struct mp_table *)pointer->table;
+        if (!sums_up(pointer, 16) || table->signature != 0x504d4350 || !sums_up(table, table->length)) /* "PCMP" */
+            return -1;
+        const uint8_t *entry = (const uint8_t *)(table + 1);
+        int count = 0;
+        for (uint32_t i = 0; i < table->entries; i++) {
+            count += entry[0] == 0 && entry[3] & 1;
+            entry += entry[0] == 0 ? 20 : 8;
+        }
+        return entry == (const uint8_t *)table + table->length ? count : -1;
+    }
+    return -1;
 }
 
 int start(uint32_t eax, uint32_t ebx)
@@ -77,6 +118,8 @@ int start(uint32_t eax, uint32_t ebx)
     PRINT("vCPUs: ");
     console_hex(fw_cfg(FW_CFG_NB_CPUS, 2), 2);
     PRINT("\n");
+    if (mp_processors() != (int)fw_cfg(FW_CFG_NB_CPUS, 2))
+        return fails("the MP table has another number of vCPUs");
     /* The map leaves out what a PC has between 639 KiB and 1 MiB. */
     uint64_t hole = 0x100000 - 639 * 1024;
     if (fw_cfg(FW_CFG_RAM_SIZE, 8) != ram + hole)
