@@ -20,15 +20,13 @@ from pyhv.vm.vm import Stopped, Trap, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyhv.cpu.host import HostDescription
     from pyhv.cpu.table import CpuidTable
     from pyhv.migration.destination import Destination
     from pyhv.migration.source import Limits, Progress, Summary
     from pyhv.migration.transport import Channel, Tls
     from pyhv.state.needs import Needs
     from pyhv.state.records import MachineRecord
-
-# APIC ids have 8 bits where the guest does not use the x2APIC, and 255 is the broadcast.
-MAX_VCPUS = 254
 
 # The start state and an image at 1 MiB must fit.
 MIN_MEMORY = 2 << 20
@@ -76,8 +74,8 @@ class Machine:
     "": as the image is recognised. initrd: path of a file, for a Linux or PVH kernel. modules: "FILE ARGS" each, for a
     multiboot or PVH kernel. compat: the processor compatibility mode, short for
     cpu="hyperv-r2". cpu: the name of a profile or the path of a profile file (default "host"). cpus: number of
-    vCPUs. memory: bytes, or a string such as "64M". append: the guest's command line. intercept: "auto", "kernel" or
-    "trap" (see accel/choose.py). console_in, console_out: descriptors for the serial port, which stay the caller's;
+    vCPUs. memory: bytes, or a string such as "64M". append: the guest's command line. accel: "auto", "kvm" or
+    "emulator"; intercept: "auto", "kernel" or "trap" (see accel/choose.py). console_in, console_out: descriptors for the serial port, which stay the caller's;
     without console_out the output is captured. on_cpuid: gets each CPUID that the guest executes, on its vCPU's
     thread; needs trap.
 
@@ -103,31 +101,32 @@ class Machine:
         cpus: int = 1,
         memory: int | str = "64M",
         append: str = "",
+        accel: str = "auto",
         intercept: str = "auto",
         console_in: int = -1,
         console_out: int | None = None,
         on_cpuid: Callable[[CpuidRecord], None] | None = None,
     ) -> None:
         size = parse_memory(memory)
-        accelerator = choose.open_accelerator()
-        accelerator.prepare()
+        choose.open_accelerator(accel).prepare()
         if compat and cpu is not None:
             raise BadInput(f"cpu={cpu}", "cannot be combined with compatibility mode, which is a profile of its own")
         profile = profiles.load("hyperv-r2" if compat else cpu or "host")
         self.image: boot_image.Image | None = boot_image.read(find_image(image), size, boot)
         """What was loaded, without its bytes once they are; None for a restored VM."""
         self._modules = boot_image.read_modules(self.image, initrd, modules, size)
-        most = min(MAX_VCPUS, accelerator.max_vcpus)
-        if not 1 <= cpus <= most:
-            raise BadInput(f"{cpus} vCPUs", "cannot be had", f"choose 1 to {most}")
-        self.host = accelerator.describe(whole=False)
-        self.guest = policy.guest_table(self.host, profile, policy.Topology(cpus))
+        self.facts = choose.GuestFacts(image, self.image.cpuid_sites, self.image.enters_user_mode(append))
+        self.choice, self.host, self.guest = choose.decide(
+            lambda host: policy.guest_table(host, profile, policy.Topology(cpus)),
+            self.facts,
+            cpus,
+            accel,
+            _wish(intercept, on_cpuid),
+        )
         if self.image.isa_level > 1:
             from pyhv.boot import isa
 
             isa.check(self.image, self.guest)
-        self.facts = choose.GuestFacts(image, self.image.cpuid_sites, self.image.enters_user_mode(append))
-        self.choice = choose.choose(accelerator, self.guest, self.facts, "trap" if on_cpuid else intercept)
         self.notes = [self.choice.note] if self.choice.note else []
         """What the user should know, a line each."""
         self.command_line = append
@@ -145,6 +144,7 @@ class Machine:
         *,
         verify: bool = False,
         strict_tsc: bool = False,
+        accel: str = "auto",
         intercept: str = "auto",
         console_in: int = -1,
         console_out: int | None = None,
@@ -169,7 +169,7 @@ class Machine:
             if verify:
                 snapshot.reader.verify(progress)
             saved = snapshot.state.machine
-            machine = cls._for_state(saved, snapshot.needs, path, strict_tsc, "trap" if on_cpuid else intercept)
+            machine = cls._for_state(saved, snapshot.needs, path, strict_tsc, accel, _wish(intercept, on_cpuid))
             machine.uuid = _new_uuid()
             memory = GuestMemory(saved.memory, (snapshot.reader.memory_fd, snapshot.reader.memory_offset))
             irqchip = snapshot.state.platform.irqchip
@@ -188,19 +188,24 @@ class Machine:
         return machine
 
     @classmethod
-    def _for_state(cls, saved: MachineRecord, needs: Needs, where: str, strict_tsc: bool, intercept: str) -> Machine:
+    def _for_state(
+        cls, saved: MachineRecord, needs: Needs, where: str, strict_tsc: bool, accel: str, intercept: str
+    ) -> Machine:
         """A machine without a VM yet, for a guest that has run elsewhere. where: what errors call it.
 
         Raises Incompatible with every reason why this host cannot run the guest, NotFaithful."""
-        accelerator = choose.open_accelerator()
+
+        def make(host: HostDescription) -> policy.GuestCpu:
+            needs.check(host, where, strict_tsc)
+            return needs.guest_cpu(host)
+
         machine = cls.__new__(cls)
-        machine.host = accelerator.describe()
-        needs.check(machine.host, where, strict_tsc)
-        machine.notes = needs.notes(machine.host)
         machine.image = None
-        machine.guest = needs.guest_cpu(machine.host)
         machine.facts = choose.GuestFacts(saved.image, saved.cpuid_sites, saved.enters_user_mode)
-        machine.choice = choose.choose(accelerator, machine.guest, machine.facts, intercept)
+        machine.choice, machine.host, machine.guest = choose.decide(
+            make, machine.facts, len(needs.tables), accel, intercept, whole=True
+        )
+        machine.notes = needs.notes(machine.host)
         if machine.choice.note:
             machine.notes.append(machine.choice.note)
         machine.command_line = saved.command_line
@@ -215,6 +220,7 @@ class Machine:
         insecure: bool = False,
         tls: Tls | None = None,
         timeout: float | None = None,
+        accel: str = "auto",
         intercept: str = "auto",
         console_in: int = -1,
         console_out: int | None = None,
@@ -232,12 +238,13 @@ class Machine:
         from pyhv.migration.destination import Destination
 
         with transport.Listener(transport.parse(uri, insecure), tls) as listener:
-            choose.open_accelerator().prepare()  # while nobody has come yet
+            choose.open_accelerator(accel).prepare()  # while nobody has come yet
             channel = listener.accept(timeout)
         if channel is None:
             raise BadInput(uri, f"nobody came within {timeout:g} seconds", "start pyhv migrate at the source")
         return cls.arrive(
             Destination(channel),
+            accel=accel,
             intercept=intercept,
             console_in=console_in,
             console_out=console_out,
@@ -249,6 +256,7 @@ class Machine:
         cls,
         destination: Destination,
         *,
+        accel: str = "auto",
         intercept: str = "auto",
         console_in: int = -1,
         console_out: int | None = None,
@@ -265,9 +273,9 @@ class Machine:
             hello = destination.greet()
             where = f"the guest {hello.name or hello.machine.image}"
             try:
-                wish = "trap" if on_cpuid else intercept
+                wish = _wish(intercept, on_cpuid)
                 needs = hello.needs()
-                candidate = cls._for_state(hello.machine, needs, where, hello.strict_tsc, wish)
+                candidate = cls._for_state(hello.machine, needs, where, hello.strict_tsc, accel, wish)
                 memory = GuestMemory(parse_memory(hello.machine.memory), anonymous=True)
                 plan = _Plan(memory, needs.tables, hello.irqchip, hello.pit, True, is_pc(hello.devices))
                 candidate._build(plan, lambda vm: vm.devices.check(hello.devices), console_in, console_out, on_cpuid)
@@ -432,7 +440,7 @@ class Machine:
             self._close_console()
             raise
         trap = None
-        if self.choice.intercept == "trap":
+        if self.choice.intercept == "trap" or on_cpuid:
             trap = Trap(self.choice.sites, _LOG_CAPACITY if on_cpuid else 0, on_cpuid)
         try:
             self.vm = Vm(
@@ -619,6 +627,13 @@ def check_address_width(size: int, guest: policy.GuestCpu, label: object) -> Non
             f"reaches beyond the {bits} physical address bits that profile {guest.profile} shows",
             f"the most is {(1 << bits) - (HIGH_RAM_BASE - LOW_RAM_LIMIT) >> 20}M",
         )
+
+
+def _wish(intercept: str, on_cpuid: object) -> str:
+    """What choose.decide() is asked for: for somebody who wants every CPUID the kernel, which tells of none, is no way."""
+    if not on_cpuid:
+        return intercept
+    return choose.LOGGED if intercept == "auto" else "trap"
 
 
 def _new_uuid() -> str:

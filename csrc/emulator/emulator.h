@@ -95,7 +95,7 @@ struct pyhv_emulator_vcpu {
     bool running;
     atomic_int kicked;
     atomic_bool attention; /* the run loop must look at kick and interrupts before it goes on */
-    atomic_bool in_engine;
+    atomic_bool in_engine; /* and it may be stopped from outside */
     timer_t timer; /* of the vCPU's thread, while it runs */
 };
 

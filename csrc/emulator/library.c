@@ -45,11 +45,24 @@ _Static_assert(sizeof(struct cpu_state) == 5568, "the library saves so much");
 _Static_assert(offsetof(struct cpu_identity, features) == 64, "features follow vendor and version");
 _Static_assert(CONTEXT_HEAD == 40, "struct uc_context");
 
-/* Where the check's code runs. */
+/* Where the check's code runs, and a page of registers for it. */
 #define CHECK_PAGE 0x1000u
+#define CHECK_MMIO 0x2000u
+
+#define INSTALL "install unicorn==2.1.4 as PyPI has it"
 
 /* The code buffer of an engine. The library's own default, 1 GiB, is too much address space where there are many. */
 #define CODE_BUFFER (UINT32_C(16) << 20)
+
+/* Where struct uc_struct has its sizes and its switch (include/uc_priv.h): found by their values, and checked below by
+ * what they do. */
+enum { UC_CONTEXT_SIZE = 2016, UC_NO_EXIT_REQUEST = 2034 };
+
+void pyhv_library_stop_between_blocks(uc_engine *engine, int precise)
+{
+    ((uint8_t *)engine)[UC_NO_EXIT_REQUEST] = precise != 0;
+    uc.ctl(engine, UC_CTL_FLUSH_BLOCKS);
+}
 
 int pyhv_library_fail(struct pyhv_error *error, const char *what, int code)
 {
@@ -74,7 +87,7 @@ int pyhv_library_engine(uc_engine **engine, struct cpu_context **context, struct
     size_t size = uc.context_size(*engine);
     if (size != CONTEXT_HEAD + sizeof(struct cpu_state)) {
         pyhv_fail(error, 0, "libunicorn", "its CPU state has %zu bytes, expected %zu; %s", size,
-                  CONTEXT_HEAD + sizeof(struct cpu_state), "install unicorn==2.1.4 as PyPI has it");
+                  CONTEXT_HEAD + sizeof(struct cpu_state), INSTALL);
         goto close;
     }
     if ((code = uc.context_alloc(*engine, &own)) != UC_ERR_OK)
@@ -85,6 +98,16 @@ int pyhv_library_engine(uc_engine **engine, struct cpu_context **context, struct
         pyhv_fail(error, ENOMEM, "uc_context_alloc", NULL);
         goto close;
     }
+    int32_t state_size;
+    memcpy(&state_size, (uint8_t *)*engine + UC_CONTEXT_SIZE, sizeof state_size);
+    if (state_size != (int32_t)sizeof(struct cpu_state)) {
+        uc.context_free(own);
+        free(*context);
+        *context = NULL;
+        pyhv_fail(error, 0, "libunicorn", "its engine has another layout than version 2.1.4; %s", INSTALL);
+        goto close;
+    }
+    pyhv_library_stop_between_blocks(*engine, 1);
     memcpy(*context, own, CONTEXT_HEAD);
     uc.context_free(own);
     (*context)->size = sizeof **context - CONTEXT_HEAD;
@@ -125,6 +148,34 @@ static bool run_to_exception(struct seen *seen, uint8_t *page, const char *code,
     uc.ctl(seen->engine, UC_CTL_FLUSH_BLOCKS);
     seen->count = 0;
     return uc.emu_start(seen->engine, CHECK_PAGE, 0, 0, 0) == UC_ERR_OK && seen->count == 1;
+}
+
+static uint64_t stop_on_read(uc_engine *engine, uint64_t offset, unsigned size, void *opaque)
+{
+    (void)engine, (void)offset, (void)size, (void)opaque;
+    return 0;
+}
+
+static void stop_on_write(uc_engine *engine, uint64_t offset, unsigned size, uint64_t value, void *opaque)
+{
+    (void)offset, (void)size, (void)value;
+    ++*(int *)opaque;
+    uc.emu_stop(engine);
+}
+
+/* Whether a stop that is asked for in the middle of a block happens at its end, and so nothing is executed twice. */
+static bool stops_between_blocks(uc_engine *engine, uint8_t *page)
+{
+    static const char block[] = {'\xff', 0x00, '\xff', '\xc1', '\xeb', 0}; /* incl (%rax); inc %ecx; jmp 1f; 1: */
+    uint64_t rax = CHECK_MMIO, rip = 0;
+    int writes = 0;
+    memset(page, 0xf4, 64);
+    memcpy(page, block, sizeof block);
+    uc.ctl(engine, UC_CTL_FLUSH_BLOCKS);
+    return uc.mmio_map(engine, CHECK_MMIO, PYHV_PAGE_SIZE, stop_on_read, NULL, stop_on_write, &writes) == UC_ERR_OK &&
+           uc.reg_write(engine, UC_X86_REG_RAX, &rax) == UC_ERR_OK &&
+           uc.emu_start(engine, CHECK_PAGE, 0, 0, 0) == UC_ERR_OK &&
+           uc.reg_read(engine, UC_X86_REG_RIP, &rip) == UC_ERR_OK && rip == CHECK_PAGE + sizeof block && writes == 1;
 }
 
 /* Writes registers through the interface and finds them in the saved state, and the other way round. Returns the name
@@ -236,7 +287,7 @@ static const char *misplaced_event(uc_engine *engine, struct cpu_context *contex
         return "error_code";
     if (state->old_exception != 13)
         return "old_exception";
-    return NULL;
+    return stops_between_blocks(engine, page) ? NULL : "no_exit_request";
 }
 
 static int check_library(struct pyhv_error *error)
@@ -261,7 +312,7 @@ static int check_library(struct pyhv_error *error)
     if (!misplaced)
         return 0;
     return pyhv_fail(error, 0, "libunicorn", "its CPU state has %s elsewhere than version 2.1.4; %s", misplaced,
-                     "install unicorn==2.1.4 as PyPI has it");
+                     INSTALL);
 }
 
 static bool load_functions(void *handle, const char **missing)

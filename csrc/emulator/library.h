@@ -218,7 +218,16 @@ struct library {
 /* Filled by pyhv_emulator_open(). */
 extern struct library uc;
 
-/* Makes an engine in 64-bit mode, with a context for it to be saved to and restored from, which has the size of struct
+/* When a run of the engine may be stopped. As the library comes, it looks after every access to memory whether it has
+ * been asked to stop, and leaves with RIP on the instruction that made the access. Where it was asked by a signal an
+ * instruction that reads, changes and writes memory is so executed twice. A switch of its own (uc->no_exit_request; it
+ * is for ARM's conditional instructions) takes those looks out of what it translates from then on; the one at the
+ * beginning of each block stays.
+ *
+ * precise: stop between blocks only. Else at once, which only single steps need. What was translated is forgotten. */
+void pyhv_library_stop_between_blocks(uc_engine *engine, int precise);
+
+/* Makes an engine in 64-bit mode, which stops between blocks, with a context for it to be saved to and restored from, which has the size of struct
  * cpu_context and so holds the identity too. Both are the caller's. */
 int pyhv_library_engine(uc_engine **engine, struct cpu_context **context, struct pyhv_error *error);
 

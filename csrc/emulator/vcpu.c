@@ -3,8 +3,8 @@
  * A vCPU of the emulator: its creation, what it asks for while it executes, its run loop, and the kick.
  *
  * How a run of the engine is ended from outside. uc_emu_stop() makes the engine return at the end of the block that it
- * executes, and may be called from a signal handler on the engine's own thread; but uc_emu_start() forgets a stop that
- * came before it. So whoever wants the run loop's attention sets a flag and sends the thread a signal; and as long as
+ * executes (see pyhv_library_stop_between_blocks()), and may be called from a signal handler on the engine's own thread;
+ * but uc_emu_start() forgets a stop that came before it. So whoever wants the run loop's attention sets a flag and sends the thread a signal; and as long as
  * the flag is there the handler comes back by a timer. The same timer is the alarm of the guest's own timers.
  */
 #include <errno.h>
@@ -172,7 +172,8 @@ static int on_cpuid(uc_engine *engine, void *opaque)
 static void look_at_chips(struct pyhv_emulator_vcpu *vcpu)
 {
     atomic_store(&vcpu->attention, true); /* its timers may be other ones too */
-    stop_engine(vcpu);
+    if (atomic_load(&vcpu->in_engine))
+        stop_engine(vcpu);
 }
 
 static uint32_t on_in(uc_engine *engine, uint32_t port, int size, void *opaque)
@@ -615,9 +616,9 @@ static void sleep_in_hlt(struct pyhv_emulator_vcpu *vcpu, int64_t deadline)
 }
 
 /* HLT and a stop both make the engine return without an error. Without a stop it was HLT; with one it was if HLT is what
- * it stands behind. (A guest that is stopped where it has just jumped to, right behind an HLT that it did not execute,
- * would be taken for halted. It would have to be stopped in that very block: the code behind an HLT is what runs after
- * the HLT.) */
+ * it stands behind. (A guest that is stopped right where it has jumped to, behind an HLT that it did not execute, is so
+ * taken for halted. The code behind an HLT is what runs after that HLT: it would have to be entered by another way, and
+ * stopped in front of its first instruction.) */
 static bool was_hlt(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state)
 {
     uint8_t byte = 0;
@@ -634,13 +635,12 @@ static bool run_engine(struct pyhv_emulator_vcpu *vcpu, size_t count, struct pyh
     uc.reg_read(vcpu->engine, UC_X86_REG_RIP, &rip);
     vcpu->happened = HAPPENED_NOTHING;
     atomic_store(&vcpu->stop_requested, count > 0);
-    atomic_store(&vcpu->in_engine, true);
-    int code = UC_ERR_OK;
+    atomic_store(&vcpu->in_engine, count == 0);
     if (atomic_load(&vcpu->attention) && count == 0) {
         atomic_store(&vcpu->in_engine, false);
         return false;
     }
-    code = uc.emu_start(vcpu->engine, rip, 0, 0, count);
+    int code = uc.emu_start(vcpu->engine, rip, 0, 0, count);
     atomic_store(&vcpu->in_engine, false);
     exit->exit_reason = (uint32_t)code;
 
@@ -771,10 +771,14 @@ void pyhv_emulator_vcpu_step(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *
         stop(exit, PYHV_STOP_FAILED);
         return;
     }
-    if (vcpu->halted)
+    if (vcpu->halted) {
         stop(exit, PYHV_STOP_HALTED);
-    else if (!run_engine(vcpu, 1, exit))
-        stop(exit, PYHV_STOP_DEBUG);
+    } else {
+        pyhv_library_stop_between_blocks(vcpu->engine, 0);
+        if (!run_engine(vcpu, 1, exit))
+            stop(exit, PYHV_STOP_DEBUG);
+        pyhv_library_stop_between_blocks(vcpu->engine, 1);
+    }
     describe(vcpu, exit);
     leave_thread(vcpu, &mask);
 }

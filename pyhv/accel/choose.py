@@ -1,27 +1,36 @@
 """The one place that decides what runs a guest and how its CPUID instructions are intercepted.
 
-kernel  KVM answers from the table that it was given. Costs nothing; sound where the probe found KVM faithful.
-trap    the engine answers, stopping the vCPU in front of each CPUID. Exact at the addresses that an image declares;
-        by stepping it is exact only for a guest that takes no exceptions and no interrupts.
+kernel    KVM answers from the table that it was given. Costs nothing; sound where the probe found KVM faithful.
+emulator  the guest runs on the software accelerator, and the engine answers. Exact for every guest that it can run.
+trap      KVM runs the guest and the engine answers, stopping the vCPU in front of each CPUID. Exact at the addresses
+          that an image declares; by stepping it is exact only for a guest that takes no exceptions and no interrupts.
 
-`auto` takes the first that is sound for this guest: kernel, trap; else it refuses and lists the choices.
+`auto` takes the first that is sound for this guest, in this order; else it refuses and lists the choices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pyhv.errors import BadInput, NotFaithful
+from pyhv.errors import BadInput, Incompatible, NotAvailable, NotFaithful
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyhv.accel.protocol import Accelerator
-    from pyhv.cpu.host import Verdict
+    from pyhv.cpu.host import HostDescription, Verdict
     from pyhv.cpu.policy import GuestCpu
     from pyhv.cpu.table import CpuidTable
 
+ACCELERATORS = ("auto", "kvm", "emulator")
 INTERCEPTS = ("auto", "kernel", "trap")
+
+#: In place of "auto": whoever answers CPUID must keep a log of it.
+LOGGED = "logged"
+
+
+# APIC ids have 8 bits where the guest does not use the x2APIC, and 255 is the broadcast.
+MAX_VCPUS = 254
 
 
 class GuestFacts(NamedTuple):
@@ -39,28 +48,147 @@ class Choice(NamedTuple):
 
     accelerator: Accelerator
     intercept: str
-    """ "kernel" or "trap"."""
+    """ "kernel", "emulator" or "trap"."""
     sites: tuple[int, ...]
     """With trap: the addresses to stop at; empty means every instruction is stepped."""
     note: str
     """One line for the user, or "" where there is nothing to say."""
 
 
-def open_accelerator() -> Accelerator:
-    """The accelerator of this machine; one per process. Raises NotAvailable."""
-    global _accelerator
-    if _accelerator is None:
-        from pyhv.accel.kvm import Kvm
+class Decision(NamedTuple):
+    """A choice, and what follows from its accelerator."""
 
-        _accelerator = Kvm()
-    return _accelerator
+    choice: Choice
+    host: HostDescription
+    guest: GuestCpu
 
 
-_accelerator: Accelerator | None = None
+def open_accelerator(name: str = "auto") -> Accelerator:
+    """An accelerator of this machine; one of each kind per process. auto: KVM, or the emulator where there is no KVM.
+    Raises NotAvailable, BadInput for another name."""
+    if name not in ACCELERATORS:
+        raise BadInput(f"--accel {name}", "is unknown", f"choose one of {', '.join(ACCELERATORS)}")
+    if name == "auto":
+        try:
+            return open_accelerator("kvm")
+        except NotAvailable as no_kvm:
+            try:
+                return open_accelerator("emulator")
+            except NotAvailable as no_emulator:
+                raise NotAvailable(
+                    no_kvm.subject, no_kvm.problem, f"{no_kvm.advice}; or use the emulator: {no_emulator.advice}"
+                ) from None
+    if name not in _accelerators:
+        if name == "kvm":
+            from pyhv.accel.kvm import Kvm
+
+            _accelerators[name] = Kvm()
+        else:
+            from pyhv.accel.emulator import Emulator
+
+            _accelerators[name] = Emulator()
+    return _accelerators[name]
+
+
+_accelerators: dict[str, Accelerator] = {}
+
+
+def decide(
+    make: Callable[[HostDescription], GuestCpu],
+    facts: GuestFacts,
+    vcpus: int,
+    accel: str = "auto",
+    intercept: str = "auto",
+    whole: bool = False,
+) -> Decision:
+    """Decides for one guest with `vcpus` vCPUs. make: the processor that it sees on a host, or what it raises where
+    that host cannot run it. accel: one of ACCELERATORS. intercept: one of INTERCEPTS, or LOGGED. whole: see
+    Accelerator.describe().
+
+    Raises NotAvailable without an accelerator, BadInput for an unknown wish and for more vCPUs than can be had,
+    NotFaithful as choose() does, and what `make` raises.
+    """
+    if accel == "emulator":
+        return _on_emulator(make, facts, vcpus, intercept, whole, "")
+    try:
+        kvm = open_accelerator("kvm")
+    except NotAvailable as no_kvm:
+        if accel == "kvm" or intercept not in ("auto", LOGGED):
+            raise
+        open_accelerator(accel)  # says all that is missing
+        return _on_emulator(make, facts, vcpus, intercept, whole, f"{no_kvm.subject}: {no_kvm.problem}")
+    _check_vcpus(kvm, vcpus)
+    host = kvm.describe(whole)
+    may_emulate = accel == "auto" and intercept in ("auto", LOGGED)
+    try:
+        guest = make(host)
+    except Incompatible as incompatible:
+        if may_emulate:
+            try:
+                return _on_emulator(make, facts, vcpus, intercept, whole, "this host's KVM cannot run this guest")
+            except BadInput:
+                pass  # the guest is KVM's: what KVM says of it is what counts
+        raise incompatible
+    why_not = ""
+    if may_emulate and (why := _unfaithful(kvm, guest)):
+        try:
+            return _on_emulator(make, facts, vcpus, intercept, whole, why)
+        except NotAvailable as no_emulator:
+            why_not = no_emulator.advice
+        except BadInput as refused:
+            why_not = str(refused)
+    try:
+        choice = choose(kvm, guest, facts, "trap" if intercept == LOGGED else intercept)
+    except NotFaithful as refusal:
+        if not why_not:
+            raise
+        advice = f"{refusal.advice}; the emulator, which could hide them, is not to be had: {why_not}"
+        raise NotFaithful(refusal.subject, refusal.problem, advice, refusal.leaks) from None
+    return Decision(choice, host, guest)
+
+
+def _check_vcpus(accelerator: Accelerator, vcpus: int) -> None:
+    if 1 <= vcpus <= min(MAX_VCPUS, accelerator.max_vcpus):
+        return
+    if vcpus > 1 and accelerator.max_vcpus == 1:
+        raise BadInput(f"{vcpus} vCPUs", "the emulator runs one", "use --cpus 1, or --accel kvm on a host with KVM")
+    most = min(MAX_VCPUS, accelerator.max_vcpus)
+    raise BadInput(f"{vcpus} vCPUs", "cannot be had", f"choose 1 to {most}")
+
+
+def _on_emulator(
+    make: Callable[[HostDescription], GuestCpu],
+    facts: GuestFacts,
+    vcpus: int,
+    intercept: str,
+    whole: bool,
+    why: str,
+) -> Decision:
+    """The emulator, which `why` speaks for. Raises NotAvailable, BadInput, and what `make` raises."""
+    if intercept not in ("auto", LOGGED):
+        raise BadInput(f"--intercept {intercept}", "is KVM's", "leave it away: the emulator itself answers CPUID")
+    emulator = open_accelerator("emulator")
+    _check_vcpus(emulator, vcpus)
+    host = emulator.describe(whole)
+    note = f"the emulator runs the guest, which is slower than KVM: {why}" if why else ""
+    return Decision(Choice(emulator, "emulator", (), note), host, make(host))
+
+
+def _unfaithful(kvm: Accelerator, guest: GuestCpu) -> str:
+    """Why this KVM cannot hide what this guest must not see; "" if it can."""
+    if not guest.hides:
+        return ""
+    from pyhv.accel import probe
+
+    verdict = probe.verdict(kvm)
+    leaks = {cpl: leaking_features(verdict, guest, cpl) for cpl in (0, 3)}
+    if not leaks[0] and not leaks[3]:
+        return ""
+    return f"{kvm.name} on this host does not honour the CPUID table ({_leak_words(leaks)})"
 
 
 def choose(accelerator: Accelerator, guest: GuestCpu, facts: GuestFacts, intercept: str = "auto") -> Choice:
-    """Decides for one guest. intercept: the user's wish, one of INTERCEPTS.
+    """Decides between KVM's ways. intercept: the user's wish, one of INTERCEPTS.
 
     Raises BadInput for an unknown wish, NotFaithful where the wish, or with "auto" anything, cannot hide what the
     guest's table hides; HostError if the probe cannot be run.

@@ -16,23 +16,22 @@ from pyhv.errors import HostError, NotAvailable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyhv.accel.protocol import AccelVcpu
+    from pyhv.accel.protocol import AccelVcpu, AccelVm
     from pyhv.accel.state import ProcessorsState
     from pyhv.cpu.host import HostDescription
     from pyhv.cpu.table import CpuidTable
 
 LIBRARY = "libunicorn.so.2"
-_INSTALL = "pip install 'pyhv[emulator]' (which brings unicorn 2.1.4, GPL-2.0)"
+_INSTALL = "pip install 'pyhv[emulator]' (it brings unicorn 2.1.4, GPL-2.0)"
 
-# The features that the library has: those of its processor models that it can execute, by the table `tcg_features` of
-# its qemu/target/i386/cpu.c. Left out of them: SVM, which no guest is shown; XSAVE, whose components it lacks (AVX), so
-# that nothing would come of it; MPX, PKU and 5-level paging, whose state is not moved; MONITOR, with no one to wait for;
-# ABM and BMI1, because LZCNT and TZCNT run as such even where they are hidden; PCOMMIT, which no processor has.
+# The features that the library has, by the table `tcg_features` of its qemu/target/i386/cpu.c. Left out of them: SVM,
+# which no guest is shown; XSAVE, whose components it lacks (AVX), so that nothing would come of it; MPX, PKU and
+# 5-level paging, whose state is not moved; MONITOR, with no one to wait for; PCOMMIT, which no processor has.
 FEATURES = frozenset(
     "fpu de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2 "
     "pni pclmulqdq ssse3 cx16 sse4_1 sse4_2 movbe popcnt aes hypervisor rdrand "
-    "fsgsbase smep bmi2 erms adx smap clflushopt clwb "
-    "syscall nx mmxext rdtscp 3dnow 3dnowext pdpe1gb lm lahf_lm cr8_legacy sse4a".split()
+    "fsgsbase bmi1 smep bmi2 erms adx smap clflushopt clwb "
+    "syscall nx mmxext rdtscp 3dnow 3dnowext pdpe1gb lm lahf_lm cr8_legacy abm sse4a".split()
 )
 
 # Where the tables end: what follows describes what the library lacks (XSAVE, processor trace, ...).
@@ -169,6 +168,9 @@ class EmulatorVm:
     def create_vcpu(self, index: int) -> EmulatorVcpu:
         return EmulatorVcpu(self, index, self._tsc_khz)
 
+    def warm_up(self) -> None:
+        from pyhv.accel import emulator_state  # noqa: F401
+
     def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
         from pyhv.accel import emulator_state
 
@@ -220,7 +222,7 @@ class Emulator:
     def prepare(self) -> None:
         """Nothing takes time that could be spent meanwhile."""
 
-    def create_vm(self, bus: Any = None, irqchip: bool = True, pit: bool = False, quick: bool = False) -> EmulatorVm:
+    def create_vm(self, bus: Any = None, irqchip: bool = True, pit: bool = False, quick: bool = False) -> AccelVm:
         return EmulatorVm(bus, irqchip, pit, self.tsc_khz)
 
     def explain(self, exit: Exit) -> str:
@@ -245,8 +247,8 @@ def find_library() -> str:
 
 
 def offered_table() -> CpuidTable:
-    """What guests can be shown: of this host's processor, its vendor, version, name and caches, and of its features those
-    that the library has. So a guest of the emulator can go on on this host's KVM, as far as that offers them."""
+    """What guests can be shown: vendor, version, name and caches of this host's processor, and of its features those that
+    the library has. So a guest of the emulator can go on on this host's KVM, as far as that offers them."""
     from pyhv.cpu.features import FEATURES as ALL
     from pyhv.cpu.host import as_kvm_host
     from pyhv.cpu.table import EXTENDED, HYPERVISOR, CpuidTable, Registers

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from pyhv.accel.choose import INTERCEPTS, open_accelerator
+from pyhv.accel.choose import ACCELERATORS, INTERCEPTS, open_accelerator
 from pyhv.cli import complain, options, run
 from pyhv.cli.migrate import TLS_OPTIONS
 from pyhv.cli.options import Command, Option
@@ -26,6 +26,7 @@ _COMMAND = Command(
         Option("--wait", "give up when nobody has come after S seconds", "S", convert=options.seconds),
         Option("--name", "give it this name instead of the one that it brings", "NAME"),
         Option("--detach", "leave it in the background once it runs, where its name finds it; with - always"),
+        Option("--accel", "what runs it (see pyhv run --help)", default="auto", choices=ACCELERATORS),
         Option("--intercept", "who answers CPUID (see pyhv run --help)", default="auto", choices=INTERCEPTS),
         Option("--timeout", "end the VM after S seconds here, with status 124", "S", convert=options.seconds),
         run.PIN_OPTION,
@@ -83,7 +84,7 @@ def _receive(
     with transport.Listener(address, tls) as listener:
         if listener.where != address.text:
             complain(f"waiting at {listener.where}")  # the port was not known before
-        open_accelerator().prepare()  # while nobody has come yet
+        open_accelerator(given.accel).prepare()  # while nobody has come yet
         channel = listener.accept(given.wait)
     if channel is None:
         raise BadInput(given.uri, f"nobody came within {given.wait:g} seconds", "start pyhv migrate at the source")
@@ -94,7 +95,7 @@ def _receive(
     try:
         hello = destination.greet()
         name = given.name or hello.name
-        make = functools.partial(Machine.arrive, destination, intercept=given.intercept)
+        make = functools.partial(Machine.arrive, destination, accel=given.accel, intercept=given.intercept)
         if not name:
             if given.detach:
                 raise BadInput("the VM", "has no name", "give pyhv receive --name, so that it can be found")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from pyhv.accel.choose import INTERCEPTS
+from pyhv.accel.choose import ACCELERATORS, INTERCEPTS
 from pyhv.cli import options, run
 from pyhv.cli.options import Command, Option
 from pyhv.cli.terminal import HELP
@@ -17,6 +17,7 @@ _COMMAND = Command(
         Option("FILE", "a snapshot, as pyhv save writes it"),
         Option("--verify", "check every byte of the memory first; without it, everything but the memory is checked"),
         Option("--strict-tsc", "refuse a host whose TSC runs at another rate, even if the guest was promised none"),
+        Option("--accel", "what runs it (see pyhv run --help)", default="auto", choices=ACCELERATORS),
         Option("--intercept", "who answers CPUID (see pyhv run --help)", default="auto", choices=INTERCEPTS),
         Option("--timeout", "end the VM after S seconds, with status 124", "S", convert=options.seconds),
         run.PIN_OPTION,
@@ -43,6 +44,11 @@ def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     given = _COMMAND.parse(arguments)
     make = functools.partial(
-        Machine.restore, given.file, verify=given.verify, strict_tsc=given.strict_tsc, intercept=given.intercept
+        Machine.restore,
+        given.file,
+        verify=given.verify,
+        strict_tsc=given.strict_tsc,
+        accel=given.accel,
+        intercept=given.intercept,
     )
     return run.run_machine(given, make)

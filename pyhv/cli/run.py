@@ -9,7 +9,7 @@ import time
 from types import SimpleNamespace
 
 from pyhv import outcome
-from pyhv.accel.choose import INTERCEPTS, open_accelerator
+from pyhv.accel.choose import ACCELERATORS, INTERCEPTS, open_accelerator
 from pyhv.boot.image import KINDS
 from pyhv.cli import complain, options, output
 from pyhv.cli.options import Command, Option
@@ -67,6 +67,13 @@ MACHINE_OPTIONS = (
     Option("--cpus", "number of vCPUs (default: 1)", "N", 1, options.number),
     Option("--mem", "memory, such as 512M or 2G (default: 64M)", "SIZE", "64M"),
     Option(
+        "--accel",
+        "what runs the guest: kvm; emulator, which is slower, hides everywhere and has one vCPU; or what suits (default: "
+        "auto; see pyhv host)",
+        default="auto",
+        choices=ACCELERATORS,
+    ),
+    Option(
         "--intercept",
         "who answers CPUID: the kernel, which cannot hide features on every host; trap, which is pyhv; or what suits "
         "(default: auto; see pyhv host)",
@@ -122,7 +129,7 @@ def main(arguments: list[str]) -> int:
         raise BadInput("--reboot", "cannot be combined with --name and --detach", "leave one out")
     if given.name is None and not given.detach:
         with contextlib.suppress(PyhvError):  # Machine finds the same, and says it when its turn comes
-            open_accelerator().prepare()  # while the kernel works on it, the modules below are imported
+            open_accelerator(given.accel).prepare()  # while the kernel works on it, the modules below are imported
     from pyhv.machine import Machine
 
     return run_machine(given, functools.partial(Machine, **machine_arguments(given)))
@@ -140,6 +147,7 @@ def machine_arguments(given: SimpleNamespace) -> dict[str, Any]:
         "initrd": given.initrd,
         "modules": given.module,
         "boot": given.boot,
+        "accel": given.accel,
         "intercept": given.intercept,
     }
 

@@ -111,7 +111,7 @@ def test_at_cpl_3_too(faithful: None) -> None:
 
 def test_a_guest_that_goes_to_cpl_3_is_refused_where_that_cannot_be_hidden(unfaithful: None) -> None:
     with pytest.raises(pyhv.NotFaithful, match="CPL 3") as refusal:
-        pyhv.Machine("cpuid", compat=True, append="cpl3")
+        pyhv.Machine("cpuid", accel="kvm", compat=True, append="cpl3")
     assert "avx" in refusal.value.leaks
     assert "choices: " in str(refusal.value)
 

@@ -180,7 +180,7 @@ def test_a_restored_vm_is_saved_again(tmp_path: Path) -> None:
 
 def test_compat_and_its_interception_travel(tmp_path: Path) -> None:
     path = str(tmp_path / "s.pyhv")
-    save_running_ticker(Path(path), compat=True)
+    save_running_ticker(Path(path), accel="kvm", compat=True)
     with pyhv.Machine.restore(path) as machine:
         assert machine.guest.profile == "hyperv-r2"
         assert machine.run(0.3).cause == "timeout", machine.console()

@@ -1,0 +1,153 @@
+"""Taking a VM's processor out of the emulator, and putting one in, be it the emulator's own or KVM's.
+
+What the emulator does not have is refused by name, before anything is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from pyhv._native import check, ffi, lib, new_error
+from pyhv.accel.state import DebugRegs, Events, Ioapic, Irqchip, Pic, PitChannel, ProcessorsState, VcpuState
+from pyhv.cpu import msrs
+from pyhv.errors import BadInput, HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyhv.accel.emulator import EmulatorVcpu, EmulatorVm
+    from pyhv.cpu.table import CpuidTable
+
+_XSAVE_MAX = 16384  # PYHV_XSAVE_MAX
+_LAPIC_SIZE = 1024  # PYHV_LAPIC_SIZE
+
+# XSTATE_BV of the XSAVE area (SDM Vol. 1, "XSAVE Area"), and the components before it: x87 and SSE.
+_XSTATE_BV = slice(512, 520)
+_LEGACY_COMPONENTS = 3
+
+T = TypeVar("T", bound=tuple[Any, ...])
+
+
+def capture(vm: EmulatorVm, vcpus: Sequence[EmulatorVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
+    """The state of a VM whose vCPU stands. tables: what its CPUID answers. Raises HostError."""
+    (vcpu,), (table,) = vcpus, tables
+    handle, error = vcpu.handle, new_error()
+    clock = lib.pyhv_emulator_vm_get_clock(vm.handle)
+    wanted = msrs.granted(table)
+    values = ffi.new("uint64_t[]", max(len(wanted), 1))
+    has = set(_msr_list())
+    wanted = tuple(index for index in wanted if index in has)
+    check(lib.pyhv_emulator_vcpu_get_msrs(handle, wanted, values, len(wanted), error), error)
+    area = ffi.new("uint8_t[]", _XSAVE_MAX)
+    size = check(lib.pyhv_emulator_vcpu_get_xsave(handle, area, _XSAVE_MAX, error), error)
+    lapic = ffi.new("uint8_t[]", _LAPIC_SIZE)
+    lib.pyhv_emulator_vm_get_lapic(vm.handle, lapic)
+    debugregs, events = ffi.new("struct pyhv_debugregs *"), ffi.new("struct pyhv_events *")
+    check(lib.pyhv_emulator_vcpu_get_debugregs(handle, debugregs, error), error)
+    check(lib.pyhv_emulator_vcpu_get_events(handle, events, error), error)
+    state = VcpuState(
+        vcpu=vcpu.index,
+        regs=vcpu.get_regs(),
+        sregs=vcpu.get_sregs(),
+        xcr0=1,
+        xsave=bytes(ffi.buffer(area, size)).rstrip(b"\0"),
+        msrs=dict(zip(wanted, values[0 : len(wanted)], strict=True)),
+        lapic=bytes(ffi.buffer(lapic)) if vm.irqchip else b"",
+        events=_record(Events, events),
+        debugregs=DebugRegs(tuple(debugregs.db), debugregs.dr6, debugregs.dr7),
+        mp_state=lib.pyhv_emulator_vcpu_get_mp_state(handle),
+    )
+    return ProcessorsState((state,), _capture_irqchip(vm), clock, vcpu.read_tsc_khz())
+
+
+def apply(vm: EmulatorVm, vcpus: Sequence[EmulatorVcpu], state: ProcessorsState) -> None:
+    """Puts `state` into a vCPU that has never run, and whose memory is mapped. Raises BadInput for what the emulator does
+    not have, HostError; the VM is then good for nothing but close()."""
+    (vcpu,), (saved,) = vcpus, state.vcpus
+    _check(saved)
+    handle, error = vcpu.handle, new_error()
+    vcpu.set_sregs(saved.sregs)
+    area = saved.xsave.ljust(_XSTATE_BV.stop, b"\0")
+    check(lib.pyhv_emulator_vcpu_set_xsave(handle, area, len(area), error), error)
+    # The rate before the counter, which goes on from the moment it is set.
+    lib.pyhv_emulator_vcpu_set_tsc_khz(handle, state.tsc_khz)
+    _write_msrs(vcpu, saved.msrs)
+    if vm.irqchip and state.irqchip is not None:
+        if len(saved.lapic) != _LAPIC_SIZE:
+            raise HostError("local APIC", 0, f"{len(saved.lapic)} bytes, not {_LAPIC_SIZE}")
+        lib.pyhv_emulator_vm_set_lapic(vm.handle, saved.lapic)
+        _apply_irqchip(vm, state.irqchip)
+    vcpu.set_regs(saved.regs)
+    check(lib.pyhv_emulator_vcpu_set_debugregs(handle, _c_struct("pyhv_debugregs", saved.debugregs), error), error)
+    check(lib.pyhv_emulator_vcpu_set_mp_state(handle, saved.mp_state, error), error)
+    # Last: an exception or interrupt that was on its way is delivered here, to the stack and the tables that are set.
+    check(lib.pyhv_emulator_vcpu_set_events(handle, _c_struct("pyhv_events", saved.events), error), error)
+    lib.pyhv_emulator_vm_set_clock(vm.handle, state.clock)
+
+
+def _check(saved: VcpuState) -> None:
+    """Raises BadInput with all that the emulator cannot take over."""
+    has = set(_msr_list())
+    values = saved.msrs.items()
+    wrong = [msrs.NAMES.get(index, f"MSR {index:#x}") for index, value in values if value and index not in has]
+    if saved.xcr0 != 1:
+        wrong.append(f"XCR0 {saved.xcr0:#x}")
+    present = int.from_bytes(saved.xsave[_XSTATE_BV], "little")
+    if present & ~_LEGACY_COMPONENTS:
+        wrong.append(f"XSAVE components {present & ~_LEGACY_COMPONENTS:#x}")
+    if wrong:
+        raise BadInput("this guest's state", f"the emulator does not have {', '.join(wrong)}", "let it go on on KVM")
+
+
+def _msr_list() -> tuple[int, ...]:
+    indices = ffi.new("uint32_t[]", 256)
+    return tuple(indices[0 : lib.pyhv_emulator_msr_list(indices, 256)])
+
+
+def _write_msrs(vcpu: EmulatorVcpu, values: dict[int, int]) -> None:
+    has = set(_msr_list())
+    indices = [index for index in values if index in has]
+    numbers = [values[index] for index in indices]
+    error = new_error()
+    taken = check(lib.pyhv_emulator_vcpu_set_msrs(vcpu.handle, indices, numbers, len(indices), error), error)
+    if taken < len(indices):
+        name = msrs.NAMES.get(indices[taken], "an MSR that pyhv does not know")
+        raise HostError("the emulator", 0, f"{name} (0x{indices[taken]:x}) refuses 0x{numbers[taken]:x}")
+
+
+def _capture_irqchip(vm: EmulatorVm) -> Irqchip | None:
+    if not vm.irqchip:
+        return None
+    chip = ffi.new("struct pyhv_irqchip *")
+    lib.pyhv_emulator_vm_get_irqchip(vm.handle, chip)
+    return Irqchip(
+        pic=tuple(_record(Pic, pic) for pic in chip.pic),
+        ioapic=_record(Ioapic, chip.ioapic)._replace(redirection=tuple(chip.ioapic.redirection)),
+        pit=tuple(_record(PitChannel, channel) for channel in chip.pit) if vm.pit else (),
+        pit_flags=chip.pit_flags,
+    )
+
+
+def _apply_irqchip(vm: EmulatorVm, irqchip: Irqchip) -> None:
+    if bool(irqchip.pit) != vm.pit:
+        raise HostError("PIT", 0, "one of the state and the VM has a PIT, the other has none")
+    chip = ffi.new(
+        "struct pyhv_irqchip *",
+        {
+            "pic": [pic._asdict() for pic in irqchip.pic],
+            "ioapic": irqchip.ioapic._asdict(),
+            "pit": [channel._asdict() for channel in irqchip.pit],
+            "pit_flags": irqchip.pit_flags,
+        },
+    )
+    error = new_error()
+    check(lib.pyhv_emulator_vm_set_irqchip(vm.handle, chip, error), error)
+
+
+def _record(cls: type[T], struct: Any) -> T:
+    """A record from a C structure that has fields of the same names."""
+    return cls(*(getattr(struct, name) for name in cls._fields))  # type: ignore[attr-defined]
+
+
+def _c_struct(name: str, record: Any) -> Any:
+    return ffi.new(f"struct {name} *", record._asdict())
