@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Builds the guest images: pyhv/guests/NAME.elf of every guest in this folder that is out of date.
 
-A guest is a file NAME.c or NAME.S, or a folder NAME with such files; common/ is linked into all of them, into the 32-bit
-ones common32/ and the little of common/ that is fit for both. Needs gcc (or what $CC names) and binutils, and nothing of Python beyond the standard library: setup.py runs it before pyhv exists.
+A guest is a file NAME.c or NAME.S, or a folder NAME with such files; common/ is linked into all of them, into the
+32-bit ones common32/ and the little of common/ that is fit for both. Needs gcc (or what $CC names) and binutils, and
+nothing of Python beyond the standard library: setup.py runs it before pyhv exists.
 
 usage: build.py [--force] [--output FOLDER]
 """
@@ -92,7 +93,8 @@ def build(compiler: list[str], image: Path, sources: list[Path]) -> None:
     """Compiles and links one image; it appears whole or not at all, whoever else builds it at the same time."""
     temporary = image.with_name(f".{os.getpid()}.{image.name}")
     try:
-        command = [*compiler, *(FLAGS32 if image.stem in GUESTS32 else FLAGS64), "-o", str(temporary), *map(str, sources)]
+        flags = FLAGS32 if image.stem in GUESTS32 else FLAGS64
+        command = [*compiler, *flags, "-o", str(temporary), *map(str, sources)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode != 0:
             raise Failed(f"{image.name}: {shlex.join(command)} failed:\n{done.stdout.rstrip()}")
