@@ -151,6 +151,7 @@ class Source:
         self._may_stop = may_stop
         self._out = outgoing
         self._vm = outgoing.vm
+        self._channel = channel
         self._peer = channel.peer
         self._limits = limits
         self._progress = progress or (lambda progress: None)
@@ -388,9 +389,11 @@ class Source:
         taken = time.time_ns()
         state = self._out.capture()
         records = [state.writer, *state.vcpus, state.platform, *state.devices]
+        self._channel.gather(True)
         for record in records:
             self._link.send(*protocol.encode_state(record))
         self._send(End(self._sending.pages, self._sending.zero_pages, len(records), taken))
+        self._channel.gather(False)
         self._expect(Ready)
         self._committed = True
         self._out.commit()

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import sys
 import termios
 import time
@@ -30,6 +31,7 @@ from typing import Any
 from generations import guest_time, prepare
 
 import pyhv
+from pyhv import guests
 from pyhv.accel import choose
 from pyhv.cpu.compare import MissingFeature
 from pyhv.cpu.msrs import IA32_TSC
@@ -68,8 +70,15 @@ class Node:
         return {}
 
     def idle(self, memory: int, used: int) -> dict[str, Any]:
+        # A bundled guest whose first instructions are others: CLI, then HLT for ever.
+        with open(guests.path("hello"), "rb") as file:
+            image = bytearray(file.read())
+        entry, headers = struct.unpack_from("<QQ", image, 24)
+        offset, _, address = struct.unpack_from("<QQQ", image, headers + 8)
+        start = entry - address + offset
+        image[start : start + 4] = bytes.fromhex("fa f4 ebfd")
         with open("/tmp/idle", "wb") as file:
-            file.write(bytes.fromhex("fa f4 ebfd"))  # cli; 1: hlt; jmp 1b
+            file.write(image)
         self.machine = pyhv.Machine("/tmp/idle", cpu="hyperv-r2", memory=memory)
         noise = os.urandom(1 << 20)
         for at in range(NOISE_AT, NOISE_AT + used, len(noise)):
