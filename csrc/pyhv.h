@@ -275,7 +275,7 @@ uint64_t pyhv_pages_count(const uint64_t *bitmap, uint64_t pages);
 #define PYHV_MESSAGE_PAGES_ZSTD 3
 
 /* The longest payload of any other message. */
-#define PYHV_MESSAGE_MAX 262144
+#define PYHV_MESSAGE_MAX 1048576
 /* Pages with content, and runs, in one PAGES message. */
 #define PYHV_PAGES_MAX 256
 #define PYHV_RUNS_MAX  512

@@ -222,10 +222,10 @@ class Vm:
 
     def _run_vcpu(self, vcpu: AccelVcpu) -> None:
         try:
-            if self.processors:
-                _bind_thread(self.processors[vcpu.index % len(self.processors)])
             if self.entered is None:
                 self.entered = time.monotonic_ns()
+            if self.processors:
+                _bind_thread(self.processors[vcpu.index % len(self.processors)])
             while True:
                 exit = vcpu.run()
                 if self._trap is not None and self._trap.on_record is not None:

@@ -734,7 +734,7 @@ static void *read_slowly(void *opaque)
 static void slow_reader(bool pipes)
 {
     size_t sizes[16];
-    static uint8_t data[PYHV_MESSAGE_MAX];
+    static uint8_t data[256 * 1024];
     for (int i = 0; i < 16; i++)
         sizes[i] = sizeof data;
     struct ends ends = connect_ends(pipes);

@@ -123,8 +123,8 @@ def test_any_record_message_is_split(payload: bytes) -> None:
 
 
 def test_a_message_that_is_too_large() -> None:
-    with pytest.raises(BadInput, match=r"message cancel: has 3.* bytes, at most 262144 are possible"):
-        protocol.encode(Cancel("x" * 300000))
+    with pytest.raises(BadInput, match=r"message cancel: has 11.* bytes, at most 1048576 are possible"):
+        protocol.encode(Cancel("x" * 1100000))
 
 
 def test_what_people_are_told_of_an_error() -> None:
