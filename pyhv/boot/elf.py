@@ -30,6 +30,8 @@ _MACHINES = {
     183: "AArch64",
     243: "RISC-V",
 }
+_MAX_HEADERS = 256  # each may name all of the file as its notes
+
 PT_LOAD, _PT_NOTE, _PT_GNU_PROPERTY = 1, 4, 0x6474E553
 
 # The notes of owner "pyhv" (documented in guest_images/README.md).
@@ -104,6 +106,8 @@ def read(data: bytes, name: str) -> Elf:
         raise BadInput(name, f"is an ELF file {what}, not an executable", "link it with -static -no-pie")
     if phentsize != phdr.size or phoff + phnum * phdr.size > len(data):
         raise BadInput(name, f"its program headers ({phnum} of {phentsize} bytes at 0x{phoff:x}) lie outside the file")
+    if phnum > _MAX_HEADERS:
+        raise BadInput(name, f"has {phnum} program headers, more than any image needs (the most is {_MAX_HEADERS})")
     headers, notes = [], []
     for index in range(phnum):
         if bits == 32:

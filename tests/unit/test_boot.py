@@ -91,6 +91,7 @@ def test_notes_of_others_are_not_ours() -> None:
         (make_elf(segments=((1, 0x1000, b"1", 1),)), "loaded at 0x1000, below 1 MiB"),
         (make_elf(segments=()), "no segment to load"),
         (make_elf(entry=0x500000), "entry point 0x500000 lies in none"),
+        (make_elf(segments=((6, 0, b"", 0),) * 257), "has 257 program headers, more than any image needs"),
         (make_elf(segments=((4, 0, note(1, b"123"), 0),)), "note of CPUID addresses has 3 bytes"),
         (make_elf(segments=((4, 0, note(1, b"1" * 40), 0),)), "note of CPUID addresses has 40 bytes"),
     ],
