@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pyhv.accel import choose
-from pyhv.cpu import features
+from pyhv.cpu import features, msrs
 from pyhv.errors import BadInput, HostError, PyhvError
 from pyhv.machine import Machine
 from pyhv.migration import transport
@@ -406,8 +406,11 @@ class _Node:
         elif self._plan.fault == "dropped-page":
             machine.vm.memory.write(place, bytes(8))
         elif self._plan.fault == "tsc-back":
+            # To its beginning: by less than the guest has just stood it would not go back.
             state = machine.vm.capture()
-            machine.vm.apply(state.later(-(10**8)))
+            for vcpu in state.vcpus:
+                vcpu.msrs[msrs.IA32_TSC] = 0
+            machine.vm.apply(state)
 
     def _plant_at_departure(self, machine: Machine, hop: int) -> None:
         if self._plan.fault == "cpuid-bit" and hop == self._plan.hops // 2:
