@@ -83,11 +83,10 @@ struct pyhv_emulator_vcpu {
 
     /* What hooks leave for the run loop. */
     enum { HAPPENED_NOTHING, HAPPENED_EXCEPTION, HAPPENED_SYSCALL, HAPPENED_SYSENTER, HAPPENED_ACTION } happened;
-    uint32_t vector;            /* HAPPENED_EXCEPTION */
-    int action;                 /* HAPPENED_ACTION: enum pyhv_action */
-    bool log_full;              /* the log of CPUIDs */
-    const char *cannot;         /* what the guest did that nobody can carry out here, or NULL */
-    atomic_bool stop_requested; /* uc_emu_stop() was called in this run of the engine */
+    uint32_t vector;    /* HAPPENED_EXCEPTION */
+    int action;         /* HAPPENED_ACTION: enum pyhv_action */
+    bool log_full;      /* the log of CPUIDs */
+    const char *cannot; /* what the guest did that nobody can carry out here, or NULL */
 
     /* The kick. `lock` covers thread and running, so that no signal goes to a thread that has ended. */
     pthread_mutex_t lock;
@@ -96,7 +95,7 @@ struct pyhv_emulator_vcpu {
     atomic_int kicked;
     atomic_bool attention; /* the run loop must look at kick and interrupts before it goes on */
     atomic_bool in_engine; /* and it may be stopped from outside */
-    timer_t timer; /* of the vCPU's thread, while it runs */
+    timer_t timer;         /* of the vCPU's thread, while it runs */
 };
 
 /* Nanoseconds of CLOCK_MONOTONIC. */
@@ -155,7 +154,7 @@ enum emulator_delivery emulator_sysenter(struct pyhv_emulator_vcpu *vcpu, struct
 
 /* ------------------------------------------------------------------------------------------------- state -- */
 
-/* RFLAGS is one number in a state that these have handled: its parts are put together and taken apart. */
+/* RFLAGS is one number in a state that these have handled. */
 int emulator_save(struct pyhv_emulator_vcpu *vcpu, struct cpu_context *context, struct pyhv_error *error);
 /* flush: translations of addresses depend on what was changed. */
 int emulator_load(struct pyhv_emulator_vcpu *vcpu, struct cpu_context *context, bool flush, struct pyhv_error *error);

@@ -22,16 +22,16 @@
 enum { DEBUG = 1, DOUBLE_FAULT = 8, INVALID_TSS = 10, NOT_PRESENT = 11, STACK = 12, PROTECTION = 13, PAGE_FAULT = 14 };
 
 /* Of a segment's flags (a descriptor's second word). */
-#define SEG_ACCESSED    (1u << 8)
-#define SEG_CONFORMING  (1u << 10)
-#define SEG_WRITABLE    (1u << 9)
-#define SEG_CODE        (1u << 11)
-#define SEG_S           (1u << 12)
-#define SEG_DPL(flags)  ((flags) >> 13 & 3)
-#define SEG_P           (1u << 15)
-#define SEG_L           (1u << 21)
-#define SEG_B           (1u << 22)
-#define SEG_G           (1u << 23)
+#define SEG_ACCESSED   (1u << 8)
+#define SEG_CONFORMING (1u << 10)
+#define SEG_WRITABLE   (1u << 9)
+#define SEG_CODE       (1u << 11)
+#define SEG_S          (1u << 12)
+#define SEG_DPL(flags) ((flags) >> 13 & 3)
+#define SEG_P          (1u << 15)
+#define SEG_L          (1u << 21)
+#define SEG_B          (1u << 22)
+#define SEG_G          (1u << 23)
 
 /* The flat segments of SYSCALL and SYSENTER. */
 #define FLAT_CODE(dpl) (SEG_G | SEG_P | (dpl) << 13 | SEG_S | SEG_CODE | 0x300u)
@@ -57,8 +57,7 @@ static int fault_with(struct emulator_fault *fault, uint32_t vector, uint32_t er
 static void set_segment(struct cpu_state *state, int which, uint32_t selector, uint64_t base, uint32_t limit,
                         uint32_t flags)
 {
-    state->segs[which] =
-        (struct cpu_segment){.selector = selector, .base = base, .limit = limit, .flags = flags};
+    state->segs[which] = (struct cpu_segment){.selector = selector, .base = base, .limit = limit, .flags = flags};
     if (which == SS)
         state->hflags = (state->hflags & ~(uint32_t)HF_CPL) | SEG_DPL(flags);
 }
@@ -233,8 +232,8 @@ static int find_handler(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state 
         return -1;
     }
     bool known = gate->type == GATE_INTERRUPT || gate->type == GATE_TRAP ||
-                 (!in_long_mode(state) && (gate->type == GATE_INTERRUPT16 || gate->type == GATE_TRAP16 ||
-                                           gate->type == GATE_TASK));
+                 (!in_long_mode(state) &&
+                  (gate->type == GATE_INTERRUPT16 || gate->type == GATE_TRAP16 || gate->type == GATE_TASK));
     if (!known || (event == EVENT_SOFTWARE && gate->dpl < emulator_cpl(state)))
         return fault_with(fault, PROTECTION, in_idt | external);
     if (!gate->present)
@@ -275,8 +274,12 @@ static int enter_protected(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *st
     struct stack stack = {
         .base = is_long ? 0 : state->segs[SS].base,
         .sp = state->regs[RSP],
-        .mask = is_long ? UINT64_MAX : state->segs[SS].flags & SEG_B ? UINT32_MAX : 0xffff,
-        .width = is_long ? 8 : is_wide ? 4 : 2,
+        .mask = is_long                         ? UINT64_MAX
+                : state->segs[SS].flags & SEG_B ? UINT32_MAX
+                                                : 0xffff,
+        .width = is_long   ? 8
+                 : is_wide ? 4
+                           : 2,
         .access = new_cpl == 3 ? ACCESS_USER : 0,
     };
     uint32_t ss_selector = state->segs[SS].selector, new_sp = 0;
@@ -302,8 +305,7 @@ static int enter_protected(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *st
         if (push(vcpu, state, &stack, state->segs[SS].selector, fault) < 0 ||
             push(vcpu, state, &stack, state->regs[RSP], fault) < 0)
             return -1;
-    if (push(vcpu, state, &stack, flags, fault) < 0 ||
-        push(vcpu, state, &stack, state->segs[CS].selector, fault) < 0 ||
+    if (push(vcpu, state, &stack, flags, fault) < 0 || push(vcpu, state, &stack, state->segs[CS].selector, fault) < 0 ||
         push(vcpu, state, &stack, state->rip, fault) < 0)
         return -1;
     if (event == EVENT_FAULT && has_error_code(vector) && push(vcpu, state, &stack, error_code, fault) < 0)
@@ -355,15 +357,15 @@ enum emulator_delivery emulator_deliver(struct pyhv_emulator_vcpu *vcpu, struct 
         if (fault.vector == PAGE_FAULT)
             state->cr[2] = fault.address;
         /* SDM Vol. 3, table "Conditions for Generating a Double Fault". */
-        bool doubled = event == EVENT_FAULT && ((is_contributory(vector) && is_contributory(fault.vector)) ||
-                                                (vector == PAGE_FAULT && (is_contributory(fault.vector) ||
-                                                                          fault.vector == PAGE_FAULT)));
+        bool doubled = event == EVENT_FAULT &&
+                       ((is_contributory(vector) && is_contributory(fault.vector)) ||
+                        (vector == PAGE_FAULT && (is_contributory(fault.vector) || fault.vector == PAGE_FAULT)));
         if (event == EVENT_SOFTWARE) { /* it is the instruction that faults */
             uint8_t byte = 0;
             uint64_t last = state->rip - 1 + state->segs[CS].base;
-            bool is_short = emulator_peek(vcpu, state, last, &byte, 1) == 1 &&
-                            ((vector == 3 && byte == 0xcc) || (vector == 4 && byte == 0xce) ||
-                             (vector == 1 && byte == 0xf1));
+            bool is_short =
+                emulator_peek(vcpu, state, last, &byte, 1) == 1 &&
+                ((vector == 3 && byte == 0xcc) || (vector == 4 && byte == 0xce) || (vector == 1 && byte == 0xf1));
             state->rip -= is_short ? 1 : 2;
         }
         event = EVENT_FAULT;

@@ -646,8 +646,8 @@ static void pit_control(struct irqchip *chips, uint8_t value, int64_t now)
             if (!(value & 0x20))
                 pit_latch(channel, now);
             if (!(value & 0x10) && !channel->status_latched) {
-                channel->status =
-                    (uint8_t)(pit_output(channel, now) << 7 | channel->rw_mode << 4 | channel->mode << 1 | channel->bcd);
+                channel->status = (uint8_t)(pit_output(channel, now) << 7 | channel->rw_mode << 4 | channel->mode << 1 |
+                                            channel->bcd);
                 channel->status_latched = 1;
             }
         }

@@ -54,9 +54,23 @@ _Static_assert(CONTEXT_HEAD == 40, "struct uc_context");
 /* The code buffer of an engine. The library's own default, 1 GiB, is too much address space where there are many. */
 #define CODE_BUFFER (UINT32_C(16) << 20)
 
-/* Where struct uc_struct has its sizes and its switch (include/uc_priv.h): found by their values, and checked below by
- * what they do. */
-enum { UC_CONTEXT_SIZE = 2016, UC_NO_EXIT_REQUEST = 2034 };
+/* Where struct uc_struct has its processor, a size and the switch (include/uc_priv.h), and the processor its mark of HLT
+ * (CPUState) and its state: found by their values, and checked below by what they do. */
+enum { UC_CPU = 440, UC_CONTEXT_SIZE = 2016, UC_NO_EXIT_REQUEST = 2034, CPU_HALTED = 33176, CPU_STATE = 35408 };
+
+static const uint8_t *processor(const uc_engine *engine)
+{
+    const uint8_t *cpu;
+    memcpy(&cpu, (const uint8_t *)engine + UC_CPU, sizeof cpu);
+    return cpu;
+}
+
+int pyhv_library_halted(const uc_engine *engine)
+{
+    uint32_t halted;
+    memcpy(&halted, processor(engine) + CPU_HALTED, sizeof halted);
+    return halted != 0;
+}
 
 void pyhv_library_stop_between_blocks(uc_engine *engine, int precise)
 {
@@ -178,6 +192,18 @@ static bool stops_between_blocks(uc_engine *engine, uint8_t *page)
            uc.reg_read(engine, UC_X86_REG_RIP, &rip) == UC_ERR_OK && rip == CHECK_PAGE + sizeof block && writes == 1;
 }
 
+/* Whether HLT leaves its mark, and other ends do not. */
+static bool marks_halt(uc_engine *engine, uint8_t *page)
+{
+    uint64_t rip = 0;
+    if (pyhv_library_halted(engine)) /* it was stopped by the check before */
+        return false;
+    memset(page, 0xf4, 64);
+    uc.ctl(engine, UC_CTL_FLUSH_BLOCKS);
+    return uc.emu_start(engine, CHECK_PAGE, 0, 0, 0) == UC_ERR_OK && pyhv_library_halted(engine) == 1 &&
+           uc.reg_read(engine, UC_X86_REG_RIP, &rip) == UC_ERR_OK && rip == CHECK_PAGE + 1;
+}
+
 /* Writes registers through the interface and finds them in the saved state, and the other way round. Returns the name
  * of the first that is elsewhere, or NULL. */
 static const char *misplaced_register(uc_engine *engine, struct cpu_context *context)
@@ -185,6 +211,8 @@ static const char *misplaced_register(uc_engine *engine, struct cpu_context *con
     const struct cpu_state *state = &context->state;
     if (uc.context_save(engine, context) != UC_ERR_OK)
         return "everything";
+    if (memcmp(processor(engine) + CPU_STATE, state, offsetof(struct cpu_state, retaddr)) != 0)
+        return "its beginning";
     if (state->efer != 0x500) /* LMA, LME: how the library starts in 64-bit mode */
         return "EFER";
     if (state->old_exception != -1)
@@ -287,7 +315,9 @@ static const char *misplaced_event(uc_engine *engine, struct cpu_context *contex
         return "error_code";
     if (state->old_exception != 13)
         return "old_exception";
-    return stops_between_blocks(engine, page) ? NULL : "no_exit_request";
+    if (!stops_between_blocks(engine, page))
+        return "no_exit_request";
+    return marks_halt(engine, page) ? NULL : "halted";
 }
 
 static int check_library(struct pyhv_error *error)

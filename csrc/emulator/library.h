@@ -75,11 +75,11 @@ struct cpu_segment { /* flags: the descriptor's second word */
 enum { ES, CS, SS, DS, FS, GS, SEGMENTS };
 enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI };
 
-/* The parts of the flags that are kept apart (cc_*, df) are read and written as UC_X86_REG_RFLAGS. */
+/* While it executes, the arithmetic flags and DF are kept apart, in cc_* and df; UC_X86_REG_RFLAGS puts them together. */
 struct cpu_state {
     uint64_t regs[16];
     uint64_t rip;
-    uint64_t rflags; /* without CF, PF, AF, ZF, SF, OF, DF */
+    uint64_t rflags;
     uint64_t cc_dst, cc_src, cc_src2;
     uint32_t cc_op;
     int32_t df;
@@ -97,7 +97,7 @@ struct cpu_state {
         uint64_t mantissa;
         uint16_t exponent;
         uint8_t reserved[6];
-    } fpregs[8]; /* by number, not by place on the stack */
+    } fpregs[8];              /* by number, not by place on the stack */
     uint8_t float_status[64]; /* follows from fpuc and mxcsr: see pyhv_state_load() */
     uint32_t mxcsr;
     uint32_t before_xmm;
@@ -226,6 +226,10 @@ extern struct library uc;
  *
  * precise: stop between blocks only. Else at once, which only single steps need. What was translated is forgotten. */
 void pyhv_library_stop_between_blocks(uc_engine *engine, int precise);
+
+/* Whether it was HLT that ended the last run of the engine, whatever else asked for its end at the same time. The library
+ * reports both alike. */
+int pyhv_library_halted(const uc_engine *engine);
 
 /* Makes an engine in 64-bit mode, which stops between blocks, with a context for it to be saved to and restored from, which has the size of struct
  * cpu_context and so holds the identity too. Both are the caller's. */

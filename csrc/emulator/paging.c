@@ -9,23 +9,23 @@
 
 #include "emulator/emulator.h"
 
-#define CR0_WP          (UINT64_C(1) << 16)
-#define CR0_PG          (UINT64_C(1) << 31)
-#define CR4_PSE         (UINT64_C(1) << 4)
-#define CR4_PAE         (UINT64_C(1) << 5)
-#define EFER_LMA        (UINT64_C(1) << 10)
-#define ENTRY_PRESENT   UINT64_C(1)
-#define ENTRY_WRITABLE  UINT64_C(2)
-#define ENTRY_USER      UINT64_C(4)
-#define ENTRY_ACCESSED  UINT64_C(0x20)
-#define ENTRY_DIRTY     UINT64_C(0x40)
-#define ENTRY_LARGE     UINT64_C(0x80)
-#define ENTRY_ADDRESS   UINT64_C(0x000ffffffffff000)
-#define ERROR_PRESENT   1u
-#define ERROR_WRITE     2u
-#define ERROR_USER      4u
-#define PAGE_FAULT      14u
-#define PROTECTION      13u
+#define CR0_WP         (UINT64_C(1) << 16)
+#define CR0_PG         (UINT64_C(1) << 31)
+#define CR4_PSE        (UINT64_C(1) << 4)
+#define CR4_PAE        (UINT64_C(1) << 5)
+#define EFER_LMA       (UINT64_C(1) << 10)
+#define ENTRY_PRESENT  UINT64_C(1)
+#define ENTRY_WRITABLE UINT64_C(2)
+#define ENTRY_USER     UINT64_C(4)
+#define ENTRY_ACCESSED UINT64_C(0x20)
+#define ENTRY_DIRTY    UINT64_C(0x40)
+#define ENTRY_LARGE    UINT64_C(0x80)
+#define ENTRY_ADDRESS  UINT64_C(0x000ffffffffff000)
+#define ERROR_PRESENT  1u
+#define ERROR_WRITE    2u
+#define ERROR_USER     4u
+#define PAGE_FAULT     14u
+#define PROTECTION     13u
 
 uint8_t *emulator_host(const struct pyhv_emulator_vm *vm, uint64_t gpa, uint64_t size)
 {
@@ -96,7 +96,8 @@ static int translate(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *st
         if (!is_pdpte)
             rights &= entry;
         places[level - 1] = is_pdpte ? NULL : place;
-        bool large = (entry & ENTRY_LARGE) && ((level == 2 && walk.large_at_two) || (level == 3 && walk.large_at_three));
+        bool large =
+            (entry & ENTRY_LARGE) && ((level == 2 && walk.large_at_two) || (level == 3 && walk.large_at_three));
         if (level > 1 && !large) {
             table = entry & ENTRY_ADDRESS;
             continue;

@@ -41,13 +41,12 @@ int emulator_save(struct pyhv_emulator_vcpu *vcpu, struct cpu_context *context, 
 int emulator_load(struct pyhv_emulator_vcpu *vcpu, struct cpu_context *context, bool flush, struct pyhv_error *error)
 {
     struct cpu_state *state = &context->state;
-    const uint64_t rflags = state->rflags;
+    /* Both: where the flags are while it executes, for whoever reads them now, and where it takes them from when it
+     * begins to. */
     state->cc_op = CC_OP_EFLAGS;
-    state->cc_src = rflags & RFLAGS_ARITH;
-    state->df = rflags & RFLAGS_DF ? -1 : 1;
-    state->rflags = rflags & ~(RFLAGS_ARITH | RFLAGS_DF);
+    state->cc_src = state->rflags & RFLAGS_ARITH;
+    state->df = state->rflags & RFLAGS_DF ? -1 : 1;
     int code = uc.context_restore(vcpu->engine, context);
-    state->rflags = rflags;
     if (code == UC_ERR_OK && flush)
         code = uc.ctl(vcpu->engine, UC_CTL_FLUSH_TLB);
     return code == UC_ERR_OK ? 0 : pyhv_library_fail(error, "uc_context_restore", code);
@@ -92,8 +91,7 @@ void emulator_reset(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *state)
     state->rflags = 2;
     for (int i = 0; i < SEGMENTS; i++)
         state->segs[i] = (struct cpu_segment){.limit = 0xffff, .flags = 0x9300};
-    state->segs[CS] =
-        (struct cpu_segment){.selector = 0xf000, .base = 0xffff0000, .limit = 0xffff, .flags = 0x9b00};
+    state->segs[CS] = (struct cpu_segment){.selector = 0xf000, .base = 0xffff0000, .limit = 0xffff, .flags = 0x9b00};
     state->ldt = (struct cpu_segment){.limit = 0xffff, .flags = 0x8200};
     state->tr = (struct cpu_segment){.limit = 0xffff, .flags = 0x8b00};
     state->gdt = state->idt = (struct cpu_segment){.limit = 0xffff};
@@ -145,8 +143,7 @@ void emulator_set_features(struct pyhv_emulator_vcpu *vcpu, struct cpu_identity 
 int pyhv_emulator_vcpu_set_cpuid(struct pyhv_emulator_vcpu *vcpu, const struct pyhv_cpuid_entry *entries, size_t count,
                                  struct pyhv_error *error)
 {
-    if (pyhv_cpuid_table_init(&vcpu->table, entries, count, error) < 0 ||
-        emulator_save(vcpu, vcpu->context, error) < 0)
+    if (pyhv_cpuid_table_init(&vcpu->table, entries, count, error) < 0 || emulator_save(vcpu, vcpu->context, error) < 0)
         return -1;
     memcpy(vcpu->cpuid, entries, count * sizeof *entries);
     vcpu->cpuid_count = (uint32_t)count;
@@ -200,10 +197,10 @@ int pyhv_emulator_vcpu_set_regs(struct pyhv_emulator_vcpu *vcpu, const struct py
         return -1;
     struct cpu_state *state = &vcpu->context->state;
     const uint64_t values[16] = {
-        [RAX] = regs->rax, [RCX] = regs->rcx, [RDX] = regs->rdx, [RBX] = regs->rbx, [RSP] = regs->rsp,
-        [RBP] = regs->rbp, [RSI] = regs->rsi, [RDI] = regs->rdi, [8] = regs->r8,    [9] = regs->r9,
-        [10] = regs->r10,  [11] = regs->r11,  [12] = regs->r12,  [13] = regs->r13,  [14] = regs->r14,
-        [15] = regs->r15,
+        [RAX] = regs->rax, [RCX] = regs->rcx, [RDX] = regs->rdx, [RBX] = regs->rbx,
+        [RSP] = regs->rsp, [RBP] = regs->rbp, [RSI] = regs->rsi, [RDI] = regs->rdi,
+        [8] = regs->r8,    [9] = regs->r9,    [10] = regs->r10,  [11] = regs->r11,
+        [12] = regs->r12,  [13] = regs->r13,  [14] = regs->r14,  [15] = regs->r15,
     };
     memcpy(state->regs, values, sizeof values);
     state->rip = regs->rip;
@@ -423,8 +420,8 @@ int pyhv_emulator_vcpu_set_debugregs(struct pyhv_emulator_vcpu *vcpu, const stru
 static bool has_msr(uint32_t index)
 {
     static const uint32_t single[] = {
-        0x174,      0x175,      0x176,      0x17a,      0x1a0,      0x250,      0x258,      0x259,      0x277,
-        0x2ff,      0xc0000081, 0xc0000082, 0xc0000083, 0xc0000084, 0xc0000102, 0xc0000103,
+        0x174, 0x175, 0x176,      0x17a,      0x1a0,      0x250,      0x258,      0x259,
+        0x277, 0x2ff, 0xc0000081, 0xc0000082, 0xc0000083, 0xc0000084, 0xc0000102, 0xc0000103,
     };
     for (size_t i = 0; i < sizeof single / sizeof *single; i++)
         if (index == single[i])
@@ -444,8 +441,8 @@ size_t pyhv_emulator_msr_list(uint32_t *indices, size_t capacity)
     }
 }
 
-int pyhv_emulator_vcpu_get_msrs(struct pyhv_emulator_vcpu *vcpu, const uint32_t *indices, uint64_t *values, size_t count,
-                                struct pyhv_error *error)
+int pyhv_emulator_vcpu_get_msrs(struct pyhv_emulator_vcpu *vcpu, const uint32_t *indices, uint64_t *values,
+                                size_t count, struct pyhv_error *error)
 {
     for (size_t i = 0; i < count; i++) {
         struct uc_x86_msr msr = {.rid = indices[i]};

@@ -22,11 +22,9 @@
  * interrupts again, while it has them switched off and one waits: the library does not tell when they are on. */
 #define COME_BACK 50000
 
-#define RFLAGS_IF   (UINT64_C(1) << 9)
-#define RFLAGS_DF   UINT64_C(0x400)
-#define HLT         0xf4
-#define INVALID_OPCODE 6
-#define NMI            2
+#define RFLAGS_IF (UINT64_C(1) << 9)
+
+enum { NMI = 2, INVALID_OPCODE = 6 };
 
 /* A block of the engine's is at most so many instructions, which run on after the log is full. */
 enum { LOG_SPARE = 512 };
@@ -43,7 +41,6 @@ static void set_alarm(struct pyhv_emulator_vcpu *vcpu, int64_t in)
 
 static void stop_engine(struct pyhv_emulator_vcpu *vcpu)
 {
-    atomic_store(&vcpu->stop_requested, true);
     uc.emu_stop(vcpu->engine);
 }
 
@@ -501,6 +498,9 @@ static bool stop_for_action(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *e
     int code = uc.context_restore(vcpu->engine, vcpu->at_stop);
     if (code != UC_ERR_OK)
         return stop_for_code(exit, "uc_context_restore", code);
+    if (emulator_save(vcpu, vcpu->at_stop, &exit->error) < 0 ||
+        emulator_load(vcpu, vcpu->at_stop, false, &exit->error) < 0)
+        return stop(exit, PYHV_STOP_FAILED);
     switch (vcpu->action) {
     case PYHV_ACTION_GUEST_EXIT:
         exit->status = pyhv_bus_exit_status(vcpu->vm->bus);
@@ -595,8 +595,7 @@ static bool take_interrupt(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *ex
     vcpu->halted = false;
     if (is_nmi)
         state->hflags2 |= HF2_NMI;
-    enum emulator_delivery done =
-        emulator_deliver(vcpu, state, EVENT_INTERRUPT, is_nmi ? NMI : (uint32_t)vector, 0);
+    enum emulator_delivery done = emulator_deliver(vcpu, state, EVENT_INTERRUPT, is_nmi ? NMI : (uint32_t)vector, 0);
     return finish_event(vcpu, done, exit);
 }
 
@@ -615,26 +614,12 @@ static void sleep_in_hlt(struct pyhv_emulator_vcpu *vcpu, int64_t deadline)
     pthread_mutex_unlock(&vm->lock);
 }
 
-/* HLT and a stop both make the engine return without an error. Without a stop it was HLT; with one it was if HLT is what
- * it stands behind. (A guest that is stopped right where it has jumped to, behind an HLT that it did not execute, is so
- * taken for halted. The code behind an HLT is what runs after that HLT: it would have to be entered by another way, and
- * stopped in front of its first instruction.) */
-static bool was_hlt(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state)
-{
-    uint8_t byte = 0;
-    if (!atomic_load(&vcpu->stop_requested))
-        return true;
-    return emulator_peek(vcpu, state, state->segs[CS].base + state->rip - 1, &byte, 1) == 1 && byte == HLT &&
-           emulator_cpl(state) == 0;
-}
-
 /* Lets the engine execute, `count` instructions if that is not 0, and acts on why it came back. True if the run ends. */
 static bool run_engine(struct pyhv_emulator_vcpu *vcpu, size_t count, struct pyhv_exit *exit)
 {
     uint64_t rip = 0;
     uc.reg_read(vcpu->engine, UC_X86_REG_RIP, &rip);
     vcpu->happened = HAPPENED_NOTHING;
-    atomic_store(&vcpu->stop_requested, count > 0);
     atomic_store(&vcpu->in_engine, count == 0);
     if (atomic_load(&vcpu->attention) && count == 0) {
         atomic_store(&vcpu->in_engine, false);
@@ -664,11 +649,7 @@ static bool run_engine(struct pyhv_emulator_vcpu *vcpu, size_t count, struct pyh
     }
     if (code != UC_ERR_OK)
         return stop_for_code(exit, "uc_emu_start", code);
-    if (!save_state(vcpu, exit))
-        return true;
-    const struct cpu_state *state = &vcpu->context->state;
-    /* A step moves on; of its own accord HLT is the only instruction that ends on the byte of HLT. */
-    vcpu->halted = (count == 0 || state->rip != rip) && was_hlt(vcpu, state);
+    vcpu->halted = pyhv_library_halted(vcpu->engine);
     return false;
 }
 
