@@ -122,8 +122,8 @@ def read(data: bytes, name: str) -> Elf:
     return Elf(bits, machine, entry, tuple(headers), tuple(notes))
 
 
-def segments(elf: Elf, data: bytes, name: str) -> tuple[Segment, ...]:
-    """What is to be loaded. Raises BadInput where that cannot be."""
+def segments(elf: Elf, data: bytes, name: str, low: bool = False) -> tuple[Segment, ...]:
+    """What is to be loaded. low: below 1 MiB too. Raises BadInput where that cannot be."""
     found: list[Segment] = []
     view = memoryview(data)
     for index, header in enumerate(elf.headers):
@@ -133,7 +133,7 @@ def segments(elf: Elf, data: bytes, name: str) -> tuple[Segment, ...]:
         if memsz < filesz:
             sizes = f"more bytes in the file (0x{filesz:x}) than in memory (0x{memsz:x})"
             raise BadInput(name, f"segment {index} has {sizes}")
-        if paddr < LOAD_BASE:
+        if paddr < LOAD_BASE and not low:
             raise BadInput(
                 name,
                 f"segment {index} is to be loaded at 0x{paddr:x}, below 1 MiB, where the start state lies",

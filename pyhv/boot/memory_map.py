@@ -54,9 +54,9 @@ class LowMemory:
 
     START = 0x8000
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, memory: GuestMemory, start: int = START) -> None:
         self._memory = memory
-        self._next = self.START
+        self._next = start
 
     def place(self, what: str, data: bytes, alignment: int = 8) -> int:
         """Where `data` is now. what: its name in the error. Raises BadInput where there is no more room."""

@@ -15,7 +15,7 @@ from pyhv.boot import elf as elf_file
 from pyhv.boot import protected32
 from pyhv.boot.image import Image, Module, Segment
 from pyhv.boot.memory_map import LOW_END, RAM, TABLES_END, LowMemory, areas
-from pyhv.boot.start64 import LOAD_BASE, encode_command_line, write_segments
+from pyhv.boot.start64 import encode_command_line, write_segments
 from pyhv.errors import BadInput
 
 TYPE_CHECKING = False
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pyhv.vm.memory import GuestMemory
 
 _MAGIC, _BOOTED = 0x1BADB002, 0x2BADB002
+_LOWEST = 0x1000  # where a kernel may be loaded; below are real mode's vectors and the BIOS's data
 _SEARCH = 8192  # the header is in the first so many bytes, aligned to 4
 _HEADER, _ADDRESSES = struct.Struct("<III"), struct.Struct("<5I")
 
@@ -64,12 +65,13 @@ def parse(data: bytes, name: str, elf: Elf | None = None) -> Image:
         return _parse_flat(header, data, name)
     if elf is None:
         raise BadInput(name, "is a multiboot kernel that is neither an ELF file nor tells its addresses in the header")
-    loaded = elf_file.segments(elf, data, name)
+    loaded = elf_file.segments(elf, data, name, low=True)
     entry = elf.entry
     for part in elf.headers:  # kernels that are linked high have a virtual address here
         if part.type == elf_file.PT_LOAD and part.vaddr <= entry < part.vaddr + part.memsz:
             entry += part.paddr - part.vaddr
             break
+    _check_places(loaded, name)
     elf_file.check_entry(entry, loaded, name)
     return Image(name, "multiboot", entry, loaded, (), None, elf.isa_level)
 
@@ -83,8 +85,6 @@ def _parse_flat(header: Header, data: bytes, name: str) -> Image:
     offset = header.at - (header_gpa - start)
     if header_gpa < start or offset < 0:
         raise BadInput(name, f"the addresses in its multiboot header cannot be ({shown}): it lies before the file")
-    if start < LOAD_BASE:
-        raise BadInput(name, f"is to be loaded at 0x{start:x}, below 1 MiB", "link it at 0x100000 or above")
     size = load_end - start if load_end else len(data) - offset
     if size <= 0 or offset + size > len(data):
         raise BadInput(name, f"the addresses in its multiboot header ({shown}) ask for more than the file has")
@@ -92,8 +92,18 @@ def _parse_flat(header: Header, data: bytes, name: str) -> Image:
     if memory_size < size:
         raise BadInput(name, f"the addresses in its multiboot header cannot be ({shown}): the bss ends before the data")
     loaded = (Segment(start, memoryview(data)[offset : offset + size], memory_size),)
+    _check_places(loaded, name)
     elf_file.check_entry(entry, loaded, name)
     return Image(name, "multiboot", entry, loaded, (), None)
+
+
+def _check_places(loaded: tuple[Segment, ...], name: str) -> None:
+    """Raises BadInput where something is to be loaded where a PC has no RAM for it."""
+    for segment in loaded:
+        if segment.gpa < _LOWEST or (segment.gpa < TABLES_END and segment.gpa + segment.size > LOW_END):
+            place = f"0x{segment.gpa:x} to 0x{segment.gpa + segment.size:x}"
+            advice = "link it at 0x100000 or above"
+            raise BadInput(name, f"is to be loaded at {place}, where a PC has no RAM for it", advice)
 
 
 def load(
@@ -105,9 +115,10 @@ def load(
     something does not fit.
     """
     write_segments(image, memory)
-    low = LowMemory(memory)
+    ends = [segment.gpa + segment.size for segment in image.segments]
+    low = LowMemory(memory, max([LowMemory.START, *(end for end in ends if end <= LOW_END)]))
     entries = b""
-    gpa = max(segment.gpa + segment.size for segment in image.segments)
+    gpa = max(TABLES_END, *ends)
     for module in modules:
         gpa += -gpa % 0x1000
         if gpa + len(module.data) > memory.low_size:

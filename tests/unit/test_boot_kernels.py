@@ -275,6 +275,13 @@ def test_addresses_in_the_header(memory: GuestMemory) -> None:
     assert multiboot.parse(bytes(data), "k", elf.read(bytes(data), "k")).segments[0].gpa == MIB
 
 
+def test_a_kernel_below_1_mib_is_left_alone(memory: GuestMemory) -> None:
+    data = make_kludge(start=0x7000, bss_end=0x9000, entry=0x7020)
+    regs, _ = multiboot.load(multiboot.parse(data, "k"), memory, "a line", (Module("m", "", b"1"),), RSDP, RESET)
+    assert memory.read(0x7000, 0x2000) == data + bytes(0x2000 - len(data)) and regs.rbx >= 0x9000
+    assert struct.unpack("<I", memory.read(struct.unpack("<I", memory.read(regs.rbx + 24, 4))[0], 4)) == (MIB,)
+
+
 def test_a_virtual_entry_point_is_translated() -> None:
     data = bytearray(make_multiboot())
     struct.pack_into("<I", data, 52 + 8, 0xC0100000)  # the segment's virtual address
@@ -294,7 +301,9 @@ def test_a_virtual_entry_point_is_translated() -> None:
         (header(1 << 16) + bytes(19), "is cut off in its multiboot header"),
         (make_kludge(shift=64), "it lies before the file"),
         (make_kludge(shift=-8), "it lies before the file"),
-        (make_kludge(start=0x8000, entry=0x8020), "is to be loaded at 0x8000, below 1 MiB"),
+        (make_kludge(start=0x800, entry=0x820), "is to be loaded at 0x800 to 0x830, where a PC has no RAM for it"),
+        (make_kludge(start=0x8000, bss_end=0xA0000), "is to be loaded at 0x8000 to 0xa0000, where a PC has no RAM"),
+        (make_kludge(start=0xE0000), "is to be loaded at 0xe0000"),
         (make_kludge(load_end=MIB + 4096), "ask for more than the file has"),
         (make_kludge(load_end=MIB - 16), "ask for more than the file has"),
         (make_kludge(bss_end=MIB + 8), "the bss ends before the data"),
@@ -476,7 +485,8 @@ def test_a_damaged_kernel_is_refused_or_loaded(
     try:
         parsed = image.read(str(path), memory.size, kind)
         for segment in parsed.segments:
-            assert len(segment.data) <= segment.size and segment.gpa >= MIB
+            assert len(segment.data) <= segment.size
+            assert segment.gpa >= (0x1000 if parsed.kind == "multiboot" else MIB)
         assert 1 <= parsed.isa_level <= 4
         if parsed.kind not in ("elf64", "flat"):
             modules = (Module("m", "", b"m" * 5000),)
