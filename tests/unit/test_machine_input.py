@@ -45,7 +45,7 @@ def test_images_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.find_image("hello").endswith("hello.elf")
     with pytest.raises(BadInput, match="did you mean hello"):
         machine.find_image("helo")
-    with pytest.raises(BadInput, match="the bundled guests are cpuid, "):
+    with pytest.raises(BadInput, match="the bundled guests are acpi, "):
         machine.find_image("zzzzzzzz")
 
 
