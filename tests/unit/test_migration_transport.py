@@ -244,8 +244,11 @@ def test_a_tty() -> None:
             write(channel, b"\r\n")
             assert os.read(master, 10) == b"\r\n"
         with Listener(transport.parse(f"tty:{name}")) as listener:
-            channel = listener.accept()  # type: ignore[assignment]
-            channel.close()
+            assert listener.accept(0.01) is None
+            os.write(master, b"x")  # somebody has come
+            far = listener.accept(10)
+            assert far is not None and read(far, 1) == b"x"
+            far.close()
     finally:
         os.close(master)
         os.close(slave)
