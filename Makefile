@@ -38,12 +38,12 @@ $(VENV)/pip: scripts/prepare.sh
 $(VENV)/installed: $(VENV)/pip pyproject.toml setup.py $(ENGINE) $(GENERATED_FROM) $(GUESTS)
 	@echo "Building pyhv ..."
 	@PYHV_CFLAGS=-Werror $(BIN)/python -m pip install -q --disable-pip-version-check \
-	    --config-settings editable_mode=compat -e .
+	    --config-settings editable_mode=compat -e '.[emulator]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/installed
 	@$(BIN)/python -m pip install -q --disable-pip-version-check \
-	    --config-settings editable_mode=compat -e '.[dev]'
+	    --config-settings editable_mode=compat -e '.[dev,emulator]'
 	@touch $@
 
 # -------------------------------------------------------------------------------------------------------- testing

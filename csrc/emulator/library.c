@@ -54,15 +54,31 @@ _Static_assert(CONTEXT_HEAD == 40, "struct uc_context");
 /* The code buffer of an engine. The library's own default, 1 GiB, is too much address space where there are many. */
 #define CODE_BUFFER (UINT32_C(16) << 20)
 
-/* Where struct uc_struct has its processor, a size and the switch (include/uc_priv.h), and the processor its mark of HLT
- * (CPUState) and its state: found by their values, and checked below by what they do. */
-enum { UC_CPU = 440, UC_CONTEXT_SIZE = 2016, UC_NO_EXIT_REQUEST = 2034, CPU_HALTED = 33176, CPU_STATE = 35408 };
+/* Where struct uc_struct has its processor, a mark that it was stopped, a size and the switch (include/uc_priv.h), and the
+ * processor its marks of HLT and of why it leaves its loop (CPUState), and its state: found by their values, and checked
+ * below by what they do. */
+enum { UC_CPU = 440, UC_STOP_REQUEST = 1389, UC_CONTEXT_SIZE = 2016, UC_NO_EXIT_REQUEST = 2034 };
+enum { CPU_HALTED = 33176, CPU_EXCEPTION = 33184, CPU_STATE = 35408 };
+enum { NO_EXCEPTION = -1, LEAVE = 0x10001 };
 
-static const uint8_t *processor(const uc_engine *engine)
+static uint8_t *processor(const uc_engine *engine)
 {
-    const uint8_t *cpu;
+    uint8_t *cpu;
     memcpy(&cpu, (const uint8_t *)engine + UC_CPU, sizeof cpu);
     return cpu;
+}
+
+void pyhv_library_stop_soon(uc_engine *engine)
+{
+    int32_t exception;
+    uint8_t *place = processor(engine) + CPU_EXCEPTION;
+    uc.emu_stop(engine); /* it leaves the block, and then its loop */
+    ((uint8_t *)engine)[UC_STOP_REQUEST] = 0;
+    memcpy(&exception, place, sizeof exception);
+    if (exception == NO_EXCEPTION) { /* else one is on its way to its callback, and that ends the run */
+        exception = LEAVE;
+        memcpy(place, &exception, sizeof exception);
+    }
 }
 
 int pyhv_library_halted(const uc_engine *engine)
@@ -174,22 +190,37 @@ static void stop_on_write(uc_engine *engine, uint64_t offset, unsigned size, uin
 {
     (void)offset, (void)size, (void)value;
     ++*(int *)opaque;
-    uc.emu_stop(engine);
+    pyhv_library_stop_soon(engine);
 }
 
-/* Whether a stop that is asked for in the middle of a block happens at its end, and so nothing is executed twice. */
+static int count_instruction(uc_engine *engine, void *opaque)
+{
+    (void)engine;
+    ++*(int *)opaque;
+    return 1;
+}
+
+/* Whether a stop that is asked for in the middle of a block happens at its end: nothing is executed twice, and no callback
+ * is passed over. */
 static bool stops_between_blocks(uc_engine *engine, uint8_t *page)
 {
-    static const char block[] = {'\xff', 0x00, '\xff', '\xc1', '\xeb', 0}; /* incl (%rax); inc %ecx; jmp 1f; 1: */
+    /* incl (%rax); rdtsc; inc %ecx; jmp 1f; 1: */
+    static const char block[] = {'\xff', 0x00, 0x0f, 0x31, '\xff', '\xc1', '\xeb', 0};
     uint64_t rax = CHECK_MMIO, rip = 0;
-    int writes = 0;
+    int writes = 0, cpuids = 0, rdtscs = 0;
+    uc_hook hook;
+    void *count = (void *)(uintptr_t)count_instruction;
+    if (uc.hook_add(engine, &hook, UC_HOOK_INSN, count, &cpuids, 1, 0, UC_X86_INS_CPUID) != UC_ERR_OK ||
+        uc.hook_add(engine, &hook, UC_HOOK_INSN, count, &rdtscs, 1, 0, UC_X86_INS_RDTSC) != UC_ERR_OK)
+        return false;
     memset(page, 0xf4, 64);
     memcpy(page, block, sizeof block);
     uc.ctl(engine, UC_CTL_FLUSH_BLOCKS);
     return uc.mmio_map(engine, CHECK_MMIO, PYHV_PAGE_SIZE, stop_on_read, NULL, stop_on_write, &writes) == UC_ERR_OK &&
            uc.reg_write(engine, UC_X86_REG_RAX, &rax) == UC_ERR_OK &&
            uc.emu_start(engine, CHECK_PAGE, 0, 0, 0) == UC_ERR_OK &&
-           uc.reg_read(engine, UC_X86_REG_RIP, &rip) == UC_ERR_OK && rip == CHECK_PAGE + sizeof block && writes == 1;
+           uc.reg_read(engine, UC_X86_REG_RIP, &rip) == UC_ERR_OK && rip == CHECK_PAGE + sizeof block && writes == 1 &&
+           rdtscs == 1 && cpuids == 0;
 }
 
 /* Whether HLT leaves its mark, and other ends do not. */

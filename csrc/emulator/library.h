@@ -227,6 +227,11 @@ extern struct library uc;
  * precise: stop between blocks only. Else at once, which only single steps need. What was translated is forgotten. */
 void pyhv_library_stop_between_blocks(uc_engine *engine, int precise);
 
+/* Makes the engine return at the end of the block that it executes, if it executes; from a callback or a signal handler
+ * on its thread. uc_emu_stop() does too, but on the rest of the block some callbacks (of RDTSC, SYSCALL ...) are passed
+ * over then, and the library does itself what they are there for: it is only for callbacks that end their block. */
+void pyhv_library_stop_soon(uc_engine *engine);
+
 /* Whether it was HLT that ended the last run of the engine, whatever else asked for its end at the same time. The library
  * reports both alike. */
 int pyhv_library_halted(const uc_engine *engine);

@@ -2,9 +2,9 @@
  *
  * A vCPU of the emulator: its creation, what it asks for while it executes, its run loop, and the kick.
  *
- * How a run of the engine is ended from outside. uc_emu_stop() makes the engine return at the end of the block that it
- * executes (see pyhv_library_stop_between_blocks()), and may be called from a signal handler on the engine's own thread;
- * but uc_emu_start() forgets a stop that came before it. So whoever wants the run loop's attention sets a flag and sends the thread a signal; and as long as
+ * How a run of the engine is ended from outside: pyhv_library_stop_soon() makes it return at the end of the block that it
+ * executes, and may be called from a signal handler on its own thread; but uc_emu_start() forgets a stop that came before
+ * it. So whoever wants the run loop's attention sets a flag and sends the thread a signal; and as long as
  * the flag is there the handler comes back by a timer. The same timer is the alarm of the guest's own timers.
  */
 #include <errno.h>
@@ -39,11 +39,6 @@ static void set_alarm(struct pyhv_emulator_vcpu *vcpu, int64_t in)
     timer_settime(vcpu->timer, 0, &when, NULL);
 }
 
-static void stop_engine(struct pyhv_emulator_vcpu *vcpu)
-{
-    uc.emu_stop(vcpu->engine);
-}
-
 static void on_attention(int signal, siginfo_t *info, void *context)
 {
     (void)signal, (void)context;
@@ -53,7 +48,7 @@ static void on_attention(int signal, siginfo_t *info, void *context)
         if (info->si_code == SI_TIMER)
             atomic_store(&vcpu->attention, true);
         if (atomic_load(&vcpu->attention) && atomic_load(&vcpu->in_engine)) {
-            stop_engine(vcpu);
+            pyhv_library_stop_soon(vcpu->engine);
             set_alarm(vcpu, COME_BACK);
         }
     }
@@ -81,7 +76,7 @@ void emulator_attention(struct pyhv_emulator_vcpu *vcpu)
     pthread_cond_broadcast(&vcpu->vm->wake);
     if (current == vcpu) { /* from within a port access of its own */
         if (atomic_load(&vcpu->in_engine))
-            stop_engine(vcpu);
+            pyhv_library_stop_soon(vcpu->engine);
     } else {
         signal_thread(vcpu);
     }
@@ -139,7 +134,7 @@ static void record_cpuid(struct pyhv_emulator_vcpu *vcpu, uint32_t leaf, uint32_
     pyhv_cpuid_host(leaf, subleaf, record->hardware);
     if (vcpu->log_count >= vcpu->log_capacity) {
         vcpu->log_full = true;
-        stop_engine(vcpu);
+        pyhv_library_stop_soon(vcpu->engine);
     }
 }
 
@@ -170,7 +165,7 @@ static void look_at_chips(struct pyhv_emulator_vcpu *vcpu)
 {
     atomic_store(&vcpu->attention, true); /* its timers may be other ones too */
     if (atomic_load(&vcpu->in_engine))
-        stop_engine(vcpu);
+        pyhv_library_stop_soon(vcpu->engine);
 }
 
 static uint32_t on_in(uc_engine *engine, uint32_t port, int size, void *opaque)
@@ -260,7 +255,7 @@ static void on_out(uc_engine *engine, uint32_t port, int size, uint32_t value, v
         vcpu->happened = HAPPENED_ACTION;
         vcpu->action = action;
         uc.context_save(engine, vcpu->at_stop);
-        stop_engine(vcpu);
+        pyhv_library_stop_soon(vcpu->engine);
     }
 }
 
@@ -332,27 +327,24 @@ static int map_memory(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
 
 static void on_exception(uc_engine *engine, uint32_t vector, void *opaque)
 {
-    (void)engine;
     struct pyhv_emulator_vcpu *vcpu = opaque;
     vcpu->happened = HAPPENED_EXCEPTION;
     vcpu->vector = vector;
-    stop_engine(vcpu);
+    uc.emu_stop(engine);
 }
 
 static void on_syscall(uc_engine *engine, void *opaque)
 {
-    (void)engine;
     struct pyhv_emulator_vcpu *vcpu = opaque;
     vcpu->happened = HAPPENED_SYSCALL;
-    stop_engine(vcpu);
+    uc.emu_stop(engine);
 }
 
 static void on_sysenter(uc_engine *engine, void *opaque)
 {
-    (void)engine;
     struct pyhv_emulator_vcpu *vcpu = opaque;
     vcpu->happened = HAPPENED_SYSENTER;
-    stop_engine(vcpu);
+    uc.emu_stop(engine);
 }
 
 /* ---------------------------------------------------------------------------------------- creation and end -- */
@@ -675,8 +667,10 @@ static bool turn(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
     if ((waiting || vcpu->priority_written) && take_interrupt(vcpu, exit))
         return true;
     if (vcpu->halted) {
-        if (!vm->irqchip)
+        if (!vm->irqchip) { /* to wait is the caller's business, who lets it run on */
+            vcpu->halted = false;
             return stop(exit, PYHV_STOP_HALTED);
+        }
         sleep_in_hlt(vcpu, deadline);
         return false;
     }

@@ -75,9 +75,8 @@ def open_accelerator(name: str = "auto") -> Accelerator:
             try:
                 return open_accelerator("emulator")
             except NotAvailable as no_emulator:
-                raise NotAvailable(
-                    no_kvm.subject, no_kvm.problem, f"{no_kvm.advice}; or use the emulator: {no_emulator.advice}"
-                ) from None
+                advice = f"{no_kvm.advice}; or use the emulator ({no_emulator.problem}): {no_emulator.advice}"
+                raise NotAvailable(no_kvm.subject, no_kvm.problem, advice) from None
     if name not in _accelerators:
         if name == "kvm":
             from pyhv.accel.kvm import Kvm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+from pyhv.accel.choose import ACCELERATORS, open_accelerator
 from pyhv.cli import output
 from pyhv.cli.options import Command, Option
 from pyhv.cpu import compare
@@ -20,6 +21,7 @@ _COMMAND = Command(
         Option(
             "--on", "what pyhv host --json wrote there, or a dump of its processor (default: this host)", "HOST"
         ),
+        Option("--accel", "what would run it on this host (default: auto)", default="auto", choices=ACCELERATORS),
         Option("--strict-tsc", "another TSC rate is a reason even if the guest was promised none"),
         Option("--json", "print one JSON object: runs, reasons, notes"),
     ),
@@ -35,7 +37,7 @@ example:
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     given = _COMMAND.parse(arguments)
-    host = _this_host() if given.on is None else read_host(given.on)
+    host = _this_host(given.accel) if given.on is None else read_host(given.on)
     where = given.on or "this host"
     with file.open_snapshot(given.file) as snapshot:
         reasons = snapshot.needs.reasons_against(host, given.strict_tsc)
@@ -68,10 +70,8 @@ def read_host(path: str) -> HostDescription:
     return as_kvm_host(dumps.load(path), name=path)
 
 
-def _this_host() -> HostDescription:
-    from pyhv.accel import choose
-
-    return choose.open_accelerator().describe()
+def _this_host(accel: str) -> HostDescription:
+    return open_accelerator(accel).describe()
 
 
 def _as_json(reason: compare.Reason) -> dict[str, object]:

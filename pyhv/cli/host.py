@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyhv.accel.choose import ACCELERATORS
 from pyhv.cli import output
 from pyhv.cli.options import Command, Option
 from pyhv.cpu import dumps, features, policy, profiles
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pyhv.cpu.policy import GuestCpu
+    from pyhv.cpu.profiles import Profile
 
 _DETAILS = """
 The verdict comes from a guest of a few instructions that executes CPUID at both privilege levels; nothing is remembered
@@ -22,6 +24,7 @@ from one call to the next.
 
 examples:
   pyhv host                        in words
+  pyhv host --accel emulator       what the software accelerator offers
   pyhv host --profile hyperv-r2    what becomes of a guest in compatibility mode here
   pyhv host --json > a.json        a description for other hosts: pyhv diff a.json host
 """
@@ -30,6 +33,7 @@ _COMMAND = Command(
     "host",
     "Show what this host is and can do.",
     (
+        Option("--accel", "what runs guests (default: auto, kvm if it is there)", default="auto", choices=ACCELERATORS),
         Option("--profile", "add what a guest with this profile gets here", "P"),
         Option("--json", "print the host's description, one JSON object"),
     ),
@@ -44,7 +48,7 @@ def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     given = _COMMAND.parse(arguments)
     profile = None if given.profile is None else profiles.load(given.profile)
-    host = describe(probed=True)
+    host = describe(probed=True, accel=given.accel)
     if given.json:
         value = host.to_json()
         if profile is not None:
@@ -54,15 +58,15 @@ def main(arguments: list[str]) -> int:
     _print_host(host)
     if profile is not None:
         print()
-        _print_guest(policy.guest_table(host, profile, policy.Topology(1)))
+        _print_guest(policy.guest_table(host, profile, policy.Topology(1)), profile, given.accel)
     return 0
 
 
-def describe(probed: bool = False) -> HostDescription:
+def describe(probed: bool = False, accel: str = "auto") -> HostDescription:
     """This host, on request with the probe's verdict. Raises NotAvailable without a usable accelerator, HostError."""
     from pyhv.accel import choose
 
-    accelerator = choose.open_accelerator()
+    accelerator = choose.open_accelerator(accel)
     host = accelerator.describe()
     if probed:
         from pyhv.accel import probe
@@ -102,7 +106,7 @@ def _print_host(host: HostDescription) -> None:
     rows = [
         ("processor", f"{native.brand or 'without a name'} ({version})"),
         ("kernel", host.kernel),
-        ("accelerator", f"{host.accelerator}, at most {choose.open_accelerator().max_vcpus} vCPUs in a VM"),
+        ("accelerator", f"{host.accelerator}, {_vcpus(choose.open_accelerator(host.accelerator).max_vcpus)} in a VM"),
         ("TSC", f"{rate}; a guest can {'have another rate' if host.tsc_scaling else 'have no other rate'}"),
         ("addresses", f"{host.physical_bits} bits physical, {host.linear_bits} bits linear"),
     ]
@@ -114,7 +118,10 @@ def _print_host(host: HostDescription) -> None:
     print("\nhiding features")
     _print_verdict(host.verdict)
     print("\nways to intercept CPUID")
-    _print_ways(host.verdict)
+    if host.accelerator == "emulator":
+        output.print_rows([("  emulator", "every profile and every guest, at every privilege level")])
+    else:
+        _print_ways(host.verdict)
     offered = [f for f in FEATURES if host.table.has(f) and not f.mirrors]
     print(f"\nfeatures that {host.accelerator} offers to guests: {len(offered)}")
     for word in features.WORDS:
@@ -125,6 +132,10 @@ def _print_host(host: HostDescription) -> None:
     if withheld:
         print(f"\nfeatures of the processor that {host.accelerator} does not offer: {len(withheld)}")
         output.print_names(withheld)
+
+
+def _vcpus(most: int) -> str:
+    return "one vCPU" if most == 1 else f"at most {most} vCPUs"
 
 
 def _component(number: int) -> str:
@@ -167,21 +178,24 @@ def _print_ways(verdict: Verdict) -> None:
         kernel = "profile host only, which hides nothing; others are refused, with a list of what they cannot hide here"
         trap = f"every profile, for what runs at CPL 0; at CPL 3 it does not work here. {sites}"
         auto = (
-            "kernel for profile host. Else trap, for an image that declares its CPUID instructions and stays at CPL 0; "
+            "kernel for profile host. Else the emulator, where it is installed. Else trap, for an image that declares its CPUID instructions and stays at CPL 0; "
             "others are refused, with a list of choices"
         )
     output.print_rows([("  kernel", kernel), ("  trap", trap), ("  auto", auto)])
 
 
-def _print_guest(guest: GuestCpu) -> None:
+def _print_guest(guest: GuestCpu, profile: Profile, accel: str) -> None:
     print(f"a guest with profile {guest.profile} on this host")
-    print(f"  {_choice_words(guest)}")
+    print(f"  {_choice_words(profile, accel)}")
     print_hidden(guest)
 
 
-def _choice_words(guest: GuestCpu) -> str:
+def _choice_words(profile: Profile, accel: str) -> str:
     """What --intercept auto would do for an image that declares its CPUID instructions, and for one that does not."""
     from pyhv.accel import choose
+
+    def make(host: HostDescription) -> GuestCpu:
+        return policy.guest_table(host, profile, policy.Topology(1))
 
     words = []
     for facts in (
@@ -189,7 +203,7 @@ def _choice_words(guest: GuestCpu) -> str:
         choose.GuestFacts("an image that does not", (), True),
     ):
         try:
-            way = choose.choose(choose.open_accelerator(), guest, facts).intercept
+            way = choose.decide(make, facts, 1, accel).choice.intercept
         except NotFaithful:
             way = "refused"
         words.append(f"{facts.name}: {way}")

@@ -35,7 +35,8 @@ At the end every question, how often it was asked, and all that was hidden.
 
 --via trap         pyhv answers CPUID itself, as with --intercept trap, and shows all that trap reaches
 --via tracepoint   the kernel answers, and its tracepoint kvm:kvm_cpuid tells; for root. It knows no privilege levels
---via auto         tracepoint where the kernel would answer this guest in pyhv run, and tracefs can be used; else trap
+--via auto         tracepoint where the kernel would answer this guest in pyhv run, and tracefs can be used; where the
+                   emulator would run it, the emulator, which tells of all of them; else trap
 
 With --json every line is one JSON object: its "event" is "cpuid", and of the last one "end".
 
@@ -191,10 +192,12 @@ def _run(given: SimpleNamespace, console: Console, trace: Trace) -> tuple[RunRes
                     result = console.run(machine, given.timeout, signals)
                     tracepoint.close()
                     return result, "tracepoint", tracepoint.lost
+    if given.via == "trap" and given.accel == "auto":
+        arguments["accel"] = "kvm"
     with Machine(**arguments, on_cpuid=trace.add_record) as machine, Signals() as signals:
         if machine.choice.note:
             complain(machine.choice.note)
-        return console.run(machine, given.timeout, signals), "trap", 0
+        return console.run(machine, given.timeout, signals), machine.choice.intercept, 0
 
 
 def _lineage() -> str:

@@ -130,7 +130,9 @@ def test_what_trace_cannot_combine() -> None:
 @pytest.mark.parametrize("words", [["run", "hello"], ["host"], ["trace", "hello"]])
 def test_no_kvm(words: list[str]) -> None:
     code = "from pyhv.accel import kvm\nkvm.DEVICE = '/dev/no-such-kvm'\nsys.exit(main(sys.argv[1:]))"
-    assert_refused(python(code, *words), "/dev/no-such-kvm: ", "modprobe")
+    assert_refused(python(code, *words, "--accel", "kvm"), "/dev/no-such-kvm: ", "modprobe")
+    code = "import os\nos.environ['PYHV_UNICORN'] = '/no/such/library'\n" + code
+    assert_refused(python(code, *words), "/dev/no-such-kvm: ", "modprobe", "pip install 'pyhv[emulator]'")
 
 
 def test_no_permission(tmp_path: Path) -> None:
@@ -152,13 +154,13 @@ def drop_and_open(self):
 kvm.Kvm.__init__ = drop_and_open
 sys.exit(main(sys.argv[1:]))
 """
-    assert_refused(python(code, str(device), "run", "hello"), f"{device}: ", "may not", "kvm USER")
+    assert_refused(python(code, str(device), "run", "hello", "--accel", "kvm"), f"{device}: ", "may not", "kvm USER")
 
 
 def test_features_that_this_kernel_cannot_hide(unfaithful: None) -> None:
     done = call("run", "cpuid", "--compat", "--intercept", "kernel")
     assert_refused(done, "--intercept kernel: ", "CPL 0", "CPL 3", "ssse3", "trap")
-    done = call("run", "cpuid", "--compat", "--append", "cpl3")
+    done = call("run", "cpuid", "--compat", "--append", "cpl3", "--accel", "kvm")
     assert_refused(done, "cpuid: ", "CPL 3", "--cpu host")
     done = call("trace", "cpuid", "--compat", "--via", "tracepoint")
     assert_refused(done, "--intercept kernel: ", "ssse3")

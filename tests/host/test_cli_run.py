@@ -74,7 +74,7 @@ def test_compat_hides_the_published_list() -> None:
     assert {"fpu", "sse2", "cx16", "lm"} <= set(value["features"])
     # The table is the one in the bytes that the guest sent.
     table = CpuidTable.from_json(value["cpuid"])
-    assert table.to_cpuid_r() in value["console"].replace("# CPL 0\n", "")
+    assert set(table.to_cpuid_r().splitlines()) <= set(value["console"].splitlines())  # a dump leaves out some zeros
     assert table.features() == set(value["features"])
 
 

@@ -174,7 +174,7 @@ def test_auto_is_what_run_would_do(tracefs: str) -> None:
 
 @NOT_IN_THE_LAB
 def test_compat_is_traced_through_trap_where_the_kernel_does_not_hide(unfaithful: None) -> None:
-    _, end, done = trace("dispatch", "--compat")
+    _, end, done = trace("dispatch", "--compat", "--accel", "kvm")
     assert end["via"] == "trap"
     assert "path baseline" in done.stderr
 
