@@ -276,7 +276,7 @@ class Listener:
         poll.register(line.in_fd, select.POLLIN)
         if poll.poll(None if timeout is None else timeout * 1000):
             return line
-        line.close()
+        self._line = line  # to open it anew would throw away what comes until then
         return None
 
     def forget(self) -> None:
