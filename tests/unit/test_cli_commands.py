@@ -33,7 +33,7 @@ def call_json(capfd: pytest.CaptureFixture[str], *words: str, status: int = 0) -
 def no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
     from pyhv.accel import choose
 
-    def refuse() -> None:
+    def refuse(name: str = "auto") -> None:
         raise NotAvailable("/dev/kvm", "there is no such device", "load the kernel's module")
 
     monkeypatch.setattr(choose, "open_accelerator", refuse)
