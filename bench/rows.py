@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import peers
+from bench.emulator import emulator_loop, emulator_process
 from bench.measure import Goal, Pairs, Row, Skip, alternate
 from bench.migration import migration, migration_stored
 from bench.peers import Peer
@@ -27,12 +28,12 @@ _HELLO = b"hello from a pyhv guest\n"
 
 
 # Python as a user has it: bytecode is cached on disk, as it is by every installation.
-_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
 def _wall_ms(command: list[str], expected: bytes) -> float:
     start = time.perf_counter()
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, env=_ENVIRONMENT)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, env=ENVIRONMENT)
     took = (time.perf_counter() - start) * 1e3
     if done.returncode or done.stdout != expected:
         said = done.stderr.decode(errors="replace").strip().splitlines()
@@ -171,7 +172,7 @@ def pykvm(pairs: int) -> Pairs:
             raise Skip(f"pip install pykvm: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
         # It is of Python 2's time: as it stands it cannot be imported.
         types.write_text(types.read_text().replace("+ 63) / 64", "+ 63) // 64"))
-        environment = _ENVIRONMENT | {"PYTHONPATH": place}
+        environment = ENVIRONMENT | {"PYTHONPATH": place}
         with Peer([sys.executable, peers.HERE / "peer_pykvm.py", image, str(_RAM)], environment) as peer:
             return alternate(
                 _exits_by_pyhv(code, accesses), lambda: (accesses + 1) / peer.sample() * 1e9, pairs, warm_up=2
@@ -191,6 +192,7 @@ def cpuid(pairs: int) -> Pairs:
 
 _RATE = Goal("ratio", 0.85, at_least=True)
 _LINK_RATE = Goal("ratio", 0.8, at_least=True)
+_EMULATED_RATE, _EMULATED = Goal("ratio", 0.9, at_least=True), Goal("difference", 150)
 _AHEAD = Goal("ratio", 1)
 
 ROWS = (
@@ -207,6 +209,8 @@ ROWS = (
     Row("live-256m", "live migration, 256 MiB used", "QEMU, TCG", "s", _AHEAD, 5, total_256m),
     Row("live-256m-downtime", "its downtime", "QEMU, TCG", "ms", _AHEAD, 5, downtime_256m),
     Row("exits", "port exits", "C, bare KVM_RUN loop", "exits/s", Goal("ratio", 0.97, at_least=True), 60, exits),
+    Row("emulator", "10^8 instructions, emulator", "the bare library", "1/s", _EMULATED_RATE, 7, emulator_loop),
+    Row("emulator-process", "cpuid --compat, emulator", "python3 -c pass", "ms", _EMULATED, 15, emulator_process),
     Row("cpuid", "one answer of cpuid.c", "C, linear search", "ns", Goal("value", 20), 60, cpuid),
 )
 

@@ -113,7 +113,8 @@ class Loop:
         self.vcpu = self.vm.create_vcpu(0)
         self.vcpu.set_cpuid(probe.least_table())
         table = long_mode.PRESENT | long_mode.WRITABLE
-        for place, value in ((0x1000, 0x2000 | table), (0x2000, 0x3000 | table), (0x3000, table | long_mode.LARGE_PAGE)):
+        tables = {0x1000: 0x2000 | table, 0x2000: 0x3000 | table, 0x3000: table | long_mode.LARGE_PAGE}
+        for place, value in tables.items():
             self.memory.write(place, value.to_bytes(8, "little"))
         self.memory.write(0x4000, long_mode.gdt(0x4100))
         self.memory.write(_ENTRY, code)
@@ -153,7 +154,7 @@ def test_a_stop_repeats_no_instruction(accelerator: Any) -> None:
 
 
 def test_a_stop_passes_over_no_callback(accelerator: Any) -> None:
-    """The time-stamp counter begins at 0, and is ours: in its first seconds EDX is 0. The processor's own would not be."""
+    """The time-stamp counter begins at 0 and is ours: in its first seconds EDX is 0. The processor's own is not."""
     code = bytes.fromhex(
         "48ff0425 00800000"  # incq 0x8000
         "0f31"  #              rdtsc
