@@ -75,9 +75,9 @@ class Machine:
     multiboot or PVH kernel. compat: the processor compatibility mode, short for
     cpu="hyperv-r2". cpu: the name of a profile or the path of a profile file (default "host"). cpus: number of
     vCPUs. memory: bytes, or a string such as "64M". append: the guest's command line. accel: "auto", "kvm" or
-    "emulator"; intercept: "auto", "kernel" or "trap" (see accel/choose.py). console_in, console_out: descriptors for the serial port, which stay the caller's;
-    without console_out the output is captured. on_cpuid: gets each CPUID that the guest executes, on its vCPU's
-    thread; needs trap.
+    "emulator"; intercept: "auto", "kernel" or "trap" (see accel/choose.py). console_in, console_out: descriptors for
+    the serial port, which stay the caller's; without console_out the output is captured. on_cpuid: gets each CPUID that
+    the guest executes, on its vCPU's thread; needs the emulator or trap.
 
     Raises BadInput (NotAvailable, NotFaithful) for what the caller can mend, HostError for what the host refuses.
     Needs close(), or use as a context manager.
@@ -630,7 +630,7 @@ def check_address_width(size: int, guest: policy.GuestCpu, label: object) -> Non
 
 
 def _wish(intercept: str, on_cpuid: object) -> str:
-    """What choose.decide() is asked for: for somebody who wants every CPUID the kernel, which tells of none, is no way."""
+    """What choose.decide() is asked for: the kernel tells of no CPUID, so it is no way for one who wants them all."""
     if not on_cpuid:
         return intercept
     return choose.LOGGED if intercept == "auto" else "trap"

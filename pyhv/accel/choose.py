@@ -169,7 +169,7 @@ def _on_emulator(
     emulator = open_accelerator("emulator")
     _check_vcpus(emulator, vcpus)
     host = emulator.describe(whole)
-    note = f"the emulator runs the guest, which is slower than KVM: {why}" if why else ""
+    note = f"the emulator runs the guest: {why}" if why else ""
     return Decision(Choice(emulator, "emulator", (), note), host, make(host))
 
 

@@ -247,8 +247,8 @@ def find_library() -> str:
 
 
 def offered_table() -> CpuidTable:
-    """What guests can be shown: vendor, version, name and caches of this host's processor, and of its features those that
-    the library has. So a guest of the emulator can go on on this host's KVM, as far as that offers them."""
+    """What guests can be shown: vendor, version, name and caches of this host's processor, and of its features those
+    that the library has. So a guest of the emulator can go on on this host's KVM, as far as that offers them."""
     from pyhv.cpu.features import FEATURES as ALL
     from pyhv.cpu.host import as_kvm_host
     from pyhv.cpu.table import EXTENDED, HYPERVISOR, CpuidTable, Registers

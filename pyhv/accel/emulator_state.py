@@ -61,8 +61,8 @@ def capture(vm: EmulatorVm, vcpus: Sequence[EmulatorVcpu], tables: Sequence[Cpui
 
 
 def apply(vm: EmulatorVm, vcpus: Sequence[EmulatorVcpu], state: ProcessorsState) -> None:
-    """Puts `state` into a vCPU that has never run, and whose memory is mapped. Raises BadInput for what the emulator does
-    not have, HostError; the VM is then good for nothing but close()."""
+    """Puts `state` into a vCPU that has never run, and whose memory is mapped. Raises BadInput for what the emulator
+    does not have, HostError; the VM is then good for nothing but close()."""
     (vcpu,), (saved,) = vcpus, state.vcpus
     _check(saved)
     handle, error = vcpu.handle, new_error()

@@ -68,8 +68,8 @@ MACHINE_OPTIONS = (
     Option("--mem", "memory, such as 512M or 2G (default: 64M)", "SIZE", "64M"),
     Option(
         "--accel",
-        "what runs the guest: kvm; emulator, which is slower, hides everywhere and has one vCPU; or what suits (default: "
-        "auto; see pyhv host)",
+        "what runs the guest: kvm; emulator, which is slower, hides everywhere and has one vCPU; or what suits "
+        "(default: auto; see pyhv host)",
         default="auto",
         choices=ACCELERATORS,
     ),
