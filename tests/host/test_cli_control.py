@@ -266,7 +266,7 @@ def test_detach_needs_a_name_and_has_no_json() -> None:
 
 
 def test_notes_of_a_start_in_the_background(unfaithful: None) -> None:
-    done = call(*TICKER, "--compat", "--name", "t", "--detach")
+    done = call(*TICKER, "--compat", "--accel", "kvm", "--name", "t", "--detach")
     assert done.returncode == 0
     assert "runs in the background" in done.stdout
     assert done.stderr.startswith("pyhv: ") and "trap" in done.stderr

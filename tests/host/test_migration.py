@@ -462,7 +462,7 @@ def test_a_refusal_has_every_reason(lesser: Callable[..., None]) -> None:
 
 def test_strict_tsc(lesser: Callable[..., None]) -> None:
     lesser(lambda host: host._replace(tsc_khz=host.tsc_khz // 2, tsc_scaling=False))
-    with running(compat=True) as machine:
+    with running(compat=True, accel="kvm") as machine:
         failed = try_hop(machine, strict_tsc=True)
         assert isinstance(failed, Failed) and "TSC" in str(failed.here)
         wait_for_rounds(machine)
