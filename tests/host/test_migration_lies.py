@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import pyhv
+from pyhv._native.link import MAX_MESSAGE
 from pyhv.accel import choose
 from pyhv.errors import PyhvError
 from pyhv.migration import destination, protocol, source
@@ -160,7 +161,7 @@ RECEIVERS: dict[str, tuple[Lie, str]] = {
     "random garbage": (raw(os.urandom(4096)), "link: "),
     "zeros": (raw(bytes(4096)), "is none"),
     "absurd length": (raw(struct.pack("<IIQ", Type.ANSWER, 0xFFFFFFFF, 0)), "4294967295 bytes are too long"),
-    "a length just too long": (raw(struct.pack("<IIQ", Type.ANSWER, 262145, 0)), "262145 bytes are too long"),
+    "a length just too long": (raw(struct.pack("<IIQ", Type.ANSWER, MAX_MESSAGE + 1, 0)), "1048577 bytes are too long"),
     "no answer, but alive": (stay_alive, "no answer within"),
     "silence": (wait, "no answer within|nothing came from the other side"),
     "hang-up": (lambda speaker: None, "the other side has closed the link"),
