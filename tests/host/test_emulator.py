@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,6 @@ class Loop:
 
 def kick_often(loop: Loop, times: int) -> set[Stop]:
     """Runs the loop and stops it from another thread, so often; why the runs ended."""
-    import threading
-
     ends: set[Stop] = set()
     for _ in range(times):
         timer = threading.Timer(0.001, loop.vcpu.kick)
@@ -307,6 +306,34 @@ def test_there_and_back(tmp_path: Path) -> None:
             machine.save(str(path))
             seen += machine.console()
     counted = rounds(seen)
+    assert counted == list(range(20, 20 * len(counted) + 1, 20))
+
+
+@pytest.mark.parametrize(("source", "target"), [("emulator", "emulator"), ("emulator", "kvm"), ("kvm", "emulator")])
+def test_a_guest_moves_while_it_runs(source: str, target: str, tmp_path: Path) -> None:
+    if "kvm" in (source, target):
+        emulator.require_kvm()
+    profile, uri = emulator.common_profile(tmp_path), f"unix:{tmp_path}/m"
+    arrived: list[pyhv.Machine] = []
+
+    def receive() -> None:
+        arrived.append(pyhv.Machine.receive(uri, accel=target, timeout=20))
+        arrived[0].start()  # the source waits to hear of it
+
+    waiting = threading.Thread(target=receive)
+    with pyhv.Machine("ticker", accel=source, memory="4M", append="pages=256 every=20", cpu=profile) as machine:
+        assert machine.run(0.2).cause == "timeout"
+        machine.start()
+        waiting.start()
+        while not (tmp_path / "m").exists():
+            time.sleep(0.01)
+        machine.migrate(uri)
+        waiting.join()
+        before = machine.console()
+    with arrived[0] as there:
+        assert there.choice.accelerator.name == target
+        assert there.run(0.5).cause == "timeout", there.console()
+        counted = rounds(before + there.console())
     assert counted == list(range(20, 20 * len(counted) + 1, 20))
 
 
