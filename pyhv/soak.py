@@ -61,6 +61,8 @@ class Plan(NamedTuple):
     """A snapshot of the guest to go on with."""
     save: str = ""
     """Where to save the guest at the end; "" for nowhere."""
+    accel: str = "auto"
+    """What runs it on every node."""
 
 
 class Hop(NamedTuple):
@@ -315,21 +317,22 @@ class _Node:
     def _start(self) -> Machine:
         plan = self._plan
         if plan.start:
-            machine = Machine.restore(plan.start, console_out=self._console)
+            machine = Machine.restore(plan.start, accel=plan.accel, console_out=self._console)
         else:
             size = _FIRST_BYTE + plan.pages * _PAGE
             words = f"pages={plan.pages} every=1"
             memory = -(-size // (1 << 20)) << 20
-            machine = Machine("ticker", compat=plan.compat, memory=memory, append=words, console_out=self._console)
+            options = {"compat": plan.compat, "memory": memory, "append": words, "accel": plan.accel}
+            machine = Machine("ticker", console_out=self._console, **options)  # type: ignore[arg-type]
         machine.start()
         return machine
 
     def _receive(self) -> Machine:
-        choose.open_accelerator().prepare()  # while nobody has come yet
+        choose.open_accelerator(self._plan.accel).prepare()  # while nobody has come yet
         channel = self._listener.accept(HOP_LIMIT)
         if channel is None:
             raise HostError(f"node {self._index}", 0, f"nobody came within {HOP_LIMIT:g} seconds")
-        machine = Machine.arrive(Destination(channel), console_out=self._console)
+        machine = Machine.arrive(Destination(channel), accel=self._plan.accel, console_out=self._console)
         self._plant_at_arrival(machine)
         machine.start()
         return machine

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from pyhv import soak
+from pyhv.accel.choose import ACCELERATORS
 from pyhv.cli import options, output
 from pyhv.cli.options import Command, Option
 from pyhv.errors import BadInput
@@ -23,6 +24,7 @@ _COMMAND = Command(
         Option("--pages", "pages that the guest writes in a round (default: 1024, 4 MiB)", "N", 1024, options.number),
         Option("--state", "keep what was done in FILE, and go on from there: also after Ctrl-C", "FILE"),
         Option("--no-compat", "show the guest this host's processor; the default is compatibility mode"),
+        Option("--accel", "what runs it (see pyhv run --help)", default="auto", choices=ACCELERATORS),
         Option("--plant", "break something in the middle, to see that it is noticed", default=None, choices=FAULTS),
         Option("--json", "print one JSON object at the end"),
     ),
@@ -52,7 +54,8 @@ def main(arguments: list[str]) -> int:
         raise BadInput("--count 0", "are no hops", "take one at least")
     if given.count <= state.hops:
         raise BadInput(given.state, f"has {state.hops} hops, which is all of them", "remove it to begin anew")
-    plan = Plan(0, given.nodes, given.pages, not given.no_compat, fault=given.plant or "", save=snapshot)
+    plan = Plan(0, given.nodes, given.pages, not given.no_compat, save=snapshot, accel=given.accel)
+    plan = plan._replace(fault=given.plant or "")
     failure = ""
     with _Progress(given.count) as progress:
         while state.hops < given.count and not failure:

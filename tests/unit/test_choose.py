@@ -10,7 +10,7 @@ from pyhv.accel import choose, probe
 from pyhv.cpu import features
 from pyhv.cpu.host import Verdict
 from pyhv.cpu.table import CpuidTable, Registers
-from pyhv.errors import BadInput, NotFaithful
+from pyhv.errors import BadInput, Incompatible, NotAvailable, NotFaithful
 
 AVX = features.find("avx")
 TABLE = CpuidTable({(0, 0): Registers(1, 0x68747541, 0x444D4163, 0x69746E65), (1, 0): Registers(0, 0, 1, 0)})
@@ -133,3 +133,102 @@ def test_the_read_back_is_compared_with_the_guests_table() -> None:
     choose.check_read_back(guest, TABLE.replace({(1, 0): Registers(0, 0, 1 | 1 << osxsave.bit, 0)}))
     with pytest.raises(NotFaithful, match="avx"):
         choose.check_read_back(guest, TABLE.replace({(1, 0): Registers(0, 0, 1 | 1 << AVX.bit, 0)}))
+
+
+# ------------------------------------------------------------------------------------- between KVM and the emulator
+
+
+class PaperEmulator:
+    name = "emulator"
+    max_vcpus = 1
+
+    def describe(self, whole: bool = True) -> str:
+        return "emulated host"
+
+
+class PaperKvm:
+    name = "paper"
+    max_vcpus = 8
+
+    def describe(self, whole: bool = True) -> str:
+        return "real host"
+
+
+def between(
+    monkeypatch: pytest.MonkeyPatch,
+    verdict: Verdict | None,
+    emulator: bool = True,
+    make: Any = lambda host: Guest(),
+    facts: choose.GuestFacts = facts(),  # noqa: B008
+    vcpus: int = 1,
+    accel: str = "auto",
+    intercept: str = "auto",
+) -> choose.Decision:
+    """verdict: of KVM, None where there is none. emulator: whether it is installed."""
+
+    def opened(name: str = "auto") -> Any:
+        if name == "kvm" and verdict is not None:
+            return PaperKvm()
+        if name in ("auto", "emulator") and emulator:
+            return PaperEmulator()
+        raise NotAvailable({"kvm": "/dev/kvm", "emulator": "the emulator"}.get(name, name), "is missing", "get it")
+
+    monkeypatch.setattr(choose, "open_accelerator", opened)
+    if verdict is not None:
+        monkeypatch.setitem(probe._verdicts, "paper", verdict)
+    for cpl in (0, 3):
+        monkeypatch.setitem(probe._traps, ("paper", False, cpl), cpl == 0)
+        monkeypatch.setitem(probe._traps, ("paper", True, cpl), cpl == 0)
+    return choose.decide(make, facts, vcpus, accel, intercept)
+
+
+def test_faithful_kvm_goes_before_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice, host, _ = between(monkeypatch, FAITHFUL)
+    assert (choice.intercept, choice.note, host) == ("kernel", "", "real host")
+    hides_nothing = between(monkeypatch, LEAKS_EVERYWHERE, make=lambda host: Guest(hides=False))
+    assert hides_nothing.choice.intercept == "kernel"
+
+
+def test_the_emulator_goes_before_trap(monkeypatch: pytest.MonkeyPatch) -> None:
+    for where in (facts(), facts(user=True), facts(sites=())):
+        choice, host, _ = between(monkeypatch, LEAKS_EVERYWHERE, facts=where)
+        assert (choice.intercept, host) == ("emulator", "emulated host")
+        assert "does not honour the CPUID table" in choice.note and "\n" not in choice.note
+
+
+def test_trap_where_the_emulator_is_not_there_or_cannot_run_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert between(monkeypatch, LEAKS_EVERYWHERE, emulator=False).choice.intercept == "trap"
+    assert between(monkeypatch, LEAKS_EVERYWHERE, vcpus=2).choice.intercept == "trap"
+    with pytest.raises(NotFaithful, match=r"choices: .*the emulator, which could hide them, .*runs one"):
+        between(monkeypatch, LEAKS_EVERYWHERE, facts=facts(user=True), vcpus=2)
+
+
+def test_without_kvm_the_emulator_or_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = between(monkeypatch, None).choice
+    assert choice.intercept == "emulator" and "/dev/kvm: is missing" in choice.note
+    with pytest.raises(NotAvailable):
+        between(monkeypatch, None, emulator=False)
+    with pytest.raises(NotAvailable, match="/dev/kvm"):
+        between(monkeypatch, None, accel="kvm")
+    with pytest.raises(BadInput, match="2 vCPUs: the emulator runs one; use --cpus 1, or --accel kvm"):
+        between(monkeypatch, None, vcpus=2)
+
+
+def test_a_guest_that_only_the_emulator_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(host: Any) -> Any:
+        if host == "real host":
+            raise Incompatible("guest", "cannot run", ["no SSE3"])
+        return Guest()
+
+    assert between(monkeypatch, FAITHFUL, make=make).choice.intercept == "emulator"
+    for wish in ({"accel": "kvm"}, {"intercept": "trap"}, {"emulator": False}):
+        with pytest.raises(Incompatible, match="no SSE3"):
+            between(monkeypatch, FAITHFUL, make=make, **wish)  # type: ignore[arg-type]
+
+
+def test_whoever_wants_every_cpuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert between(monkeypatch, FAITHFUL, intercept=choose.LOGGED).choice.intercept == "trap"
+    assert between(monkeypatch, LEAKS_EVERYWHERE, intercept=choose.LOGGED).choice.intercept == "emulator"
+    assert between(monkeypatch, FAITHFUL, accel="emulator", intercept=choose.LOGGED).choice.note == ""
+    with pytest.raises(BadInput, match="--intercept trap: is KVM's"):
+        between(monkeypatch, FAITHFUL, accel="emulator", intercept="trap")
