@@ -346,6 +346,9 @@ static void failures_are_named(void)
     destroy(&machine);
 }
 
+/* The code's page, which is never written: KVM may map a page writable that is only read, and count it as dirty then. */
+#define CODE_PAGE (UINT64_C(1) << ENTRY / 0x1000)
+
 /* Which pages a guest writes, with a slot more that it does not touch. */
 static void dirty_pages(void)
 {
@@ -371,14 +374,14 @@ static void dirty_pages(void)
     CHECK_EQUAL(exit.stop, PYHV_STOP_GUEST_EXIT);
     bitmap[0] = UINT64_C(1) << 63; /* what is set stays */
     CHECK_EQUAL(pyhv_vm_take_dirty(machine.vm, bitmap, &error), 0);
-    CHECK_EQUAL(bitmap[0], UINT64_C(1) << 63 | 1 << 3 | 1 << 5);
+    CHECK_EQUAL(bitmap[0] & ~CODE_PAGE, UINT64_C(1) << 63 | 1 << 3 | 1 << 5);
     CHECK_EQUAL(bitmap[1] | bitmap[2], 0);
     bitmap[0] = 0;
     CHECK_EQUAL(pyhv_vm_take_dirty(machine.vm, bitmap, &error), 0); /* each page is told once */
     CHECK_EQUAL(bitmap[0], 0);
     pyhv_vcpu_run(machine.vcpu, &exit);
     CHECK_EQUAL(pyhv_vm_take_dirty(machine.vm, bitmap, &error), 0);
-    CHECK_EQUAL(bitmap[0], 1 << 5);
+    CHECK_EQUAL(bitmap[0] & ~CODE_PAGE, 1 << 5);
 
     CHECK_EQUAL(pyhv_vm_log_dirty(machine.vm, 0, &error), 0);
     CHECK_EQUAL(pyhv_vm_take_dirty(machine.vm, bitmap, &error), -1);
@@ -410,7 +413,7 @@ static void dirty_pages(void)
     memset(bitmap, 0, sizeof bitmap);
     CHECK_EQUAL(pyhv_vm_take_dirty(vm, bitmap, &error), 0);
     CHECK_EQUAL(bitmap[0], 0);
-    CHECK_EQUAL(bitmap[1], UINT64_C(1) << 62);
+    CHECK_EQUAL(bitmap[1] & ~CODE_PAGE, UINT64_C(1) << 62);
     CHECK_EQUAL(bitmap[2], 1);
     CHECK(more.host[0x3e000] == 1 && more.host[0x40fff] == 1);
     pyhv_vcpu_destroy(vcpu);
