@@ -37,7 +37,7 @@ static uint32_t load32(const uint8_t *at)
 
 /* The functions of libzstd that have been stable since 1.0 (zstd.h, "Simple API", "Explicit context"). */
 static struct {
-    void *library; /* NULL: not opened, or not there */
+    void *handle; /* dlopen(3)'s; NULL: not opened, or not there */
     char reason[160];
     void *(*create_cctx)(void);
     size_t (*free_cctx)(void *);
@@ -74,14 +74,14 @@ static void open_library(void)
         const char *reason = dlerror();
         strncpy(zstd.reason, reason ? reason : "libzstd.so.1", sizeof zstd.reason - 1);
     }
-    zstd.library = library;
+    zstd.handle = library;
 }
 
 int pyhv_zstd_open(struct pyhv_error *error)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, open_library);
-    return zstd.library ? 0 : pyhv_fail(error, 0, "libzstd", "%s", zstd.reason);
+    return zstd.handle ? 0 : pyhv_fail(error, 0, "libzstd", "%s", zstd.reason);
 }
 
 struct zstd {
