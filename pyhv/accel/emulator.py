@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from pyhv._native import check, cpuid, ffi, lib, new_error
-from pyhv.accel.data import CpuidRecord, Exit, Regs, Segment, Sregs, Stop
-from pyhv.errors import HostError, NotAvailable
+from pyhv.accel import structs
+from pyhv.accel.data import CpuidRecord, Exit, Regs, Sregs, Stop
+from pyhv.errors import NotAvailable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ _PHYSICAL_BITS = 40
 # What the TSC counts at where the host's rate is not known: its value is made of the clock's.
 _TSC_KHZ = 1_000_000
 
-_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 _MAX_ENTRIES = 256  # PYHV_CPUID_MAX_ENTRIES
 _MAX_MSRS = 256
 _MP_HALTED = 3
@@ -63,42 +63,28 @@ class EmulatorVcpu:
         check(lib.pyhv_emulator_vcpu_set_cpuid(self.handle, entries, len(entries), error), error)
 
     def get_cpuid(self) -> CpuidTable:
-        from pyhv.cpu.table import CpuidTable
-
         entries = ffi.new("struct pyhv_cpuid_entry[]", _MAX_ENTRIES)
         error = new_error()
         count = check(lib.pyhv_emulator_vcpu_get_cpuid(self.handle, entries, _MAX_ENTRIES, error), error)
-        return CpuidTable.from_entries(
-            (e.leaf, e.subleaf, e.indexed, e.eax, e.ebx, e.ecx, e.edx) for e in entries[0:count]
-        )
+        return structs.to_table(entries[0:count])
 
     def get_regs(self) -> Regs:
         regs, error = ffi.new("struct pyhv_regs *"), new_error()
         check(lib.pyhv_emulator_vcpu_get_regs(self.handle, regs, error), error)
-        return Regs(*(getattr(regs, name) for name in Regs._fields))
+        return structs.to_regs(regs)
 
     def set_regs(self, regs: Regs) -> None:
         error = new_error()
-        struct = ffi.new("struct pyhv_regs *", regs._asdict())
-        check(lib.pyhv_emulator_vcpu_set_regs(self.handle, struct, error), error)
+        check(lib.pyhv_emulator_vcpu_set_regs(self.handle, structs.struct("pyhv_regs", regs), error), error)
 
     def get_sregs(self) -> Sregs:
         sregs, error = ffi.new("struct pyhv_sregs *"), new_error()
         check(lib.pyhv_emulator_vcpu_get_sregs(self.handle, sregs, error), error)
-        values: list[Any] = []
-        for name in Sregs._fields:
-            value = getattr(sregs, name)
-            if name in _SEGMENTS:
-                value = Segment(value.selector, value.base, value.limit, value.attributes)
-            elif name == "pdptrs":
-                value = tuple(value)
-            values.append(value)
-        return Sregs(*values)
+        return structs.to_sregs(sregs)
 
     def set_sregs(self, sregs: Sregs) -> None:
-        values = {n: v._asdict() if isinstance(v, Segment) else v for n, v in sregs._asdict().items()}
         error = new_error()
-        check(lib.pyhv_emulator_vcpu_set_sregs(self.handle, ffi.new("struct pyhv_sregs *", values), error), error)
+        check(lib.pyhv_emulator_vcpu_set_sregs(self.handle, structs.from_sregs(sregs), error), error)
 
     def read_tsc_khz(self) -> int:
         return int(lib.pyhv_emulator_vcpu_get_tsc_khz(self.handle))
@@ -109,22 +95,15 @@ class EmulatorVcpu:
         check(lib.pyhv_emulator_vcpu_log_cpuid(self.handle, log_capacity, error), error)
 
     def trap_log(self) -> list[CpuidRecord]:
-        records = ffi.new("struct pyhv_cpuid_record[]", 256)
-        log: list[CpuidRecord] = []
-        while count := lib.pyhv_emulator_vcpu_cpuid_log(self.handle, records, 256):
-            log.extend(
-                CpuidRecord(r.vcpu, r.rip, r.cpl, r.leaf, r.subleaf, tuple(r.hardware), tuple(r.guest))
-                for r in records[0:count]
-            )
-        return log
+        return structs.take_log(lambda records, room: lib.pyhv_emulator_vcpu_cpuid_log(self.handle, records, room))
 
     def run(self) -> Exit:
         lib.pyhv_emulator_vcpu_run(self.handle, self._exit)
-        return _to_exit(self._exit)
+        return structs.to_exit(self._exit)
 
     def step(self) -> Exit:
         lib.pyhv_emulator_vcpu_step(self.handle, self._exit)
-        return _to_exit(self._exit)
+        return structs.to_exit(self._exit)
 
     def kick(self) -> None:
         lib.pyhv_emulator_vcpu_kick(self.handle)
@@ -134,8 +113,7 @@ class EmulatorVcpu:
         return halted and not self.get_regs().rflags & _RFLAGS_IF
 
     def counters(self) -> dict[str, int]:
-        counters = lib.pyhv_emulator_vcpu_counters(self.handle)
-        return {name: getattr(counters, name) for name, _ in ffi.typeof("struct pyhv_counters").fields}
+        return structs.to_counters(lib.pyhv_emulator_vcpu_counters(self.handle))
 
     def close(self) -> None:
         lib.pyhv_emulator_vcpu_destroy(self.handle)
@@ -295,21 +273,3 @@ def _native_dump() -> CpuidTable:
     if (7, 0) in entries:
         entries |= {(7, subleaf): ask(7, subleaf) for subleaf in range(1, min(entries[7, 0].eax, 2) + 1)}
     return CpuidTable(entries)
-
-
-def _to_exit(exit: Any) -> Exit:
-    error = ""
-    if exit.stop == Stop.FAILED:
-        what = ffi.string(exit.error.what).decode("ascii", "replace")
-        error = str(HostError(what, exit.error.errnum, ffi.string(exit.error.detail).decode("utf-8", "replace")))
-    return Exit(
-        Stop(exit.stop),
-        exit.exit_reason,
-        exit.status,
-        exit.suberror,
-        exit.hardware_reason,
-        exit.rip,
-        tuple(exit.data[0 : exit.data_count]),
-        bytes(exit.bytes[0 : exit.bytes_count]),
-        error,
-    )

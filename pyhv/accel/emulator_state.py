@@ -6,10 +6,10 @@ What the emulator does not have is refused by name, before anything is changed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
 
 from pyhv._native import check, ffi, lib, new_error
-from pyhv.accel.state import DebugRegs, Events, Ioapic, Irqchip, Pic, PitChannel, ProcessorsState, VcpuState
+from pyhv.accel import structs
+from pyhv.accel.state import DebugRegs, Events, Irqchip, ProcessorsState, VcpuState
 from pyhv.cpu import msrs
 from pyhv.errors import BadInput, HostError
 
@@ -24,8 +24,6 @@ _LAPIC_SIZE = 1024  # PYHV_LAPIC_SIZE
 # XSTATE_BV of the XSAVE area (SDM Vol. 1, "XSAVE Area"), and the components before it: x87 and SSE.
 _XSTATE_BV = slice(512, 520)
 _LEGACY_COMPONENTS = 3
-
-T = TypeVar("T", bound=tuple[Any, ...])
 
 
 def capture(vm: EmulatorVm, vcpus: Sequence[EmulatorVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
@@ -53,7 +51,7 @@ def capture(vm: EmulatorVm, vcpus: Sequence[EmulatorVcpu], tables: Sequence[Cpui
         xsave=bytes(ffi.buffer(area, size)).rstrip(b"\0"),
         msrs=dict(zip(wanted, values[0 : len(wanted)], strict=True)),
         lapic=bytes(ffi.buffer(lapic)) if vm.irqchip else b"",
-        events=_record(Events, events),
+        events=structs.record(Events, events),
         debugregs=DebugRegs(tuple(debugregs.db), debugregs.dr6, debugregs.dr7),
         mp_state=lib.pyhv_emulator_vcpu_get_mp_state(handle),
     )
@@ -78,10 +76,10 @@ def apply(vm: EmulatorVm, vcpus: Sequence[EmulatorVcpu], state: ProcessorsState)
         lib.pyhv_emulator_vm_set_lapic(vm.handle, saved.lapic)
         _apply_irqchip(vm, state.irqchip)
     vcpu.set_regs(saved.regs)
-    check(lib.pyhv_emulator_vcpu_set_debugregs(handle, _c_struct("pyhv_debugregs", saved.debugregs), error), error)
+    check(lib.pyhv_emulator_vcpu_set_debugregs(handle, structs.struct("pyhv_debugregs", saved.debugregs), error), error)
     check(lib.pyhv_emulator_vcpu_set_mp_state(handle, saved.mp_state, error), error)
     # Last: an exception or interrupt that was on its way is delivered here, to the stack and the tables that are set.
-    check(lib.pyhv_emulator_vcpu_set_events(handle, _c_struct("pyhv_events", saved.events), error), error)
+    check(lib.pyhv_emulator_vcpu_set_events(handle, structs.struct("pyhv_events", saved.events), error), error)
     lib.pyhv_emulator_vm_set_clock(vm.handle, state.clock)
 
 
@@ -120,34 +118,11 @@ def _capture_irqchip(vm: EmulatorVm) -> Irqchip | None:
         return None
     chip = ffi.new("struct pyhv_irqchip *")
     lib.pyhv_emulator_vm_get_irqchip(vm.handle, chip)
-    return Irqchip(
-        pic=tuple(_record(Pic, pic) for pic in chip.pic),
-        ioapic=_record(Ioapic, chip.ioapic)._replace(redirection=tuple(chip.ioapic.redirection)),
-        pit=tuple(_record(PitChannel, channel) for channel in chip.pit) if vm.pit else (),
-        pit_flags=chip.pit_flags,
-    )
+    return structs.to_irqchip(chip, vm.pit)
 
 
 def _apply_irqchip(vm: EmulatorVm, irqchip: Irqchip) -> None:
     if bool(irqchip.pit) != vm.pit:
         raise HostError("PIT", 0, "one of the state and the VM has a PIT, the other has none")
-    chip = ffi.new(
-        "struct pyhv_irqchip *",
-        {
-            "pic": [pic._asdict() for pic in irqchip.pic],
-            "ioapic": irqchip.ioapic._asdict(),
-            "pit": [channel._asdict() for channel in irqchip.pit],
-            "pit_flags": irqchip.pit_flags,
-        },
-    )
     error = new_error()
-    check(lib.pyhv_emulator_vm_set_irqchip(vm.handle, chip, error), error)
-
-
-def _record(cls: type[T], struct: Any) -> T:
-    """A record from a C structure that has fields of the same names."""
-    return cls(*(getattr(struct, name) for name in cls._fields))  # type: ignore[attr-defined]
-
-
-def _c_struct(name: str, record: Any) -> Any:
-    return ffi.new(f"struct {name} *", record._asdict())
+    check(lib.pyhv_emulator_vm_set_irqchip(vm.handle, structs.from_irqchip(irqchip), error), error)

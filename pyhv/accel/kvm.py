@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from pyhv._native import check, cpuid, ffi, lib, new_error
-from pyhv.accel.data import CpuidRecord, Exit, Regs, Segment, Sregs, Stop
+from pyhv.accel import structs
+from pyhv.accel.data import CpuidRecord, Exit, Regs, Sregs
 from pyhv.errors import HostError, NotAvailable
 
 TYPE_CHECKING = False
@@ -29,7 +30,6 @@ CAP_TSC_DEADLINE_TIMER = 72
 _MP_UNINITIALIZED, _MP_INIT_RECEIVED, _MP_HALTED = 1, 2, 3
 _RFLAGS_IF = 1 << 9
 
-_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 _MAX_ENTRIES = 256  # PYHV_CPUID_MAX_ENTRIES
 _MAX_MSRS = 2048
 
@@ -50,39 +50,28 @@ class KvmVcpu:
         check(lib.pyhv_vcpu_set_cpuid(self.handle, entries, len(entries), error), error)
 
     def get_cpuid(self) -> CpuidTable:
-        from pyhv.cpu.table import CpuidTable
-
         entries = ffi.new("struct pyhv_cpuid_entry[]", _MAX_ENTRIES)
         error = new_error()
         count = check(lib.pyhv_vcpu_get_cpuid(self.handle, entries, _MAX_ENTRIES, error), error)
-        return CpuidTable.from_entries(_entry_tuples(entries, count))
+        return structs.to_table(entries[0:count])
 
     def get_regs(self) -> Regs:
         regs, error = ffi.new("struct pyhv_regs *"), new_error()
         check(lib.pyhv_vcpu_get_regs(self.handle, regs, error), error)
-        return Regs(*(getattr(regs, name) for name in Regs._fields))
+        return structs.to_regs(regs)
 
     def set_regs(self, regs: Regs) -> None:
         error = new_error()
-        check(lib.pyhv_vcpu_set_regs(self.handle, ffi.new("struct pyhv_regs *", regs._asdict()), error), error)
+        check(lib.pyhv_vcpu_set_regs(self.handle, structs.struct("pyhv_regs", regs), error), error)
 
     def get_sregs(self) -> Sregs:
         sregs, error = ffi.new("struct pyhv_sregs *"), new_error()
         check(lib.pyhv_vcpu_get_sregs(self.handle, sregs, error), error)
-        values: list[Any] = []
-        for name in Sregs._fields:
-            value = getattr(sregs, name)
-            if name in _SEGMENTS:
-                value = Segment(value.selector, value.base, value.limit, value.attributes)
-            elif name == "pdptrs":
-                value = tuple(value)
-            values.append(value)
-        return Sregs(*values)
+        return structs.to_sregs(sregs)
 
     def set_sregs(self, sregs: Sregs) -> None:
-        values = {n: v._asdict() if isinstance(v, Segment) else v for n, v in sregs._asdict().items()}
         error = new_error()
-        check(lib.pyhv_vcpu_set_sregs(self.handle, ffi.new("struct pyhv_sregs *", values), error), error)
+        check(lib.pyhv_vcpu_set_sregs(self.handle, structs.from_sregs(sregs), error), error)
 
     def read_tsc_khz(self) -> int:
         error = new_error()
@@ -102,22 +91,15 @@ class KvmVcpu:
         check(lib.pyhv_vcpu_trap(self.handle, config, error), error)
 
     def trap_log(self) -> list[CpuidRecord]:
-        records = ffi.new("struct pyhv_cpuid_record[]", 256)
-        log: list[CpuidRecord] = []
-        while count := lib.pyhv_vcpu_trap_log(self.handle, records, 256):
-            log.extend(
-                CpuidRecord(r.vcpu, r.rip, r.cpl, r.leaf, r.subleaf, tuple(r.hardware), tuple(r.guest))
-                for r in records[0:count]
-            )
-        return log
+        return structs.take_log(lambda records, room: lib.pyhv_vcpu_trap_log(self.handle, records, room))
 
     def run(self) -> Exit:
         lib.pyhv_vcpu_run(self.handle, self._exit)
-        return _to_exit(self._exit)
+        return structs.to_exit(self._exit)
 
     def step(self) -> Exit:
         lib.pyhv_vcpu_step(self.handle, self._exit)
-        return _to_exit(self._exit)
+        return structs.to_exit(self._exit)
 
     def kick(self) -> None:
         lib.pyhv_vcpu_kick(self.handle)
@@ -130,8 +112,7 @@ class KvmVcpu:
         return state == _MP_HALTED and not self.get_regs().rflags & _RFLAGS_IF
 
     def counters(self) -> dict[str, int]:
-        counters = lib.pyhv_vcpu_counters(self.handle)
-        return {name: getattr(counters, name) for name, _ in ffi.typeof("struct pyhv_counters").fields}
+        return structs.to_counters(lib.pyhv_vcpu_counters(self.handle))
 
     def close(self) -> None:
         lib.pyhv_vcpu_destroy(self.handle)
@@ -205,12 +186,12 @@ class Kvm:
         """KVM_GET_SUPPORTED_CPUID, and what KVM gives without listing it: the hypervisor bit, which is user space's to
         set; TSC_DEADLINE, which older kernels offer by a capability only; and the processor's name."""
         from pyhv.cpu import features
-        from pyhv.cpu.table import NAME_LEAVES, CpuidTable, Registers
+        from pyhv.cpu.table import NAME_LEAVES, Registers
 
         entries = ffi.new("struct pyhv_cpuid_entry[]", _MAX_ENTRIES)
         error = new_error()
         count = check(lib.pyhv_kvm_supported_cpuid(self.fd, entries, _MAX_ENTRIES, error), error)
-        table = CpuidTable.from_entries(_entry_tuples(entries, count))
+        table = structs.to_table(entries[0:count])
         ecx = table.get(1).ecx | features.find("hypervisor").mask
         if self.check_extension(CAP_TSC_DEADLINE_TIMER):
             ecx |= features.find("tsc_deadline_timer").mask
@@ -286,28 +267,6 @@ class Kvm:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-
-def _entry_tuples(entries: Any, count: int) -> list[tuple[int, int, int, int, int, int, int]]:
-    return [(e.leaf, e.subleaf, e.indexed, e.eax, e.ebx, e.ecx, e.edx) for e in entries[0:count]]
-
-
-def _to_exit(exit: Any) -> Exit:
-    error = ""
-    if exit.stop == Stop.FAILED:
-        what = ffi.string(exit.error.what).decode("ascii", "replace")
-        error = str(HostError(what, exit.error.errnum, ffi.string(exit.error.detail).decode("utf-8", "replace")))
-    return Exit(
-        Stop(exit.stop),
-        exit.exit_reason,
-        exit.status,
-        exit.suberror,
-        exit.hardware_reason,
-        exit.rip,
-        tuple(exit.data[0 : exit.data_count]),
-        bytes(exit.bytes[0 : exit.bytes_count]),
-        error,
-    )
 
 
 def _explain(errnum: int, detail: str) -> NotAvailable:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
 
 from pyhv._native import check, ffi, lib, new_error
-from pyhv.accel.state import DebugRegs, Events, Ioapic, Irqchip, Pic, PitChannel, ProcessorsState, VcpuState
+from pyhv.accel import structs
+from pyhv.accel.state import DebugRegs, Events, Irqchip, ProcessorsState, VcpuState
 from pyhv.cpu import msrs
 from pyhv.errors import HostError
 
@@ -30,8 +30,6 @@ _LEGACY_COMPONENTS = 3
 
 # Written apart from the others: see _apply_tsc() and apply().
 _TIME_MSRS = (msrs.IA32_TSC, msrs.IA32_TSC_DEADLINE)
-
-T = TypeVar("T", bound=tuple[Any, ...])
 
 
 def capture(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
@@ -71,7 +69,7 @@ def _capture_vcpu(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable) -> VcpuState:
         xsave=_shown_components(bytes(ffi.buffer(area, size)), table).rstrip(b"\0"),
         msrs=values,
         lapic=bytes(ffi.buffer(lapic)) if vm.irqchip else b"",
-        events=_record(Events, events),
+        events=structs.record(Events, events),
         debugregs=DebugRegs(tuple(debugregs.db), debugregs.dr6, debugregs.dr7),
         mp_state=mp_state,
     )
@@ -111,8 +109,8 @@ def apply(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable], sta
         if deadline := saved.msrs.get(msrs.IA32_TSC_DEADLINE, 0):
             write_msrs(vcpu, {msrs.IA32_TSC_DEADLINE: deadline})
         vcpu.set_regs(saved.regs)  # clears pending exceptions: so before the events
-        check(lib.pyhv_vcpu_set_events(vcpu.handle, _c_struct("pyhv_events", saved.events), error), error)
-        check(lib.pyhv_vcpu_set_debugregs(vcpu.handle, _c_struct("pyhv_debugregs", saved.debugregs), error), error)
+        check(lib.pyhv_vcpu_set_events(vcpu.handle, structs.struct("pyhv_events", saved.events), error), error)
+        check(lib.pyhv_vcpu_set_debugregs(vcpu.handle, structs.struct("pyhv_debugregs", saved.debugregs), error), error)
         # Last of the vCPU: from here on it may be woken.
         check(lib.pyhv_vcpu_set_mp_state(vcpu.handle, saved.mp_state, error), error)
     clock = ffi.new("struct pyhv_clock *", {"ns": state.clock + time.monotonic_ns() - called})
@@ -196,34 +194,11 @@ def _capture_irqchip(vm: KvmVm) -> Irqchip | None:
         return None
     chip, error = ffi.new("struct pyhv_irqchip *"), new_error()
     check(lib.pyhv_vm_get_irqchip(vm.handle, chip, error), error)
-    return Irqchip(
-        pic=tuple(_record(Pic, pic) for pic in chip.pic),
-        ioapic=_record(Ioapic, chip.ioapic)._replace(redirection=tuple(chip.ioapic.redirection)),
-        pit=tuple(_record(PitChannel, channel) for channel in chip.pit) if vm.pit else (),
-        pit_flags=chip.pit_flags,
-    )
+    return structs.to_irqchip(chip, vm.pit)
 
 
 def _apply_irqchip(vm: KvmVm, irqchip: Irqchip) -> None:
     error = new_error()
     if bool(irqchip.pit) != vm.pit:
         raise HostError("KVM_SET_PIT2", 0, "one of the state and the VM has a PIT, the other has none")
-    chip = ffi.new(
-        "struct pyhv_irqchip *",
-        {
-            "pic": [pic._asdict() for pic in irqchip.pic],
-            "ioapic": irqchip.ioapic._asdict(),
-            "pit": [channel._asdict() for channel in irqchip.pit],
-            "pit_flags": irqchip.pit_flags,
-        },
-    )
-    check(lib.pyhv_vm_set_irqchip(vm.handle, chip, error), error)
-
-
-def _record(cls: type[T], struct: Any) -> T:
-    """A record from a C structure that has fields of the same names."""
-    return cls(*(getattr(struct, name) for name in cls._fields))  # type: ignore[attr-defined]
-
-
-def _c_struct(name: str, record: Any) -> Any:
-    return ffi.new(f"struct {name} *", record._asdict())
+    check(lib.pyhv_vm_set_irqchip(vm.handle, structs.from_irqchip(irqchip), error), error)
