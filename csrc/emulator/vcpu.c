@@ -499,6 +499,8 @@ static bool stop_for_action(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *e
         return stop(exit, PYHV_STOP_GUEST_EXIT);
     case PYHV_ACTION_RESET:
         return stop(exit, PYHV_STOP_RESET);
+    case PYHV_ACTION_PANIC:
+        return stop(exit, PYHV_STOP_PANIC);
     default:
         return stop(exit, PYHV_STOP_POWER_OFF);
     }

@@ -212,6 +212,11 @@ def test_ends(act: str, cause: str, status: int | None) -> None:
     assert status is None or result.status == status
 
 
+@pytest.mark.parametrize(("append", "cause"), [("", "power-off"), ("reset", "reset"), ("panic", "panic")])
+def test_a_pc_ends_as_its_tables_say(append: str, cause: str) -> None:
+    assert run("acpi", append=append).cause == cause
+
+
 def test_the_apic_timer() -> None:
     begin = time.monotonic()
     result = run("timer", append="ms=100")
