@@ -268,12 +268,10 @@ class Source:
             self._round += 1
             since = time.monotonic()
             self._send_round(pages, begin)
-            vm.take_dirty(pages)
-            left = len(pages) * PAGE_SIZE
-            self._dirty_rate = left / max(time.monotonic() - since, 1e-6)
-            self._check_guest()
+            left = self._look(pages, since)
             if self._downtime(left) > limits.downtime:
                 self._drain(begin)
+                left = self._look(pages, since)  # the guest went on writing
             if self._downtime(left) <= limits.downtime and self._round >= limits.least_rounds:
                 self._wait_for_leave()
                 break
@@ -288,6 +286,14 @@ class Source:
         self._tell(0, len(pages) * PAGE_SIZE)
         self._send_all(pages)
         return stopped
+
+    def _look(self, pages: PageSet, since: float) -> int:
+        """Adds what the guest has written; how many bytes are to be sent now. since: when this round began."""
+        self._vm.take_dirty(pages)
+        self._check_guest()
+        left = len(pages) * PAGE_SIZE
+        self._dirty_rate = left / max(time.monotonic() - since, 1e-6)
+        return left
 
     def _wait_for_leave(self) -> None:
         while not self._may_stop():
