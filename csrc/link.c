@@ -9,12 +9,11 @@
  * of silence then counts from the last byte that moved either way.
  */
 #include "link.h"
+#include "sigpipe.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -96,7 +95,6 @@ static bool is_socket(int fd)
 
 struct pyhv_link *pyhv_link_create(const struct pyhv_link_config *config, struct pyhv_error *error)
 {
-    struct sigaction sigpipe;
     struct pyhv_link *link = calloc(1, sizeof *link);
     if (!link) {
         pyhv_fail(error, ENOMEM, "pyhv_link_create", NULL);
@@ -119,7 +117,7 @@ struct pyhv_link *pyhv_link_create(const struct pyhv_link_config *config, struct
         goto fail;
     }
     link->out_is_socket = is_socket(link->out_fd);
-    link->guard_sigpipe = sigaction(SIGPIPE, NULL, &sigpipe) < 0 || sigpipe.sa_handler != SIG_IGN;
+    link->guard_sigpipe = pyhv_sigpipe_matters();
     link->left = link_now();
     pyhv_link_set_times(link, config->heartbeat_ms, config->silence_ms);
     return link;
@@ -198,23 +196,10 @@ static ssize_t write_some(struct pyhv_link *link, const uint8_t *data, size_t si
     if (!link->guard_sigpipe)
         return write(link->out_fd, data, size);
 
-    /* A pipe without readers sends a signal, which would end the process: it is blocked, and taken back if ours. */
-    sigset_t sigpipe, before, pending;
-    sigemptyset(&sigpipe);
-    sigaddset(&sigpipe, SIGPIPE);
-    pthread_sigmask(SIG_BLOCK, &sigpipe, &before);
-    sigemptyset(&pending);
-    if (sigismember(&before, SIGPIPE)) /* then one may be waiting that is not ours */
-        sigpending(&pending);
+    struct pyhv_sigpipe guard;
+    pyhv_sigpipe_block(&guard);
     ssize_t written = write(link->out_fd, data, size);
-    int errnum = errno;
-    if (written < 0 && errnum == EPIPE && !sigismember(&pending, SIGPIPE)) {
-        const struct timespec now = {0};
-        while (sigtimedwait(&sigpipe, NULL, &now) < 0 && errno == EINTR)
-            ;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    errno = errnum;
+    pyhv_sigpipe_restore(&guard, written < 0 && errno == EPIPE);
     return written;
 }
 

@@ -31,9 +31,6 @@
  * byte that a cancelled thread writes to a full one is lost, as is on the chip what is written without THRE.
  * The first error of out_fd, a closed pipe say, ends output: from then on bytes are dropped, and the guest goes on.
  *
- * SIGPIPE. A closed pipe must not kill the process. Python ignores SIGPIPE. Where it was not ignored when the UART was
- * created, it is blocked around each write and a SIGPIPE of ours is taken back. The process's setting is not touched.
- *
  * Saved state, version 1 (with the version 46 bytes and what waits for transmission):
  *   u8 IER; u8 FCR (bits 7:6, 3 and 0); u8 LCR; u8 MCR; u8 SCR; u8 DLL; u8 DLM;
  *   u8 flags: bit 0 overrun (LSR bit 1), bit 1 "THR empty" pending; u8 MSR bits 3:0 (changes);
@@ -42,7 +39,6 @@
  */
 #include <errno.h>
 #include <poll.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -55,6 +51,7 @@
 #include "cancel.h"
 #include "devices/device.h"
 #include "error.h"
+#include "sigpipe.h"
 
 #define PORTS         8
 #define FIFO_SIZE     16
@@ -204,28 +201,16 @@ static ssize_t write_unguarded(struct uart *uart, int way, const uint8_t *bytes,
     return write(uart->out_fd, bytes, count);
 }
 
-/* The same without a SIGPIPE. */
+/* The same without a SIGPIPE; a socket sends none when it is asked not to. */
 static ssize_t write_once(struct uart *uart, int way, const uint8_t *bytes, size_t count)
 {
     if (!uart->guard_sigpipe || way == OUTPUT_SOCKET)
         return write_unguarded(uart, way, bytes, count);
 
-    sigset_t sigpipe, before, pending;
-    sigemptyset(&sigpipe);
-    sigaddset(&sigpipe, SIGPIPE);
-    pthread_sigmask(SIG_BLOCK, &sigpipe, &before);
-    sigemptyset(&pending);
-    if (sigismember(&before, SIGPIPE)) /* then one may be waiting that is not ours */
-        sigpending(&pending);
+    struct pyhv_sigpipe guard;
+    pyhv_sigpipe_block(&guard);
     ssize_t written = write_unguarded(uart, way, bytes, count);
-    int errnum = errno;
-    if (written < 0 && errnum == EPIPE && !sigismember(&pending, SIGPIPE)) {
-        const struct timespec now = {0};
-        while (sigtimedwait(&sigpipe, NULL, &now) < 0 && errno == EINTR)
-            ;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    errno = errnum;
+    pyhv_sigpipe_restore(&guard, written < 0 && errno == EPIPE);
     return written;
 }
 
@@ -805,10 +790,9 @@ struct pyhv_device *pyhv_uart16550_create(uint16_t port, uint32_t gsi, int in_fd
     }
     if (out_fd >= 0) {
         struct stat out;
-        struct sigaction sigpipe;
         mode_t mode = fstat(out_fd, &out) == 0 ? out.st_mode : 0;
         atomic_init(&uart->output_way, S_ISREG(mode) ? OUTPUT_PLAIN : S_ISSOCK(mode) ? OUTPUT_SOCKET : OUTPUT_NOWAIT);
-        uart->guard_sigpipe = sigaction(SIGPIPE, NULL, &sigpipe) < 0 || sigpipe.sa_handler != SIG_IGN;
+        uart->guard_sigpipe = pyhv_sigpipe_matters();
     }
     return &uart->device;
 
