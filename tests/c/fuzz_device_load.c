@@ -8,18 +8,13 @@
  *  - an accepted one, saved again, is accepted again, and gives the same bytes;
  *  - two devices that were given the same state answer the same accesses with the same bytes and actions.
  *
- * With libFuzzer:
- *   clang -std=c11 -D_GNU_SOURCE -g -O1 -fsanitize=fuzzer,address,undefined -Icsrc \
- *         tests/c/fuzz_device_load.c csrc/devices/[a-z]*.c csrc/error.c -lpthread -o fuzz && ./fuzz -max_len=8192
- * With gcc, which has no fuzzer, add -DPYHV_FUZZ_MAIN and leave out "fuzzer,": the program then makes its own inputs,
- * half noise and half valid states with a few bytes changed:
- *   ./fuzz [SECONDS [SEED]]     prints the seed; the same seed gives the same inputs
+ * How it is built and run is in fuzz.h. Without libFuzzer half of the inputs are noise, and half valid states with a few
+ * bytes changed.
  */
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "fuzz.h"
 #include "pyhv.h"
 
 #define DEVICES 9
@@ -31,14 +26,6 @@ static const struct {
                      {0xcf8, 8}, {0x505, 1}, {0x505, 1}, {0x510, 2}};
 
 enum { CMOS = 3, ACPI_PM = 4, FW_CFG = 8 };
-
-#define REQUIRE(condition)                                                                 \
-    do {                                                                                   \
-        if (!(condition)) {                                                                \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #condition); \
-            abort();                                                                       \
-        }                                                                                  \
-    } while (0)
 
 static struct pyhv_device *create(unsigned which)
 {
@@ -147,19 +134,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 }
 
 #ifdef PYHV_FUZZ_MAIN
-#include <inttypes.h>
-#include <time.h>
-
-static uint64_t random_state;
-
-static uint32_t random32(void)
-{
-    random_state ^= random_state << 13; /* xorshift64 */
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return (uint32_t)(random_state >> 16);
-}
-
 /* A state that a guest could bring about. */
 static size_t valid_state(unsigned which, uint8_t *state)
 {
@@ -176,50 +150,39 @@ static size_t valid_state(unsigned which, uint8_t *state)
     return (size_t)size;
 }
 
+static size_t make_input(uint8_t *input)
+{
+    unsigned which = random32() % DEVICES;
+    size_t length = random32() % 200;
+    if (random32() % 2) {
+        length = valid_state(which, input + 3);
+        if (random32() % 8 == 0 && which == 0 && length >= 46) { /* bytes that wait for transmission */
+            uint32_t waiting = random32() % 4097;
+            input[3 + 8] &= 0x01;
+            input[3 + 44] = (uint8_t)waiting;
+            input[3 + 45] = (uint8_t)(waiting >> 8);
+            length = 46 + waiting;
+        }
+        for (uint32_t changes = random32() % 4; changes > 0; changes--)
+            input[3 + random32() % length] = (uint8_t)random32();
+        if (random32() % 16 == 0)
+            length = random32() % (length + 4);
+    } else {
+        for (size_t i = 0; i < length; i++)
+            input[3 + i] = (uint8_t)(i == 0 && random32() % 8 ? 1 : random32());
+    }
+    input[0] = (uint8_t)which;
+    input[1] = (uint8_t)length;
+    input[2] = (uint8_t)(length >> 8);
+    size_t accesses = random32() % 256 * 3;
+    for (size_t i = 0; i < accesses; i++)
+        input[3 + length + i] = (uint8_t)random32();
+    return 3 + length + accesses;
+}
+
 int main(int argc, char **argv)
 {
     static uint8_t input[3 + PYHV_DEVICE_STATE_MAX + 3 * 256];
-    double seconds = argc > 1 ? atof(argv[1]) : 5;
-    random_state = argc > 2 ? strtoull(argv[2], NULL, 0) : (uint64_t)time(NULL) << 20 | (uint64_t)getpid();
-    if (random_state == 0) /* where xorshift stays for good */
-        random_state = 1;
-    printf("fuzz_device_load: seed 0x%" PRIx64 ", %g s\n", random_state, seconds);
-    fflush(stdout);
-
-    struct timespec start, now;
-    uint64_t inputs = 0;
-    clock_gettime(CLOCK_MONOTONIC, &start);
-    do {
-        unsigned which = random32() % DEVICES;
-        size_t length = random32() % 200;
-        if (random32() % 2) {
-            length = valid_state(which, input + 3);
-            if (random32() % 8 == 0 && which == 0 && length >= 46) { /* bytes that wait for transmission */
-                uint32_t waiting = random32() % 4097;
-                input[3 + 8] &= 0x01;
-                input[3 + 44] = (uint8_t)waiting;
-                input[3 + 45] = (uint8_t)(waiting >> 8);
-                length = 46 + waiting;
-            }
-            for (uint32_t changes = random32() % 4; changes > 0; changes--)
-                input[3 + random32() % length] = (uint8_t)random32();
-            if (random32() % 16 == 0)
-                length = random32() % (length + 4);
-        } else {
-            for (size_t i = 0; i < length; i++)
-                input[3 + i] = (uint8_t)(i == 0 && random32() % 8 ? 1 : random32());
-        }
-        input[0] = (uint8_t)which;
-        input[1] = (uint8_t)length;
-        input[2] = (uint8_t)(length >> 8);
-        size_t accesses = random32() % 256 * 3;
-        for (size_t i = 0; i < accesses; i++)
-            input[3 + length + i] = (uint8_t)random32();
-        LLVMFuzzerTestOneInput(input, 3 + length + accesses);
-        inputs++;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-    } while ((double)(now.tv_sec - start.tv_sec) + (double)(now.tv_nsec - start.tv_nsec) / 1e9 < seconds);
-    printf("fuzz_device_load: %" PRIu64 " inputs, nothing found\n", inputs);
-    return 0;
+    return fuzz(argc, argv, input, make_input);
 }
 #endif

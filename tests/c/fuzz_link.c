@@ -10,33 +10,20 @@
  *  - what is refused says why;
  *  - memory has content only where the landing's bitmap says so, and grows no further than the RAM.
  *
- * With libFuzzer:
- *   clang -std=c11 -D_GNU_SOURCE -g -O1 -fsanitize=fuzzer,address,undefined -Icsrc \
- *         tests/c/fuzz_link.c csrc/[a-z]*.c -lpthread -o fuzz && ./fuzz -max_len=8192
- * With gcc, which has no fuzzer, add -DPYHV_FUZZ_MAIN and leave out "fuzzer,": the program then makes its own inputs.
- *   ./fuzz [SECONDS [SEED]]     prints the seed; the same seed gives the same inputs
+ * How it is built and run is in fuzz.h.
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "fuzz.h"
 #include "pyhv.h"
 
 enum { RAM_PAGES = 200, WIRE_MAX = 256 * 1024, MESSAGES_MAX = 64 };
-
-#define REQUIRE(condition)                                                                 \
-    do {                                                                                   \
-        if (!(condition)) {                                                                \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #condition); \
-            abort();                                                                       \
-        }                                                                                  \
-    } while (0)
 
 static uint8_t wire[WIRE_MAX];
 static size_t wire_size, ends_at[MESSAGES_MAX];
@@ -128,19 +115,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 }
 
 #ifdef PYHV_FUZZ_MAIN
-#include <inttypes.h>
-#include <time.h>
-
-static uint64_t random_state;
-
-static uint32_t random32(void)
-{
-    random_state ^= random_state << 13; /* xorshift64 */
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return (uint32_t)(random_state >> 16);
-}
-
 /* The runs of a PAGES message, valid or nearly so. Returns their length, and in *pages how much content they need. */
 static size_t make_runs(uint8_t *at, uint8_t *pages)
 {
@@ -196,37 +170,27 @@ static size_t make_messages(uint8_t *at)
     return size;
 }
 
+/* One in four are bytes as they are: mostly right, cut or changed somewhere. */
+static size_t make_input(uint8_t *input)
+{
+    size_t size = make_messages(input + 1);
+    input[0] = 0;
+    if (random32() % 4 == 0) {
+        compose(input + 1, size);
+        size = wire_size;
+        memcpy(input + 1, wire, size);
+        input[0] = 1;
+        for (uint32_t changes = random32() % 3; changes > 0 && size; changes--)
+            input[1 + random32() % size] ^= (uint8_t)(1 << random32() % 8);
+        if (size && random32() % 2)
+            size = random32() % size;
+    }
+    return 1 + size;
+}
+
 int main(int argc, char **argv)
 {
     static uint8_t input[1 + WIRE_MAX];
-    double seconds = argc > 1 ? atof(argv[1]) : 5;
-    random_state = argc > 2 ? strtoull(argv[2], NULL, 0) : (uint64_t)time(NULL) << 20 | (uint64_t)getpid();
-    if (random_state == 0) /* where xorshift stays for good */
-        random_state = 1;
-    printf("fuzz_link: seed 0x%" PRIx64 ", %g s\n", random_state, seconds);
-    fflush(stdout);
-
-    struct timespec start, now;
-    uint64_t inputs = 0;
-    clock_gettime(CLOCK_MONOTONIC, &start);
-    do {
-        size_t size = make_messages(input + 1);
-        input[0] = 0;
-        if (random32() % 4 == 0) { /* bytes as they are: mostly right, cut or changed somewhere */
-            compose(input + 1, size);
-            size = wire_size;
-            memcpy(input + 1, wire, size);
-            input[0] = 1;
-            for (uint32_t changes = random32() % 3; changes > 0 && size; changes--)
-                input[1 + random32() % size] ^= (uint8_t)(1 << random32() % 8);
-            if (size && random32() % 2)
-                size = random32() % size;
-        }
-        LLVMFuzzerTestOneInput(input, 1 + size);
-        inputs++;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-    } while ((double)(now.tv_sec - start.tv_sec) + (double)(now.tv_nsec - start.tv_nsec) / 1e9 < seconds);
-    printf("fuzz_link: %" PRIu64 " inputs, nothing found\n", inputs);
-    return 0;
+    return fuzz(argc, argv, input, make_input);
 }
 #endif

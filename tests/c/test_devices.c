@@ -23,6 +23,7 @@
 #include "devices/device.h"
 #include "error.h"
 #include "pyhv.h"
+#include "random.h"
 
 #define COM1 0x3f8
 
@@ -173,16 +174,6 @@ static bool read_exactly(int fd, uint8_t *buffer, size_t count)
         count -= (size_t)part;
     }
     return true;
-}
-
-static uint64_t random_state;
-
-static uint32_t random32(void)
-{
-    random_state ^= random_state << 13; /* xorshift64 */
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return (uint32_t)(random_state >> 16);
 }
 
 /* ---------------------------------------------------------------------------------------------------- bus -- */
@@ -2528,7 +2519,8 @@ int main(int argc, char **argv)
 #undef TEST
     };
     /* `test_devices [NAME [SEED]]` */
-    random_state = argc > 2 ? strtoull(argv[2], NULL, 0) : 0x9e3779b97f4a7c15;
+    if (argc > 2)
+        random_state = strtoull(argv[2], NULL, 0);
     struct sigaction kick = {.sa_handler = nothing}; /* no SA_RESTART, as the run loop has it */
     sigaction(SIGUSR1, &kick, NULL);
     signal(SIGALRM, hangs);

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "check.h"
+#include "random.h"
 
 static int madvise_errnum; /* 0: the call works */
 
@@ -41,23 +42,6 @@ static int faulty_madvise(void *start, size_t size, int advice)
 #define STREAM_MAX (4 << 20)
 
 static struct pyhv_error error;
-
-static uint64_t random64(void)
-{
-    static uint64_t state = 88172645463325252u; /* xorshift64: the same numbers in every run */
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return state;
-}
-
-static void fill_random(uint8_t *at, size_t size)
-{
-    for (size_t i = 0; i < size; i += 8) {
-        uint64_t value = random64() | 1;
-        memcpy(at + i, &value, size - i < 8 ? size - i : 8);
-    }
-}
 
 static uint64_t now_ms(void)
 {

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "check.h"
+#include "random.h"
 
 /* ------------------------------------------------------------------------------- system calls that can fail -- */
 
@@ -116,23 +117,6 @@ static int faulty_ftruncate(int fd, off_t size)
 
 static struct pyhv_error error;
 static uint64_t sums[MAX_CHUNKS];
-
-static uint64_t random64(void)
-{
-    static uint64_t state = 88172645463325252u; /* xorshift64: the same numbers in every run */
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return state;
-}
-
-static void fill_random(uint8_t *at, size_t size)
-{
-    for (size_t i = 0; i < size; i += 8) {
-        uint64_t value = random64();
-        memcpy(at + i, &value, size - i < 8 ? size - i : 8);
-    }
-}
 
 static int new_file(size_t size)
 {
