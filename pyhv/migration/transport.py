@@ -103,12 +103,16 @@ def parse(uri: str, insecure: bool = False) -> Address:
     scheme, colon, rest = uri.partition(":")
     if uri == "-":
         return Address("fd", uri, fds=(0, 1))
-    if not colon:
+    try:
+        size = len(os.fsencode(rest))
+    except UnicodeEncodeError:  # half of a surrogate pair
+        size = -1
+    if not colon or size < 0 or "\0" in uri:
         raise BadInput(uri, "is no URI", advice)
     if scheme == "unix":
         if not rest:
             raise BadInput(uri, "has no path", advice)
-        if len(os.fsencode(rest)) > 107:  # sockaddr_un (unix(7))
+        if size > 107:  # sockaddr_un (unix(7))
             raise BadInput(uri, "is too long: a socket's path has at most 107 bytes", "take a shorter path")
         return Address("unix", uri, path=rest)
     if scheme == "tty":
@@ -124,7 +128,7 @@ def parse(uri: str, insecure: bool = False) -> Address:
         return Address("ssh", uri, host=rest)
     host, _, port = rest.rpartition(":")
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not host or not (port.isascii() and port.isdigit() and int(port[:6]) <= 65535):
+    if not _may_be_host(host) or not (port.isascii() and port.isdigit() and int(port[:6]) <= 65535):
         raise BadInput(uri, "has no host and port", f"write {scheme}://HOST:PORT")
     if scheme == "tcp" and not insecure and not _is_loopback(host):
         problem = "would send a VM's memory unprotected, and take anybody's"
@@ -149,6 +153,14 @@ def _parse_fds(uri: str, text: str, advice: str) -> tuple[int, int]:
     return fds
 
 
+def _may_be_host(host: str) -> bool:
+    """Whether the resolver can be asked for it: labels of 1 to 63 characters."""
+    try:
+        return bool(host.encode("idna"))
+    except UnicodeError:
+        return False
+
+
 def _is_loopback(host: str) -> bool:
     import ipaddress
 
@@ -167,11 +179,11 @@ def connect(address: Address, tls: Tls | None = None, timeout: float = 10.0) -> 
             return _run_ssh(address)
         case "tty":
             return _open_tty(address)
+        case "tls":
+            context = _context(address, tls, server=False)  # before the other side, who takes one VM, is bothered
+            return _wrap_tls(_connect(address, timeout), context, address, timeout, server=False)
         case _:
-            sock = _connect(address, timeout)
-    if address.scheme == "tls":
-        return _wrap_tls(sock, _context(address, tls, server=False), address, timeout, server=False)
-    return _of_socket(sock, address.text)
+            return _of_socket(_connect(address, timeout), address.text)
 
 
 def _connect(address: Address, timeout: float) -> socket.socket:
@@ -309,16 +321,13 @@ class Listener:
 
 def _remove_stale(path: str) -> None:
     """Removes a socket that nobody listens at any more."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return
-    except OSError:
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
+    # Of another type than those that listen: one that does is not reached (EPROTOTYPE), for it takes one connection.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            os.unlink(path)
+            if stat.S_ISSOCK(os.lstat(path).st_mode):
+                os.unlink(path)
         except OSError:
             pass
 
@@ -357,10 +366,10 @@ def _run_ssh(address: Address) -> Channel:
     # A socketpair, not pipes: it holds more than 64 KiB on the way.
     ours, theirs = socket.socketpair()
     said = os.memfd_create("pyhv-ssh", os.MFD_CLOEXEC)
-    command = os.environ.get("PYHV_SSH", "ssh").split()
+    command = (os.environ.get("PYHV_SSH") or "ssh").split()
     try:
         with theirs:
-            remote = "exec " + os.environ.get("PYHV_REMOTE", "pyhv") + " receive -"
+            remote = "exec " + (os.environ.get("PYHV_REMOTE") or "pyhv") + " receive -"
             process = subprocess.Popen(
                 [*command, address.host, remote], stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=said
             )
@@ -400,17 +409,18 @@ def _end_ssh(ours: socket.socket, process: subprocess.Popen[bytes], said: int) -
 def _context(address: Address, tls: Tls | None, server: bool) -> ssl.SSLContext:
     import ssl
 
-    if tls is None:
+    if tls is None or not all(tls):
         raise BadInput(address.text, "needs certificates", "give --tls-cert, --tls-key and --tls-ca")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     try:
         context.load_verify_locations(tls.authority)
-        context.load_cert_chain(tls.certificate, tls.key)
+        # Without a password OpenSSL would ask for one, at a terminal where a guest's console may be.
+        context.load_cert_chain(tls.certificate, tls.key, password="")
     except OSError as error:  # SSLError is one
         files, problem = f"{tls.certificate}, {tls.key}, {tls.authority}", f"cannot be used: {error.strerror or error}"
-        raise BadInput(files, problem, "give PEM files that belong together") from None
+        raise BadInput(files, problem, "give PEM files that belong together, the key without a passphrase") from None
     return context
 
 

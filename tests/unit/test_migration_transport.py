@@ -69,6 +69,11 @@ def test_good_uris(uri: str, address: Address) -> None:
         ("tcp://localhost:99999999999999999999", "has no host and port"),
         ("tcp://localhost:٣", "has no host and port"),
         ("tcp://localhost:-1", "has no host and port"),
+        (f"tcp://{'a' * 64}:1", "has no host and port"),
+        ("tls://a..b:1", "has no host and port"),
+        ("tcp://\ud800:1", "is no URI"),
+        ("unix:\ud800", "is no URI"),
+        ("unix:\0m", "is no URI"),
         ("tcp://example.org:1", "would send a VM's memory unprotected, and take anybody's; use tls:// or ssh://"),
         ("tcp://0.0.0.0:1", "would send a VM's memory unprotected"),
         ("tcp://[::]:1", "would send a VM's memory unprotected"),
@@ -197,10 +202,10 @@ def test_a_stale_unix_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) -
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(f"{tmp_path}/m")
     stale.close()
-    with Listener(transport.parse(f"unix:{tmp_path}/m")):
+    with Listener(transport.parse(f"unix:{tmp_path}/m")) as listener:
         with pytest.raises(BadInput, match="cannot be listened at: Address already in use; choose another address"):
             Listener(transport.parse(f"unix:{tmp_path}/m"))
-        assert os.path.exists(tmp_path / "m")
+        assert os.path.exists(tmp_path / "m") and listener.accept(0.01) is None  # who looked has not come to it
     (tmp_path / "f").write_text("precious")
     with pytest.raises(BadInput, match="Address already in use"):
         Listener(transport.parse(f"unix:{tmp_path}/f"))
@@ -466,14 +471,26 @@ def test_who_speaks_no_tls_is_refused(certificates: dict[str, Tls]) -> None:
 
 
 def test_certificates_that_are_none(certificates: dict[str, Tls], tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="needs certificates; give --tls-cert, --tls-key and --tls-ca"):
-        Listener(transport.parse(URI))
     good = certificates["good"]
+    for tls in (None, good._replace(key="")):
+        with pytest.raises(BadInput, match="needs certificates; give --tls-cert, --tls-key and --tls-ca"):
+            Listener(transport.parse(URI), tls)
     (tmp_path / "junk").write_text("junk")
+    sealed = ["openssl", "pkey", "-in", good.key, "-out", f"{tmp_path}/sealed", "-aes128", "-passout", "pass:secret"]
+    subprocess.run(sealed, check=True, capture_output=True)
     for bad in (
         good._replace(certificate="/no/such"),
         good._replace(key=certificates["stranger"].key),
         good._replace(authority=f"{tmp_path}/junk"),
+        good._replace(key=f"{tmp_path}/sealed"),  # OpenSSL would ask at the terminal
     ):
         with pytest.raises(BadInput, match=r"cannot be used: .*; give PEM files that belong together"):
             Listener(transport.parse(URI), bad)
+
+
+def test_a_side_without_good_certificates_does_not_connect(certificates: dict[str, Tls]) -> None:
+    """The other side takes one VM, and would have had its one visitor."""
+    with Listener(transport.parse(URI), certificates["good"]) as listener:
+        with pytest.raises(BadInput, match="needs certificates"):
+            transport.connect(transport.parse(listener.where))
+        assert listener.accept(0.01) is None
