@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 from pyhv.accel.choose import ACCELERATORS, open_accelerator
 from pyhv.cli import output
@@ -55,19 +54,15 @@ def read_host(path: str) -> HostDescription:
     """The host of a description or a dump. Raises BadInput."""
     from pyhv.cpu import dumps
 
-    try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
-            data = stream.read(dumps.MAX_BYTES + 1)
-    except OSError as error:
-        raise BadInput(path, error.strerror or "cannot be read") from None
-    if len(data) <= dumps.MAX_BYTES and data.lstrip()[:1] == b"{":
+    text = dumps.load_text(path)
+    if text.lstrip().startswith("{"):
         try:
-            value = json.loads(data)
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BadInput(path, f"is no JSON: {error}") from None
         if isinstance(value, dict) and str(value.get("format", "")).startswith("pyhv-host/"):
             return HostDescription.from_json(value, path)
-    return as_kvm_host(dumps.load(path), name=path)
+    return as_kvm_host(dumps.parse(text, path), name=path)
 
 
 def _this_host(accel: str) -> HostDescription:

@@ -57,6 +57,11 @@ class Dump(NamedTuple):
 
 def load(path: str) -> CpuidTable:
     """The table of the dump in the file `path`. Raises BadInput where it cannot be read or understood."""
+    return parse(load_text(path), path)
+
+
+def load_text(path: str) -> str:
+    """What is in the file `path`, which may be a pipe. Raises BadInput where that is no plain text, or too much."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -65,10 +70,9 @@ def load(path: str) -> CpuidTable:
     if len(data) > MAX_BYTES:
         raise BadInput(path, f"no CPUID dump: larger than {MAX_BYTES >> 20} MiB")
     try:
-        text = data.decode("ascii")
+        return data.decode("ascii")
     except UnicodeDecodeError:
         raise BadInput(path, "no CPUID dump: not plain text") from None
-    return parse(text, path)
 
 
 def parse(text: str, name: str) -> CpuidTable:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyhv.cpu import dumps
-from pyhv.cpu.host import HostDescription
+from pyhv.cpu.host import HostDescription, as_kvm_host
 from pyhv.cpu.table import CpuidTable, Registers
 from pyhv.errors import BadInput
 
@@ -228,6 +231,26 @@ def test_load_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     (tmp_path / "huge").write_bytes(b" " * (dumps.MAX_BYTES + 1))
     with pytest.raises(BadInput, match="huge: no CPUID dump: larger than 4 MiB"):
         dumps.load(str(tmp_path / "huge"))
+
+
+def test_a_host_may_come_out_of_a_pipe_that_is_slow() -> None:
+    """pyhv check FILE --on <(ssh HOST pyhv host --json)"""
+    from pyhv.cli import check
+
+    reader, writer = os.pipe()
+
+    def write() -> None:
+        time.sleep(0.05)
+        os.write(writer, CPUID_R.encode())
+        os.close(writer)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        assert check.read_host(f"/proc/self/fd/{reader}") == as_kvm_host(dumps.parse(CPUID_R, "a"), name="a")
+    finally:
+        thread.join()
+        os.close(reader)
 
 
 @given(cpus.tables())
