@@ -206,13 +206,20 @@ def decode_bytes(text: object) -> bytes:
 
 def _load(line: bytes) -> Any:
     try:
-        return json.loads(line.decode(), parse_constant=_refuse)
+        return json.loads(line.decode(), parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
         raise RpcError(PARSE_ERROR, "not JSON") from None
 
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value - value:  # of 1e999: it could not be sent back
+        raise ValueError(f"{text} is too large")
+    return value
 
 
 def _line(message: dict[str, Any]) -> bytes:

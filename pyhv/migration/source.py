@@ -71,8 +71,11 @@ class Limits(NamedTuple):
         """Raises BadInput for limits that make no sense."""
         for name in ("downtime", "bandwidth", "timeout"):
             value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise BadInput(f"{name} {value}", "is no limit", "give a number that is not negative")
+            if not 0 <= value < 1e18:  # bytes are counted in 64 bits
+                raise BadInput(f"{name} {value}", "is no limit", "give a number from 0 to 1e18")
+        for name in ("rounds", "least_rounds"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} {getattr(self, name)}", "are none", "take one at least")
         if self.on_timeout not in ON_TIMEOUT:
             raise BadInput(f"on_timeout {self.on_timeout}", "is unknown", f"choose one of {', '.join(ON_TIMEOUT)}")
         if not 0.01 <= self.heartbeat <= self.silence / 2 or self.silence > 3600:

@@ -147,9 +147,12 @@ def test_limits_that_make_sense(good: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ({"downtime": -1}, "downtime -1: is no limit; give a number that is not negative"),
+        ({"downtime": -1}, "downtime -1: is no limit; give a number from 0 to 1e18"),
         ({"bandwidth": float("inf")}, "bandwidth inf: is no limit"),
+        ({"bandwidth": 1e300}, r"bandwidth 1e\+300: is no limit"),
         ({"timeout": float("nan")}, "timeout nan: is no limit"),
+        ({"rounds": 0}, "rounds 0: are none; take one at least"),
+        ({"least_rounds": -1}, "least_rounds -1: are none"),
         ({"on_timeout": "maybe"}, "on_timeout maybe: is unknown; choose one of cancel, stop"),
         ({"heartbeat": 0}, "time limits: do not fit: heartbeat 0, silence 1; 0.01 is the least"),
         ({"heartbeat": 0.6}, "time limits: do not fit"),
