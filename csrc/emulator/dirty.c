@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -148,9 +149,11 @@ fail:
 
 /* ------------------------------------------------------------------------------------------------ by fault -- */
 
-/* The VMs whose memory is read-only, for the handler: it runs on any thread, at any moment. */
+/* The VMs whose memory was ever made read-only, for the handler: it runs on any thread, at any moment, also when a write
+ * that came before the end of logging gets to it after that. `handling`: how many threads are in it. */
 enum { MAX_WATCHED = 64 };
 static _Atomic(struct pyhv_emulator_vm *) watched[MAX_WATCHED];
+static atomic_int handling;
 static struct sigaction before;
 
 static bool note_fault(const uint8_t *address)
@@ -179,7 +182,9 @@ static bool note_fault(const uint8_t *address)
 static void on_fault(int signal, siginfo_t *info, void *context)
 {
     int errnum = errno;
+    atomic_fetch_add(&handling, 1);
     bool ours = info->si_code == SEGV_ACCERR && note_fault(info->si_addr);
+    atomic_fetch_sub(&handling, 1);
     errno = errnum;
     if (ours)
         return;
@@ -206,18 +211,19 @@ static void install_fault_handler(void)
     sigaction(SIGSEGV, &action, &before);
 }
 
-static void end_faults(struct pyhv_emulator_vm *vm)
+static void unwatch(struct pyhv_emulator_vm *vm)
 {
-    (void)protect(vm, PROT_READ | PROT_WRITE, NULL);
     for (int i = 0; i < MAX_WATCHED; i++) {
         struct pyhv_emulator_vm *own = vm;
         atomic_compare_exchange_strong(&watched[i], &own, NULL);
     }
+    while (atomic_load(&handling)) /* a fault of another VM's, whose handler may be looking at this one */
+        sched_yield();
     free(vm->dirty.written);
     vm->dirty.written = NULL;
 }
 
-static int begin_faults(struct pyhv_emulator_vm *vm, struct pyhv_error *error)
+static int watch(struct pyhv_emulator_vm *vm, struct pyhv_error *error)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     vm->dirty.written = calloc((size_t)(all_pages(vm) + 63) / 64, sizeof *vm->dirty.written);
@@ -226,15 +232,27 @@ static int begin_faults(struct pyhv_emulator_vm *vm, struct pyhv_error *error)
     pthread_once(&once, install_fault_handler);
     for (int i = 0; i < MAX_WATCHED; i++) {
         struct pyhv_emulator_vm *none = NULL;
-        if (!atomic_compare_exchange_strong(&watched[i], &none, vm))
-            continue;
-        if (protect(vm, PROT_READ, error) == 0)
+        if (atomic_compare_exchange_strong(&watched[i], &none, vm))
             return 0;
-        end_faults(vm);
-        return -1;
     }
-    end_faults(vm);
+    unwatch(vm);
     return pyhv_fail(error, ENOSPC, "pyhv_emulator_vm_log_dirty", "%d VMs are being logged", MAX_WATCHED);
+}
+
+static void end_faults(struct pyhv_emulator_vm *vm)
+{
+    (void)protect(vm, PROT_READ | PROT_WRITE, NULL);
+}
+
+static int begin_faults(struct pyhv_emulator_vm *vm, struct pyhv_error *error)
+{
+    if (!vm->dirty.written && watch(vm, error) < 0)
+        return -1;
+    memset(vm->dirty.written, 0, (size_t)(all_pages(vm) + 63) / 64 * sizeof *vm->dirty.written);
+    if (protect(vm, PROT_READ, error) == 0)
+        return 0;
+    end_faults(vm);
+    return -1;
 }
 
 static int take_faults(struct pyhv_emulator_vm *vm, uint64_t *bitmap, struct pyhv_error *error)
@@ -263,10 +281,19 @@ static int take_faults(struct pyhv_emulator_vm *vm, uint64_t *bitmap, struct pyh
 
 /* ------------------------------------------------------------------------------------------------ together -- */
 
+static void stop_logging(struct pyhv_emulator_vm *vm)
+{
+    if (vm->dirty.how == DIRTY_BY_SCAN)
+        end_scan(vm);
+    if (vm->dirty.how == DIRTY_BY_FAULT)
+        end_faults(vm);
+    vm->dirty.how = DIRTY_OFF;
+}
+
 int pyhv_emulator_vm_log_dirty(struct pyhv_emulator_vm *vm, int on, struct pyhv_error *error)
 {
     if (!on) {
-        emulator_dirty_close(vm);
+        stop_logging(vm);
         return 0;
     }
     if (vm->dirty.how != DIRTY_OFF)
@@ -297,9 +324,7 @@ int pyhv_emulator_vm_take_dirty(struct pyhv_emulator_vm *vm, uint64_t *bitmap, s
 
 void emulator_dirty_close(struct pyhv_emulator_vm *vm)
 {
-    if (vm->dirty.how == DIRTY_BY_SCAN)
-        end_scan(vm);
-    if (vm->dirty.how == DIRTY_BY_FAULT)
-        end_faults(vm);
-    vm->dirty.how = DIRTY_OFF;
+    stop_logging(vm);
+    if (vm->dirty.written)
+        unwatch(vm);
 }

@@ -31,7 +31,7 @@ struct emulator_dirty {
     enum { DIRTY_OFF, DIRTY_BY_SCAN, DIRTY_BY_FAULT } how;
     int userfault;     /* DIRTY_BY_SCAN: its descriptor */
     int pagemap;       /* /proc/self/pagemap */
-    uint64_t *written; /* DIRTY_BY_FAULT: a bit a page, in the order of the slots */
+    uint64_t *written; /* DIRTY_BY_FAULT: a bit a page, in the order of the slots; kept from its first time on */
 };
 
 struct pyhv_emulator_vcpu;

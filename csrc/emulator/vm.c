@@ -90,7 +90,7 @@ int pyhv_emulator_vm_map(struct pyhv_emulator_vm *vm, uint64_t gpa, uint64_t siz
 {
     if (vm->slot_count == PYHV_VM_MAX_SLOTS)
         return pyhv_fail(error, ENOSPC, "pyhv_emulator_vm_map", "more than %d pieces of memory", PYHV_VM_MAX_SLOTS);
-    if (vm->vcpu || vm->dirty.how != DIRTY_OFF)
+    if (vm->vcpu || vm->dirty.how != DIRTY_OFF || vm->dirty.written)
         return pyhv_fail(error, EBUSY, "pyhv_emulator_vm_map", "memory comes before the vCPU");
     /* What is no memory is mapped too, in between: see map_memory() in vcpu.c. */
     if (size == 0 || gpa % PYHV_PAGE_SIZE || size % PYHV_PAGE_SIZE || (uintptr_t)host % PYHV_PAGE_SIZE)

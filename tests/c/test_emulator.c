@@ -392,6 +392,38 @@ static void kicks(int irqchip, const uint8_t *code, size_t size)
     destroy(&machine);
 }
 
+static void *run_until_kicked(void *machine)
+{
+    struct pyhv_exit exit;
+    CHECK_EQUAL(run(machine, &exit), PYHV_STOP_KICKED);
+    return NULL;
+}
+
+/* Logging that begins and ends under a guest that writes all the time: its page is told, and no write ends the process. */
+static void writes_are_logged_on_and_off(void)
+{
+    static const uint8_t code[] = {0xff, 0x06, 0x00, 0x03, 0xeb, 0xfa}; /* 1: incw 0x300; jmp 1b */
+    struct machine machine;
+    struct pyhv_error error = {0};
+    pthread_t thread;
+    build(&machine, code, sizeof code, 0);
+    start_real(&machine);
+    if (setenv("PYHV_DIRTY", "fault", 1) || pthread_create(&thread, NULL, run_until_kicked, &machine))
+        abort();
+    for (int i = 0; i < 20000; i++) {
+        uint64_t pages = 0;
+        need(pyhv_emulator_vm_log_dirty(machine.vm, 1, &error) == 0, &error);
+        while (i % 100 == 0 && !pages)
+            need(pyhv_emulator_vm_take_dirty(machine.vm, &pages, &error) == 0, &error);
+        CHECK_EQUAL(pages & ~UINT64_C(1), 0);
+        need(pyhv_emulator_vm_log_dirty(machine.vm, 0, &error) == 0, &error);
+    }
+    unsetenv("PYHV_DIRTY");
+    pyhv_emulator_vcpu_kick(machine.vcpu);
+    pthread_join(thread, NULL);
+    destroy(&machine);
+}
+
 static void state_written_back_is_unchanged(void)
 {
     static const uint8_t code[] = {HLT};
@@ -458,6 +490,7 @@ int main(void)
     system_calls();
     kicks(0, spin, sizeof spin);
     kicks(1, sleep_for_ever, sizeof sleep_for_ever);
+    writes_are_logged_on_and_off();
     state_written_back_is_unchanged();
     what_cannot_be_is_named();
     return check_report("test_emulator");
