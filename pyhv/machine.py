@@ -89,6 +89,9 @@ class Machine:
     _rehearsed = False
     _arrival: Destination | None = None  # of a VM that was migrated to here and has not run yet
 
+    on_arrival: Callable[[], None] = staticmethod(lambda: None)
+    """Called once, when a VM that was migrated to here runs and its source has not been told of it yet."""
+
     def __init__(
         self,
         image: str,
@@ -497,7 +500,9 @@ class Machine:
         self.vm.start()
         arrival, self._arrival = self._arrival, None
         if arrival is not None:
-            arrival.announce(self.vm.wait_for_entry())
+            since = self.vm.wait_for_entry()
+            self.on_arrival()
+            arrival.announce(since)
             arrival.close()
 
     def pause(self) -> None:

@@ -7,6 +7,7 @@ the server of the control socket, which keeps the last of it, and to stdout, unl
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import select
@@ -121,9 +122,11 @@ def run_as(
         for note in machine.notes:
             cli.complain(note)
 
+        if predecessor:
+            # Before the source hears that it is rid of the VM: at every moment one of the two has the name.
+            machine.on_arrival = functools.partial(_take, claim, predecessor)
+
         def begin() -> None:
-            if predecessor:
-                _take(claim, predecessor)
             operations.start()
             server.start(operations, console.take_copy(), console.keys)
             on_started(name)

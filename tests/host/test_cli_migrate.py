@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pyhv.control import names
 from pyhv.control.client import Client
 from pyhv.errors import BadInput, HandoverUnknown, HostError
 from pyhv.migration import protocol
@@ -81,6 +82,32 @@ def test_a_vm_and_its_name_move(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["run"]
 
 
+def test_the_name_leads_to_one_of_the_two_at_every_moment(tmp_path: Path) -> None:
+    detach("t", *TICKER)
+    wait_for(lambda: rounds_of("t") >= 2)
+    there = waiting(tmp_path / "m")
+    missing: list[BadInput] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            try:
+                names.connect("t").close()
+            except BadInput as error:
+                missing.append(error)
+            time.sleep(0.0005)  # its backlog must not be full when the receiver looks
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    migrate("t", f"unix:{tmp_path}/m")
+    assert status("t")["pid"] == there.pid
+    over.set()
+    thread.join()
+    assert missing == []
+    ok("stop", "t")
+    there.communicate(timeout=TIMEOUT)
+
+
 def test_json(tmp_path: Path) -> None:
     pid = detach("t", *HEAVY)
     there = waiting(tmp_path / "m", "--json")
@@ -92,8 +119,8 @@ def test_json(tmp_path: Path) -> None:
     assert set(progress[0]) == {"event", *protocol_progress()}
     assert last["bytes"] > 16 << 20 and last["rounds"] >= 1 and last["one_clock"] is True
     assert 0 < last["downtime"] < last["total_time"]
+    assert status("t")["pid"] == there.pid
     wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
-    wait_for(lambda: status("t")["pid"] == there.pid)
     ok("stop", "t")
     out, error = there.communicate(timeout=TIMEOUT)
     result = json.loads(out)
