@@ -829,7 +829,10 @@ def test_a_save_that_is_interrupted(large: Path, tmp_path: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             saving.send_signal(signal.SIGINT)
         _, err = saving.communicate(timeout=TIMEOUT)
-        assert saving.returncode in (0, 130, -signal.SIGINT) and b"internal error" not in err
+        # 1: so Python itself ends if it comes before any module of ours.
+        early = b"KeyboardInterrupt" in err and b"/pyhv/" not in err
+        assert saving.returncode in (0, 130, -signal.SIGINT, 1 if early else 0), err
+        assert b"internal error" not in err
         wait_for(lambda: status("t")["doing"] is None)
         if path.exists():
             assert ok("verify", str(path))
