@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import struct
@@ -35,6 +36,7 @@ Look = Callable[[pyhv.Machine, pyhv.Machine], None]
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     choose.open_accelerator().prepare()  # what is kept open is open now
+    gc.collect()  # what the test before has left in errors that it caught is closed
     before, threads = descriptors(), threading.active_count()
     yield
     choose.open_accelerator().prepare()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -47,6 +48,7 @@ def short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(destination, "_PATIENCE", PATIENCE)
     monkeypatch.setattr(destination, "_SILENCE", 0.6)
     choose.open_accelerator().prepare()
+    gc.collect()  # what the test before has left in errors that it caught is closed
     before, threads = descriptors(), threading.active_count()
     yield
     choose.open_accelerator().prepare()
