@@ -64,9 +64,9 @@ sanitize: $(VENV)/installed
 host: $(VENV)/dev
 	$(BIN)/python -m pytest -q tests/host
 
-# 40 s on two processors that others use too.
+# 15 s on two processors that others use too. Without a KVM the emulator runs the guest.
 hops: $(VENV)/installed
-	@if test -w /dev/kvm; then $(BIN)/pyhv soak --count 1000; else echo "/dev/kvm is missing: no hops"; fi
+	$(BIN)/pyhv soak --count 1000
 
 lab: $(VENV)/dev
 	$(BIN)/python -m tests.lab test
