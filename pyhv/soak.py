@@ -40,6 +40,9 @@ HOP_LIMIT = 60.0
 # A node tells what it uses every so many of its departures; the first are for warming up.
 _CENSUS, _WARM_UP = 50, 100
 
+# Each is a process that has all the others' sockets for a moment.
+_MOST_NODES = 64
+
 # Growth that is no leak: the allocator's; in bytes.
 _SLACK = 8 << 20
 
@@ -90,10 +93,11 @@ class Ring:
 
     def __init__(self, plan: Plan, directory: str) -> None:
         """directory: for the nodes' sockets; the caller's to remove."""
-        if plan.nodes < 2:
-            raise BadInput(f"{plan.nodes} nodes", "are no ring", "take two at least")
-        if plan.hops < 1:
-            raise BadInput(f"{plan.hops} hops", "are none", "take one at least")
+        if not 2 <= plan.nodes <= _MOST_NODES:
+            raise BadInput(f"{plan.nodes} nodes", "are no ring", f"take 2 to {_MOST_NODES}")
+        for what, count in (("hops", plan.hops), ("pages", plan.pages)):
+            if count < 1:
+                raise BadInput(f"{count} {what}", "are none", "take one at least")
         self.plan = plan
         self.lines = 0
         """Rounds that the guest has printed."""
@@ -159,6 +163,8 @@ class Ring:
         while self._events and time.monotonic() < deadline:
             for event in self._wait("the end"):
                 self._take(event, self.plan.hops)
+        if self._events:
+            raise Failure(f"the nodes did not end within {HOP_LIMIT:g} seconds")
         self._read_console()
         for child in self._children:
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -177,6 +183,8 @@ class Ring:
 
     def _take(self, event: dict[str, Any], done: int) -> None:
         match event["event"]:
+            case "refused":
+                raise BadInput(event["subject"], event["problem"], event["advice"])
             case "failed":
                 self._read_console()
                 raise Failure(f"hop {done + 1}, node {event['node']}: {event['error']}")
@@ -315,17 +323,26 @@ class _Node:
         os.write(self._events, json.dumps({"event": event, "node": self._index, **facts}).encode() + b"\n")
 
     def _start(self) -> Machine:
-        plan = self._plan
-        if plan.start:
-            machine = Machine.restore(plan.start, accel=plan.accel, console_out=self._console)
-        else:
-            size = _FIRST_BYTE + plan.pages * _PAGE
-            words = f"pages={plan.pages} every=1"
-            memory = -(-size // (1 << 20)) << 20
-            options = {"compat": plan.compat, "memory": memory, "append": words, "accel": plan.accel}
-            machine = Machine("ticker", console_out=self._console, **options)  # type: ignore[arg-type]
+        try:
+            machine = self._make()
+        except BadInput as error:  # there is no ring to be had: nothing has failed
+            self._tell("refused", subject=error.subject, problem=error.problem, advice=error.advice)
+            raise
         machine.start()
         return machine
+
+    def _make(self) -> Machine:
+        plan = self._plan
+        if plan.start:
+            return Machine.restore(plan.start, accel=plan.accel, console_out=self._console)
+        return Machine(
+            "ticker",
+            compat=plan.compat,
+            memory=-(-(_FIRST_BYTE + plan.pages * _PAGE) // (1 << 20)) << 20,
+            append=f"pages={plan.pages} every=1",
+            accel=plan.accel,
+            console_out=self._console,
+        )
 
     def _receive(self) -> Machine:
         choose.open_accelerator(self._plan.accel).prepare()  # while nobody has come yet

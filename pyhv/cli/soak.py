@@ -22,7 +22,12 @@ _COMMAND = Command(
         Option("--count", "hops (default: 1000)", "N", 1000, options.number),
         Option("--nodes", "processes in the ring (default: 4)", "K", 4, options.number),
         Option("--pages", "pages that the guest writes in a round (default: 1024, 4 MiB)", "N", 1024, options.number),
-        Option("--state", "keep what was done in FILE, and go on from there: also after Ctrl-C", "FILE"),
+        Option(
+            "--state",
+            "keep what was done in FILE, and the guest in FILE.pyhv, every 10,000 hops and at the end, and go on from "
+            "there: what was done since then is done anew",
+            "FILE",
+        ),
         Option("--no-compat", "show the guest this host's processor; the default is compatibility mode"),
         Option("--accel", "what runs it (see pyhv run --help)", default="auto", choices=ACCELERATORS),
         Option("--plant", "break something in the middle, to see that it is noticed", default=None, choices=FAULTS),
@@ -51,7 +56,7 @@ def main(arguments: list[str]) -> int:
     state = _State(given.state)
     snapshot = f"{given.state}.pyhv" if given.state else ""
     if given.count < 1:
-        raise BadInput("--count 0", "are no hops", "take one at least")
+        raise BadInput(f"--count {given.count}", "are no hops", "take one at least")
     if given.count <= state.hops:
         raise BadInput(given.state, f"has {state.hops} hops, which is all of them", "remove it to begin anew")
     plan = Plan(0, given.nodes, given.pages, not given.no_compat, save=snapshot, accel=given.accel)
@@ -126,7 +131,9 @@ class _State:
                 value = json.load(file)
             self.hops, self.seconds = int(value["hops"]), float(value["seconds"])
             self.downtimes = [float(number) for number in value["downtimes_us"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if self.hops != len(self.downtimes):
+                raise ValueError(f"{self.hops} hops with {len(self.downtimes)} downtimes")
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise BadInput(path, f"is no state of pyhv soak: {error}", "name another file, or remove it") from None
 
     def add(self, hop: Hop) -> None:

@@ -28,14 +28,19 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def processes_of(base: Path) -> list[int]:
-    """Every process that was started with this runtime directory; the zombies among them are gone."""
+    """Every process that was started with this runtime directory."""
+    return processes_with(f"XDG_RUNTIME_DIR={base}")
+
+
+def processes_with(setting: str) -> list[int]:
+    """Every other process that was started with this in its environment; the zombies among them are gone."""
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
             inherited = Path(f"/proc/{entry}/environ").read_bytes()
         except OSError:
             continue
-        if f"XDG_RUNTIME_DIR={base}\0".encode() in inherited and int(entry) != os.getpid():
+        if f"{setting}\0".encode() in inherited and int(entry) != os.getpid():
             found.append(int(entry))
     return found
 
