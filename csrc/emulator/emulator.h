@@ -162,11 +162,8 @@ int emulator_load(struct pyhv_emulator_vcpu *vcpu, struct cpu_context *context, 
 /* The bits of hflags that follow from other registers. */
 void emulator_update_hflags(struct cpu_state *state);
 
-/* The state of a processor after reset. */
-void emulator_reset(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *state);
-
-/* Puts the CPUID table's features where the translator looks for them. */
-void emulator_set_features(struct pyhv_emulator_vcpu *vcpu, struct cpu_identity *identity);
+/* The state of a processor after reset, but for RDX: pyhv_emulator_vcpu_set_cpuid(). */
+void emulator_reset(struct cpu_state *state);
 
 /* CPL. */
 static inline unsigned emulator_cpl(const struct cpu_state *state)

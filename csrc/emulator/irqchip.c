@@ -448,7 +448,12 @@ void irqchip_load_lapic(struct irqchip *chips, const uint8_t *page, int64_t now)
 {
     struct lapic *lapic = &chips->lapic;
     memcpy(lapic->page, page, PYHV_LAPIC_SIZE);
-    lapic_start_timer(lapic, lapic_get(lapic, LAPIC_CURRENT_COUNT), now);
+    uint32_t initial = lapic_get(lapic, LAPIC_INITIAL_COUNT), left = lapic_get(lapic, LAPIC_CURRENT_COUNT);
+    /* A count that ran out just before KVM was asked looks like one whose interrupt was delivered. Like KVM it is
+     * delivered then, for a guest gets over one too many, but not over one that is lost. */
+    if (left == 0 && initial > 0)
+        left = lapic_get(lapic, LAPIC_LVT_TIMER) & LVT_PERIODIC ? initial : 1;
+    lapic_start_timer(lapic, left, now);
 }
 
 void irqchip_set_cr8(struct irqchip *chips, uint8_t cr8)
@@ -718,13 +723,15 @@ static void pit_write_gate(struct irqchip *chips, uint8_t value, int64_t now)
     if (gate && !channel->gate && channel->mode != 0 && channel->mode != 4) /* its rise begins the count anew */
         channel->count_load_time = now;
     channel->gate = gate;
-    chips->port_61 = value & 3;
+    chips->speaker = value & 2;
 }
 
 /* Bit 4 toggles with each refresh of memory, every 15 microseconds; some old code counts by it. */
 static uint8_t pit_read_gate(const struct irqchip *chips, int64_t now)
 {
-    return (uint8_t)(chips->port_61 | (now / 15000 & 1) << 4 | pit_output(&chips->pit[2], now) << 5);
+    const struct pyhv_pit_channel *channel = &chips->pit[2];
+    return (uint8_t)((channel->gate & 1) | chips->speaker << 1 | (now / 15000 & 1) << 4 |
+                     pit_output(channel, now) << 5);
 }
 
 /* ------------------------------------------------------------------------------------------------ together -- */

@@ -29,7 +29,7 @@ struct irqchip {
     struct lapic lapic;
     struct pyhv_pit_channel pit[3]; /* count_load_time: CLOCK_MONOTONIC in ns */
     bool has_pit;
-    uint8_t port_61;     /* gate of channel 2, speaker */
+    bool speaker;        /* bit 1 of port 0x61, whose bit 0 is the gate of channel 2 */
     int64_t pit_counted; /* CLOCK_MONOTONIC ns up to which channel 0's output has been looked at */
     bool nmi_pending;
 };

@@ -79,14 +79,9 @@ void emulator_update_hflags(struct cpu_state *state)
     state->hflags = flags;
 }
 
-void emulator_reset(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *state)
+void emulator_reset(struct cpu_state *state)
 {
-    const struct pyhv_cpuid_entry *version = NULL;
-    for (uint32_t i = 0; i < vcpu->cpuid_count; i++)
-        if (vcpu->cpuid[i].leaf == 1)
-            version = &vcpu->cpuid[i];
     memset(state->regs, 0, sizeof state->regs);
-    state->regs[RDX] = version ? version->eax : 0x600;
     state->rip = 0xfff0;
     state->rflags = 2;
     for (int i = 0; i < SEGMENTS; i++)
@@ -124,7 +119,8 @@ static uint32_t cpuid_word(const struct pyhv_emulator_vcpu *vcpu, uint32_t leaf,
 
 enum { IN_EAX, IN_EBX, IN_ECX, IN_EDX };
 
-void emulator_set_features(struct pyhv_emulator_vcpu *vcpu, struct cpu_identity *identity)
+/* Puts the CPUID table's features where the translator looks for them. */
+static void set_features(const struct pyhv_emulator_vcpu *vcpu, struct cpu_identity *identity)
 {
     identity->vendor[0] = cpuid_word(vcpu, 0, 0, IN_EBX);
     identity->vendor[1] = cpuid_word(vcpu, 0, 0, IN_EDX);
@@ -147,7 +143,7 @@ int pyhv_emulator_vcpu_set_cpuid(struct pyhv_emulator_vcpu *vcpu, const struct p
         return -1;
     memcpy(vcpu->cpuid, entries, count * sizeof *entries);
     vcpu->cpuid_count = (uint32_t)count;
-    emulator_set_features(vcpu, &vcpu->context->identity);
+    set_features(vcpu, &vcpu->context->identity);
     vcpu->context->state.regs[RDX] = cpuid_word(vcpu, 1, 0, IN_EAX); /* as after reset */
     return emulator_load(vcpu, vcpu->context, true, error);
 }

@@ -191,7 +191,7 @@ static uint32_t on_in(uc_engine *engine, uint32_t port, int size, void *opaque)
     return value;
 }
 
-/* Whether the instruction at RIP is REP OUTSB of 64-bit code without a segment of its own, whose length is `length`. */
+/* Whether the instruction at RIP is REP OUTSB of 64-bit code without a segment of its own. */
 static bool is_string_output(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state)
 {
     uint8_t bytes[3];
@@ -402,7 +402,7 @@ struct pyhv_emulator_vcpu *pyhv_emulator_vcpu_create(struct pyhv_emulator_vm *vm
     *vcpu->at_stop = *vcpu->context; /* its head */
     if (map_memory(vcpu, error) < 0 || add_hooks(vcpu, error) < 0 || emulator_save(vcpu, vcpu->context, error) < 0)
         goto fail;
-    emulator_reset(vcpu, &vcpu->context->state);
+    emulator_reset(&vcpu->context->state);
     if (emulator_load(vcpu, vcpu->context, true, error) < 0)
         goto fail;
     pthread_mutex_lock(&vm->lock);
@@ -554,6 +554,20 @@ static bool raise_invalid_opcode(struct pyhv_emulator_vcpu *vcpu, struct pyhv_ex
     return finish_event(vcpu, emulator_deliver(vcpu, state, EVENT_FAULT, INVALID_OPCODE, 0), exit);
 }
 
+/* CR8 and the local APIC's task priority are one: gives both what was written last. Returns true if `state` was changed.
+ * With vm->lock held. */
+static bool join_priority(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *state)
+{
+    struct irqchip *chips = &vcpu->vm->chips;
+    bool differ = (state->task_priority & 0xf) != irqchip_cr8(chips), changed = differ && vcpu->priority_written;
+    if (changed)
+        state->task_priority = irqchip_cr8(chips);
+    else if (differ)
+        irqchip_set_cr8(chips, state->task_priority);
+    vcpu->priority_written = false;
+    return changed;
+}
+
 /* Delivers what waits, if the guest takes it. Returns true if the run ends. */
 static bool take_interrupt(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
 {
@@ -562,16 +576,9 @@ static bool take_interrupt(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *ex
         return true;
     struct cpu_state *state = &vcpu->context->state;
     int vector = NO_INTERRUPT;
-    bool is_nmi = false, changed = false;
+    bool is_nmi = false;
     pthread_mutex_lock(&vm->lock);
-    /* CR8 and the local APIC's register are one; who was written last? */
-    if (vcpu->priority_written) {
-        changed = state->task_priority != irqchip_cr8(&vm->chips);
-        state->task_priority = irqchip_cr8(&vm->chips);
-    } else if ((state->task_priority & 0xf) != irqchip_cr8(&vm->chips)) {
-        irqchip_set_cr8(&vm->chips, state->task_priority);
-    }
-    vcpu->priority_written = false;
+    bool changed = join_priority(vcpu, state);
     if (!(state->hflags & HF_INHIBIT_IRQ)) {
         if (vm->chips.nmi_pending && !(state->hflags2 & HF2_NMI)) {
             is_nmi = true;
@@ -681,12 +688,17 @@ static bool turn(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
     return run_engine(vcpu, 0, exit);
 }
 
-/* Adds where the vCPU stands, for whoever reads the exit. */
+/* Adds where the vCPU stands, for whoever reads the exit, and leaves its state as it is to be saved. */
 static void describe(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
 {
     if (emulator_save(vcpu, vcpu->context, NULL) < 0)
         return;
-    const struct cpu_state *state = &vcpu->context->state;
+    struct cpu_state *state = &vcpu->context->state;
+    pthread_mutex_lock(&vcpu->vm->lock);
+    bool changed = join_priority(vcpu, state);
+    pthread_mutex_unlock(&vcpu->vm->lock);
+    if (changed)
+        (void)emulator_load(vcpu, vcpu->context, false, NULL);
     exit->rip = state->segs[CS].base + state->rip;
     exit->bytes_count = (uint32_t)emulator_peek(vcpu, state, exit->rip, exit->bytes, sizeof exit->bytes);
 }

@@ -12,6 +12,8 @@
 
 #include "emulator/emulator.h"
 
+enum { PIT_FLAGS_SPEAKER = 2 }; /* KVM_PIT_FLAGS_SPEAKER_DATA_ON, which old headers lack */
+
 int64_t emulator_now(void)
 {
     struct timespec now;
@@ -116,9 +118,9 @@ void pyhv_emulator_vm_get_irqchip(struct pyhv_emulator_vm *vm, struct pyhv_irqch
     memcpy(irqchip->pic, vm->chips.pic, sizeof irqchip->pic);
     if (vm->pit) {
         memcpy(irqchip->pit, vm->chips.pit, sizeof irqchip->pit);
-        /* How far the counts have come: whoever goes on has another clock. */
+        irqchip->pit_flags = vm->chips.speaker ? PIT_FLAGS_SPEAKER : 0;
         for (int i = 0; i < 3; i++)
-            irqchip->pit[i].count_load_time = 0;
+            irqchip->pit[i].count_load_time = 0; /* of this process's clock: see struct pyhv_pit_channel */
     }
     pthread_mutex_unlock(&vm->lock);
 }
@@ -139,6 +141,7 @@ int pyhv_emulator_vm_set_irqchip(struct pyhv_emulator_vm *vm, const struct pyhv_
     vm->chips.ioapic = irqchip->ioapic;
     if (vm->pit) {
         memcpy(vm->chips.pit, irqchip->pit, sizeof vm->chips.pit);
+        vm->chips.speaker = irqchip->pit_flags & PIT_FLAGS_SPEAKER;
         for (int i = 0; i < 3; i++)
             vm->chips.pit[i].count_load_time = now;
         vm->chips.pit_counted = now;

@@ -424,6 +424,87 @@ static void writes_are_logged_on_and_off(void)
     destroy(&machine);
 }
 
+/* In a machine with LAPIC: writes CR8 or the LAPIC's task priority and ends the run. */
+static void the_task_priority_is_one(void)
+{
+    static const uint8_t cr8[] = {0x44, 0x0f, 0x22, 0xc1, 0xe6, 0xf4};      /* mov %rcx, %cr8; out %al, $0xf4 */
+    static const uint8_t lapic[] = {0xc7, 0x07, 0x30, 0, 0, 0, 0xe6, 0xf4}; /* movl $0x30, (%rdi); out %al, $0xf4 */
+    static uint8_t page[PYHV_LAPIC_SIZE];
+    struct machine machine;
+    struct pyhv_exit exit;
+    struct pyhv_error error = {0};
+    for (int written = 0; written < 2; written++) {
+        build(&machine, written ? lapic : cr8, written ? sizeof lapic : sizeof cr8, 1);
+        struct pyhv_sregs sregs = written ? protected(&machine, 0, 0) : long_mode(&machine, 0);
+        sregs.cr8 = 2;
+        start_at(&machine, &sregs, ENTRY, STACK, 2);
+        struct pyhv_regs regs = regs_of(&machine);
+        regs.rcx = 5;
+        regs.rdi = 0xfee00080;
+        need(pyhv_emulator_vcpu_set_regs(machine.vcpu, &regs, &error) == 0, &error);
+        CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_GUEST_EXIT);
+        pyhv_emulator_vm_get_lapic(machine.vm, page);
+        CHECK_EQUAL(page[0x80], written ? 0x30 : 0x50);
+        CHECK_EQUAL(sregs_of(&machine).cr8, written ? 3 : 5);
+        destroy(&machine);
+    }
+}
+
+/* Registers of the LAPIC's timer: LVT, initial count, current count. */
+static void put_timer(uint8_t *page, uint32_t lvt, uint32_t initial, uint32_t left)
+{
+    memcpy(page + 0x320, &lvt, sizeof lvt);
+    memcpy(page + 0x380, &initial, sizeof initial);
+    memcpy(page + 0x390, &left, sizeof left);
+}
+
+static void a_timer_that_ran_out_unseen_fires(void)
+{
+    static const uint8_t code[] = {HLT};
+    enum { VECTOR = 0x41, ENABLED = 1, IRR = 0x220, IN_IRR = 1 << (VECTOR % 32), PERIODIC = 1 << 17 };
+    uint8_t page[PYHV_LAPIC_SIZE];
+    struct machine machine;
+    build(&machine, code, sizeof code, 1);
+    for (uint32_t initial = 0; initial < 100; initial += 50) {
+        pyhv_emulator_vm_get_lapic(machine.vm, page);
+        page[0xf1] |= ENABLED;
+        put_timer(page, VECTOR, initial, 0);
+        pyhv_emulator_vm_set_lapic(machine.vm, page);
+        usleep(1);
+        pyhv_emulator_vm_get_lapic(machine.vm, page);
+        CHECK_EQUAL(page[IRR], initial ? IN_IRR : 0);
+    }
+    put_timer(page, VECTOR | PERIODIC, UINT32_MAX, 0);
+    pyhv_emulator_vm_set_lapic(machine.vm, page);
+    pyhv_emulator_vm_get_lapic(machine.vm, page);
+    CHECK(page[0x393] != 0);
+    destroy(&machine);
+}
+
+static void the_speaker_port_is_saved(void)
+{
+    static const uint8_t code[] = {0xb0, 3, 0xe6, 0x61, HLT, 0xe4, 0x61, HLT}; /* out 3 to 0x61; hlt; in from it */
+    struct machine machine, other;
+    struct pyhv_irqchip chip;
+    struct pyhv_exit exit;
+    struct pyhv_error error = {0};
+    build(&machine, code, sizeof code, 1);
+    build(&other, code, sizeof code, 1);
+    start_real(&machine);
+    for (int i = 0; i < 4; i++)
+        pyhv_emulator_vcpu_step(machine.vcpu, &exit);
+    pyhv_emulator_vm_get_irqchip(machine.vm, &chip);
+    need(pyhv_emulator_vm_set_irqchip(other.vm, &chip, &error) == 0, &error);
+    start_real(&other);
+    struct pyhv_regs regs = regs_of(&other);
+    regs.rip = ENTRY + 5;
+    need(pyhv_emulator_vcpu_set_regs(other.vcpu, &regs, &error) == 0, &error);
+    pyhv_emulator_vcpu_step(other.vcpu, &exit);
+    CHECK_EQUAL(regs_of(&other).rax & 3, 3);
+    destroy(&machine);
+    destroy(&other);
+}
+
 static void state_written_back_is_unchanged(void)
 {
     static const uint8_t code[] = {HLT};
@@ -491,6 +572,9 @@ int main(void)
     kicks(0, spin, sizeof spin);
     kicks(1, sleep_for_ever, sizeof sleep_for_ever);
     writes_are_logged_on_and_off();
+    the_task_priority_is_one();
+    a_timer_that_ran_out_unseen_fires();
+    the_speaker_port_is_saved();
     state_written_back_is_unchanged();
     what_cannot_be_is_named();
     return check_report("test_emulator");
