@@ -113,28 +113,21 @@ int pyhv_library_engine(uc_engine **engine, struct cpu_context **context, struct
         (code = uc.ctl(*engine, UC_CTL_CODE_BUFFER, CODE_BUFFER)) != UC_ERR_OK ||
         (code = uc.ctl(*engine, UC_CTL_USE_EXITS, 1)) != UC_ERR_OK) /* no address at which the guest ends */
         goto fail;
-    what = "uc_context_alloc";
     size_t size = uc.context_size(*engine);
-    if (size != CONTEXT_HEAD + sizeof(struct cpu_state)) {
-        pyhv_fail(error, 0, "libunicorn", "its CPU state has %zu bytes, expected %zu; %s", size,
-                  CONTEXT_HEAD + sizeof(struct cpu_state), INSTALL);
+    int32_t state_size;
+    memcpy(&state_size, (uint8_t *)*engine + UC_CONTEXT_SIZE, sizeof state_size);
+    if (size != CONTEXT_HEAD + sizeof(struct cpu_state) || state_size != (int32_t)sizeof(struct cpu_state)) {
+        pyhv_fail(error, 0, "libunicorn", "its CPU state has %zu bytes, or %d, expected %zu; %s", size - CONTEXT_HEAD,
+                  state_size, sizeof(struct cpu_state), INSTALL);
         goto close;
     }
+    what = "uc_context_alloc";
     if ((code = uc.context_alloc(*engine, &own)) != UC_ERR_OK)
         goto fail;
     *context = calloc(1, sizeof **context);
     if (!*context) {
         uc.context_free(own);
-        pyhv_fail(error, ENOMEM, "uc_context_alloc", NULL);
-        goto close;
-    }
-    int32_t state_size;
-    memcpy(&state_size, (uint8_t *)*engine + UC_CONTEXT_SIZE, sizeof state_size);
-    if (state_size != (int32_t)sizeof(struct cpu_state)) {
-        uc.context_free(own);
-        free(*context);
-        *context = NULL;
-        pyhv_fail(error, 0, "libunicorn", "its engine has another layout than version 2.1.4; %s", INSTALL);
+        pyhv_fail(error, ENOMEM, what, NULL);
         goto close;
     }
     pyhv_library_stop_between_blocks(*engine, 1);

@@ -4,7 +4,7 @@
  *
  * It is opened at run time, so nothing of it is needed to build pyhv or to run it on KVM. What is declared here is its
  * public interface (its headers uc.h and x86.h), and the layout of its CPU state, which is none of its interface:
- * pyhv_library_check() compares that with the library in hand before anything relies on it.
+ * pyhv_emulator_open() compares that with the library in hand before anything relies on it.
  */
 #ifndef PYHV_EMULATOR_LIBRARY_H
 #define PYHV_EMULATOR_LIBRARY_H
@@ -98,7 +98,7 @@ struct cpu_state {
         uint16_t exponent;
         uint8_t reserved[6];
     } fpregs[8];              /* by number, not by place on the stack */
-    uint8_t float_status[64]; /* follows from fpuc and mxcsr: see pyhv_state_load() */
+    uint8_t float_status[64]; /* follows from fpuc and mxcsr: see pyhv_emulator_vcpu_set_xsave() */
     uint32_t mxcsr;
     uint32_t before_xmm;
     struct {
@@ -236,8 +236,8 @@ void pyhv_library_stop_soon(uc_engine *engine);
  * reports both alike. */
 int pyhv_library_halted(const uc_engine *engine);
 
-/* Makes an engine in 64-bit mode, which stops between blocks, with a context for it to be saved to and restored from, which has the size of struct
- * cpu_context and so holds the identity too. Both are the caller's. */
+/* Makes an engine in 64-bit mode, which stops between blocks, and a context for it to be saved to and restored from. The
+ * context has the size of struct cpu_context, and so holds the identity too. Both are the caller's. */
 int pyhv_library_engine(uc_engine **engine, struct cpu_context **context, struct pyhv_error *error);
 
 /* -1 with the library's own words. */
