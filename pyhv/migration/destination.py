@@ -107,7 +107,7 @@ class Destination:
         count = 0
         limit: float | None = None
         while True:
-            message = self._link.receive(0.1)
+            message = self._receive(0.1)
             while_waiting()
             if message is None:
                 if limit is not None and time.monotonic() > limit:
@@ -175,14 +175,26 @@ class Destination:
     # ------------------------------------------------------------------------------------------------ messages
 
     def _send(self, message: tuple[Any, ...]) -> None:
-        self._link.send(*protocol.encode(message))
+        try:
+            self._link.send(*protocol.encode(message))
+        except HostError as error:
+            raise self._about(error) from None
+
+    def _receive(self, timeout: float) -> tuple[int, bytes] | None:
+        try:
+            return self._link.receive(timeout)
+        except HostError as error:
+            raise self._about(error) from None
+
+    def _about(self, error: HostError) -> HostError:
+        return protocol.about(error, f"migration from {self._peer}", "the VM does not run here")
 
     def _expect(
         self, cls: type[protocol.R], limit: float, while_waiting: Callable[[], None] = lambda: None
     ) -> protocol.R:
         deadline = time.monotonic() + limit
         while True:
-            found = self._link.receive(min(max(deadline - time.monotonic(), 0), 0.1))
+            found = self._receive(min(max(deadline - time.monotonic(), 0), 0.1))
             if found is not None:
                 return self._take(cls, *found)
             while_waiting()

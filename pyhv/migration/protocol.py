@@ -25,7 +25,7 @@ from pyhv import __version__
 from pyhv._native.link import MAX_MESSAGE
 from pyhv.cpu import msrs
 from pyhv.cpu.table import CpuidTable
-from pyhv.errors import BadInput, PyhvError
+from pyhv.errors import BadInput, HostError, PyhvError
 from pyhv.state import codec
 from pyhv.state.codec import U32, U64, Length, record
 from pyhv.state.needs import Needs
@@ -188,7 +188,6 @@ KINDS = (
     Kind(Type.CANCEL, "both", Cancel),
 )
 
-_BY_TYPE = {kind.number: kind for kind in KINDS}
 _BY_RECORD = {kind.carries: kind for kind in KINDS if kind.carries is not None}
 
 # A record of the state on the wire: 16 bytes of its name, padded with zeros, then the record's own bytes.
@@ -246,10 +245,10 @@ def title(number: int) -> str:
         return f"of the unknown type {number}"
 
 
-def sender_of(number: int) -> str:
-    """Who may send a message of this type; "" for one that there is not."""
-    kind = _BY_TYPE.get(number)  # type: ignore[call-overload]
-    return kind.sender if kind else ""
+def about(error: HostError, what: str, advice: str) -> HostError:
+    """The same of this migration: the engine's errors name a system call."""
+    detail = error.detail if error.what == what else f"{error.what}: {error.detail}"
+    return HostError(what, error.errnum, detail, error.advice or advice)
 
 
 def reason_of(error: BaseException) -> str:

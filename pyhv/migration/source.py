@@ -182,8 +182,11 @@ class Source:
                 stopped = self._copy()
                 running = self._hand_over()
             except BaseException as error:
-                if not self._committed:
-                    self._resume(error)
+                if self._committed:
+                    raise
+                self._resume(error)
+                if isinstance(error, HostError):
+                    raise protocol.about(error, f"migration to {self._peer}", "the VM runs on here") from None
                 raise
             one_clock = running.host == self._out.hello.host
             end = running.since if one_clock else time.monotonic_ns()

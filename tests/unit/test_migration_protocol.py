@@ -77,7 +77,6 @@ def test_the_engines_types_are_the_engines() -> None:
 def test_names_of_messages() -> None:
     assert protocol.title(Type.HELLO) == "hello" and protocol.title(99) == "of the unknown type 99"
     assert protocol.name_of(Commit) == "commit" and protocol.type_of(Commit) == Type.COMMIT
-    assert protocol.sender_of(Type.READY) == "destination" and protocol.sender_of(99) == ""
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", protocol.boot_id())
 
 
@@ -130,6 +129,10 @@ def test_a_message_that_is_too_large() -> None:
 def test_what_people_are_told_of_an_error() -> None:
     assert protocol.reason_of(BadInput("a", "b", "c")) == "a: b; c"
     assert protocol.reason_of(HostError("read", 32)) == "read: Broken pipe"
+    named = protocol.about(HostError("read", 32, "it has gone"), "migration to x", "look there")
+    assert (str(named), named.errnum) == ("migration to x: Broken pipe, read: it has gone; look there", 32)
+    named = protocol.about(HostError("migration to x", 0, "no ready", "wait"), "migration to x", "look there")
+    assert str(named) == "migration to x: no ready; wait"
     assert protocol.reason_of(KeyboardInterrupt()) == "it was interrupted"
     assert protocol.reason_of(ZeroDivisionError("secret")) == "internal error: ZeroDivisionError"
     assert protocol.shown("a\x1b[2J\nb\u202e") == "a [2J b "
