@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from typing import Any
 
 from pyhv.cli import options, output
@@ -108,17 +106,13 @@ def main(arguments: list[str]) -> int:
     with Client(given.name) as client:
         client.status()  # does it answer at all?
         if given.json:
-            summary = client.migrate(uri, params, lambda facts: _print("progress", facts))
-            _print("migrated", summary)
+            summary = client.migrate(uri, params, lambda facts: output.print_event("progress", facts))
+            output.print_event("migrated", summary)
             return 0
         with _Progress() as progress:
             summary = client.migrate(uri, params, progress)
     print(f"{given.name}: {_describe(summary)}")
     return 0
-
-
-def _print(event: str, facts: dict[str, Any]) -> None:
-    print(json.dumps({"event": event, **facts}), flush=True)
 
 
 def _describe(summary: dict[str, Any]) -> str:
@@ -132,38 +126,20 @@ def _describe(summary: dict[str, Any]) -> str:
     )
 
 
-class _Progress:
-    """Shows how far a migration is, on stderr: a line on a terminal, one of JSON a second elsewhere. A context
-    manager."""
+class _Progress(output.StatusLine):
+    """Shows how far a migration is. Call it with the fields of migration.source.Progress."""
 
     def __init__(self) -> None:
-        self._terminal = os.isatty(2)
-        self._last = time.monotonic()
-        self._drawn = False
+        super().__init__("migrate", 0.1, 1)
 
     def __call__(self, facts: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if now - self._last < (0.1 if self._terminal else 1):
-            return
-        self._last = now
-        if not self._terminal:
-            os.write(2, (json.dumps({"progress": "migrate", **facts}) + "\n").encode())
+        if not self.is_due():
             return
         total, left = facts["total"], facts["left"]
-        done = total - left if total else 0
-        filled = 20 * done // max(total, 1)
         where = f"round {facts['round']}" if facts["round"] else "hand-over"
         text = (
-            f"\r{where} [{'#' * filled}{'.' * (20 - filled)}] {output.size(left)} left  "
+            f"{where} {output.bar(total - left if total else 0, total, 20)} {output.size(left)} left  "
             f"{output.size(int(facts['rate']))}/s  guest writes {output.size(int(facts['dirty_rate']))}/s  "
-            f"would stand {facts['downtime'] * 1e3:.0f} ms\x1b[K"
+            f"would stand {facts['downtime'] * 1e3:.0f} ms"
         )
-        self._drawn = True
-        os.write(2, text.encode())
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._drawn:
-            os.write(2, b"\r\x1b[K")
+        self.show(text, facts)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Self
 
     from pyhv.cpu.features import Word
 
@@ -26,6 +26,13 @@ def print_json(value: Any) -> None:
     import json
 
     print(json.dumps(value, indent=2))
+
+
+def print_event(event: str, facts: dict[str, Any]) -> None:
+    """Prints one JSON object in a line, at once."""
+    import json
+
+    print(json.dumps({"event": event, **facts}), flush=True)
 
 
 def fill(text: str, first: str = "", others: str = "") -> str:
@@ -97,35 +104,62 @@ def size(count: int) -> str:
     return f"{value:.4g} {unit}"
 
 
-class Progress:
-    """Shows how far some work over bytes is, on stderr: a bar on a terminal, a line of JSON a second elsewhere, and
-    nothing for work that is over in a second. Call it with the bytes done and all that there are. A context manager."""
+def bar(done: int, total: int, width: int = 30) -> str:
+    """A bar that is filled as far as `done` is of `total`."""
+    filled = width * done // max(total, 1)
+    return f"[{'#' * filled}{'.' * (width - filled)}]"
 
-    def __init__(self, title: str) -> None:
+
+class StatusLine:
+    """A line on stderr about work that goes on: drawn anew on a terminal, one of JSON after the other elsewhere. A
+    context manager, which clears it.
+
+    title: what the work is called in JSON. drawn, written: seconds between two lines there and there. quiet: nothing is
+    shown of work that takes no longer."""
+
+    def __init__(self, title: str, drawn: float, written: float, quiet: float = 0.0) -> None:
+        self.begin = time.monotonic()
         self._title = title
         self._terminal = os.isatty(2)
-        self._start = self._last = time.monotonic()
+        self._interval = drawn if self._terminal else written
+        self._next = self.begin + max(self._interval, quiet)
         self._drawn = False
 
-    def __call__(self, done: int, total: int) -> None:
+    def is_due(self) -> bool:
+        """Whether it is time for another line; to be asked once for each."""
         now = time.monotonic()
-        if now - self._last < (0.1 if self._terminal and self._drawn else 1):
-            return
-        self._last = now
-        rate = done / (now - self._start)
-        if self._terminal:
-            filled = 30 * done // max(total, 1)
-            bar = "#" * filled + "." * (30 - filled)
-            text = f"\r{self._title} [{bar}] {100 * done // max(total, 1):3}%  {size(int(rate))}/s\x1b[K"
-            self._drawn = True
-        else:
-            numbers = f'"done": {done}, "total": {total}, "bytes_per_second": {rate:.0f}'
-            text = f'{{"progress": "{self._title}", {numbers}}}\n'
-        os.write(2, text.encode())
+        if now < self._next:
+            return False
+        self._next = now + self._interval
+        return True
 
-    def __enter__(self) -> Progress:
+    def show(self, text: str, facts: dict[str, Any]) -> None:
+        """Shows one or the other."""
+        if self._terminal:
+            self._drawn = True
+            os.write(2, f"\r{text}\x1b[K".encode())
+        else:
+            import json
+
+            os.write(2, (json.dumps({"progress": self._title, **facts}) + "\n").encode())
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._drawn:
             os.write(2, b"\r\x1b[K")
+
+
+class Progress(StatusLine):
+    """Shows how far some work over bytes is, if it takes longer than a second. Call it with the bytes done and all that
+    there are."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(title, 0.1, 1, quiet=1)
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.is_due():
+            rate = round(done / (time.monotonic() - self.begin))
+            text = f"{self._title} {bar(done, total)} {100 * done // max(total, 1):3}%  {size(rate)}/s"
+            self.show(text, {"done": done, "total": total, "bytes_per_second": rate})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 from pyhv.cli import output
@@ -35,13 +34,13 @@ def main(arguments: list[str]) -> int:
     with Client(given.name) as client:
         client.status()  # does it answer at all?
         if given.json:
-            client.save(path, given.stop, lambda done, total: _print("progress", {"done": done, "total": total}))
-            _print("saved", {"path": path})
+
+            def tell(done: int, total: int) -> None:
+                output.print_event("progress", {"done": done, "total": total})
+
+            client.save(path, given.stop, tell)
+            output.print_event("saved", {"path": path})
         else:
             with output.Progress("save") as progress:
                 client.save(path, given.stop, progress)
     return 0
-
-
-def _print(event: str, facts: dict[str, object]) -> None:
-    print(json.dumps({"event": event, **facts}), flush=True)

@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     plan = Plan(0, given.nodes, given.pages, not given.no_compat, save=snapshot, accel=given.accel)
     plan = plan._replace(fault=given.plant or "")
     failure = ""
-    with _Progress(given.count) as progress:
+    with _Progress(state.hops, given.count) as progress:
         while state.hops < given.count and not failure:
             left = given.count - state.hops
             start = snapshot if state.hops and os.path.exists(snapshot) else ""
@@ -81,7 +81,7 @@ def _run(plan: Plan, state: _State, progress: _Progress) -> str:
         with Ring(plan, directory) as ring:
             for hop in ring.hops():
                 state.add(hop)
-                progress(state)
+                progress(state.hops)
             ring.finish()
     except soak.Failure as failure:
         return str(failure)
@@ -151,37 +151,21 @@ class _State:
         os.replace(f"{self._path}.new", self._path)
 
 
-class _Progress:
-    """Shows the hops on stderr: a bar on a terminal, a line of JSON every ten seconds elsewhere. A context manager."""
+class _Progress(output.StatusLine):
+    """Shows the hops. first: how many there were at the beginning, of `total`."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, first: int, total: int) -> None:
+        super().__init__("soak", 0.2, 10)
+        self._first = first
         self._total = total
-        self._terminal = os.isatty(2)
-        self._begin = self._last = time.monotonic()
-        self._first: int | None = None
 
-    def __call__(self, state: _State) -> None:
-        now = time.monotonic()
-        if self._first is None:
-            self._first = state.hops - 1
-        if now - self._last < (0.2 if self._terminal else 10):
+    def __call__(self, hops: int) -> None:
+        if not self.is_due():
             return
-        self._last = now
-        rate = (state.hops - self._first) / (now - self._begin)
-        if self._terminal:
-            filled = 30 * state.hops // self._total
-            bar = "#" * filled + "." * (30 - filled)
-            left = (self._total - state.hops) / rate
-            hops = f"{state.hops} of {self._total} hops"
-            text = f"\r[{bar}] {hops}  {rate:.1f} a second  {left:.0f} s left\x1b[K"
-        else:
-            facts = {"progress": "soak", "hops": state.hops, "total": self._total, "rate": round(rate, 1)}
-            text = json.dumps(facts) + "\n"
-        os.write(2, text.encode())
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._terminal:
-            os.write(2, b"\r\x1b[K")
+        rate = (hops - self._first) / (time.monotonic() - self.begin)
+        left = (self._total - hops) / rate
+        done = f"{output.bar(hops, self._total)} {hops} of {self._total} hops"
+        self.show(
+            f"{done}  {rate:.1f} a second  {left:.0f} s left",
+            {"hops": hops, "total": self._total, "rate": round(rate, 1)},
+        )

@@ -191,8 +191,8 @@ def test_a_summary_for_a_person() -> None:
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_shown(terminal: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     now = [100.0]
-    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(command.os, "isatty", lambda fd: terminal)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("os.isatty", lambda fd: terminal)
     facts = Progress(2, 5 << 20, 10 << 20, 7 << 20, 1e8, 1e6, 0.04)._asdict()
     with command._Progress() as progress:
         progress(facts)  # at once is too early
