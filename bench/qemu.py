@@ -8,11 +8,9 @@ CLI and HLT. Neither has the devices of a PC.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import tempfile
@@ -25,6 +23,7 @@ from typing import Any
 
 from bench import peers
 from bench.measure import Pairs, Skip, alternate
+from tests.lab.qmp import Monitor
 
 _MIB = 1 << 20
 _NOISE_AT = 16 * _MIB  # behind all that a guest has
@@ -135,63 +134,15 @@ def _take(listener: Any) -> int:
 # ----------------------------------------------------------------------------------------------------------- QEMU
 
 
-class _Monitor:
-    """QEMU's monitor (docs/interop/qmp-spec)."""
-
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(_LIMIT)
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                self._socket.connect(str(path))
-                break
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise Skip(f"QEMU does not start: {error.strerror}") from None
-                time.sleep(0.01)
-        self._stream = self._socket.makefile("rw")
-        self._stream.readline()
-        self._events: list[dict[str, Any]] = []
-        self.call("qmp_capabilities")
-
-    def _next(self) -> dict[str, Any]:
-        line = self._stream.readline()
-        if not line:
-            raise Skip("QEMU has ended")
-        return dict(json.loads(line))
-
-    def call(self, command: str, **arguments: object) -> Any:
-        print(json.dumps({"execute": command, "arguments": arguments}), file=self._stream, flush=True)
-        while True:
-            answer = self._next()
-            if "error" in answer:
-                raise Skip(f"QEMU refuses {command}: {answer['error']['desc']}")
-            if "return" in answer:
-                return answer["return"]
-            self._events.append(answer)
-
-    def wait_for(self, event: str) -> float:
-        """When it happened, in seconds of CLOCK_REALTIME."""
-        while not (found := [one for one in self._events if one["event"] == event]):
-            self._events.append(self._next())
-        stamp = found[0]["timestamp"]
-        return float(stamp["seconds"] + stamp["microseconds"] / 1e6)
-
-    def close(self) -> None:
-        self._stream.close()
-        self._socket.close()
-
-
 @contextmanager
-def _qemu(program: str, folder: Path, name: str, memory: int, *more: str) -> Iterator[_Monitor]:
+def _qemu(program: str, folder: Path, name: str, memory: int, *more: str) -> Iterator[Monitor]:
     path = folder / name
     command = [program, "-M", "microvm", "-accel", "tcg", "-m", f"{memory // _MIB}M", "-nodefaults",
                "-no-user-config", "-display", "none", "-qmp", f"unix:{path},server=on,wait=off", *more]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     monitor = None
     try:
-        monitor = _Monitor(path)
+        monitor = Monitor.connect(str(path), _LIMIT, Skip)
         yield monitor
     finally:
         if monitor is not None:

@@ -92,10 +92,10 @@ def run(names: list[str], repeat: int, say: image.Say) -> str:
     with Lab(say) as lab:
         hosts = lab.start(*names, connected=True)
         needed: Mapping[str, Path | bytes] = qemu_files()
-        script = code.HERE / "inside" / "peer_qemu.py"
+        scripts = {"peer_qemu.py": code.HERE / "inside" / "peer_qemu.py", "qmp.py": code.HERE / "qmp.py"}
         nodes = []
         for number, host in enumerate(hosts):
-            host.put({**needed, "peer_qemu.py": script}, INSIDE)
+            host.put({**needed, **scripts}, INSIDE)
             nodes.append(Node(host, number, files(say)))
         hosts[0].run(["dd", "if=/dev/urandom", f"of={INSIDE}/noise", "bs=1M", f"count={USED_MIB}"], check=True)
         for number in range(repeat):

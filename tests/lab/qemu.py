@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import subprocess
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from .errors import HostFailed, LabError
 from .host import Host, bound_sends, logs, patience
 from .kinds import Kind
 from .process import Process
+from .qmp import Monitor
 
 MEMORY_MIB = 768
 
@@ -41,56 +41,6 @@ _TSC_TOLERANCE = 500e-6
 
 #: The RAM is in its file already and stays out of the state.
 _IGNORE_SHARED = [{"capability": "x-ignore-shared", "state": True}]
-
-
-class Qmp:
-    """QEMU's monitor (QEMU docs/interop/qmp-spec) over a connected socket: one command at a time."""
-
-    def __init__(self, connection: socket.socket, timeout: float) -> None:
-        self._socket = connection
-        self._socket.settimeout(timeout)
-        self._stream = connection.makefile("rb")
-        self._next()  # the greeting
-        self.call("qmp_capabilities")
-
-    def _next(self) -> dict[str, object]:
-        try:
-            line = self._stream.readline()
-        except TimeoutError:
-            raise LabError("QEMU's monitor does not answer") from None
-        except OSError as error:
-            raise LabError(f"QEMU's monitor: {error}") from None
-        if not line:
-            raise LabError("QEMU has closed its monitor")
-        answer = json.loads(line)
-        assert isinstance(answer, dict)
-        return answer
-
-    def call(self, command: str, **arguments: object) -> object:
-        """The command's answer. Raises LabError with QEMU's own words where it refuses."""
-        request = {"execute": command, "arguments": arguments}
-        try:
-            self._socket.sendall(json.dumps(request).encode() + b"\n")
-        except OSError as error:
-            raise LabError(f"QEMU's monitor: {error}") from None
-        while True:
-            answer = self._next()
-            if "error" in answer:
-                raise LabError(f"QEMU refuses {command}: {answer['error']}")
-            if "return" in answer:
-                return answer["return"]
-
-    def wait_migrated(self, timeout: float) -> None:
-        limit = time.monotonic() + timeout
-        while time.monotonic() < limit:
-            state = self.call("query-migrate")
-            assert isinstance(state, dict)
-            if state.get("status") == "completed":
-                return
-            if state.get("status") in ("failed", "cancelled"):
-                raise LabError(f"QEMU: the snapshot {state['status']}: {state.get('error-desc', 'no reason given')}")
-            time.sleep(0.005)
-        raise LabError(f"QEMU: the snapshot was not done within {timeout:.0f} s")
 
 
 @functools.cache
@@ -114,7 +64,7 @@ class QemuHost(Host):
         self._channel, self._channel_far = socket.socketpair()
         bound_sends(self._channel)
         self._qmp_near, self._qmp_far = socket.socketpair()
-        self.qmp: Qmp | None = None
+        self.qmp: Monitor | None = None
 
     def _arguments(self) -> list[str]:
         kernel, initramfs, root = packages.kernel(), image.initramfs("amd"), image.root()
@@ -157,7 +107,7 @@ class QemuHost(Host):
             self._channel_far.close()
             self._qmp_far.close()
             try:
-                self.qmp = Qmp(self._qmp_near, 60 * patience())
+                self.qmp = Monitor(self._qmp_near, 60 * patience(), LabError)
                 if state:
                     self.qmp.call("migrate-set-capabilities", capabilities=_IGNORE_SHARED)
                     self.qmp.call("migrate-incoming", uri=f"fd:{state.fileno()}")
@@ -244,12 +194,7 @@ def _save(host: QemuHost, folder: Path) -> None:
     qmp.call("migrate-set-capabilities", capabilities=_IGNORE_SHARED)
     descriptor = os.open(folder / "state", os.O_WRONLY | os.O_CREAT, 0o644)
     try:
-        # The descriptor goes to QEMU over the monitor's socket, with the command that names it.
-        request = json.dumps({"execute": "getfd", "arguments": {"fdname": "state"}}).encode() + b"\n"
-        socket.send_fds(qmp._socket, [request], [descriptor])
-        while "return" not in (answer := qmp._next()):
-            if "error" in answer:
-                raise LabError(f"QEMU refuses getfd: {answer['error']}")
+        qmp.call("getfd", descriptors=[descriptor], fdname="state")
     finally:
         os.close(descriptor)
     qmp.call("migrate", uri="fd:state")

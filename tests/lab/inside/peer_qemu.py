@@ -19,49 +19,11 @@ import sys
 import time
 from typing import Any
 
+from qmp import Monitor
+
 QEMU = "/tmp/qemu"
 SOCKET = f"{QEMU}/monitor"
 NOISE_AT = 16 << 20
-
-
-class Monitor:
-    """QEMU's monitor (docs/interop/qmp-spec)."""
-
-    def __init__(self) -> None:
-        connection = socket.socket(socket.AF_UNIX)
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                connection.connect(SOCKET)
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
-        self._stream = connection.makefile("rw")
-        self._stream.readline()
-        self._events: list[dict[str, Any]] = []
-        self.call("qmp_capabilities")
-
-    def _next(self) -> dict[str, Any]:
-        return dict(json.loads(self._stream.readline()))
-
-    def call(self, command: str, **arguments: Any) -> Any:
-        print(json.dumps({"execute": command, "arguments": arguments}), file=self._stream, flush=True)
-        while True:
-            answer = self._next()
-            if "error" in answer:
-                raise RuntimeError(f"QEMU refuses {command}: {answer['error']}")
-            if "return" in answer:
-                return answer["return"]
-            self._events.append(answer)
-
-    def wait_for(self, event: str) -> float:
-        """The time of an event, in seconds of CLOCK_REALTIME. Whoever runs this process has a limit for it."""
-        while not (found := [one for one in self._events if one["event"] == event]):
-            self._events.append(self._next())
-        stamp = found[0]["timestamp"]
-        return float(stamp["seconds"] + stamp["microseconds"] / 1e6)
 
 
 def give(monitor: Monitor, address: str, port: int) -> dict[str, Any]:
@@ -95,7 +57,7 @@ def main(memory: str, port: str, address: str = "", noise: str = "") -> None:
     news = socket.create_server(("", int(port) + 1))
     process = subprocess.Popen(command, env={**os.environ, "LD_LIBRARY_PATH": f"{QEMU}/lib"})
     try:
-        monitor = Monitor()
+        monitor = Monitor.connect(SOCKET, 120)
         if noise:
             time.sleep(1)  # the firmware comes to its end
         print(json.dumps({"ready": True}), flush=True)
