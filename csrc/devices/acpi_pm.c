@@ -25,12 +25,9 @@
  * Saved state, version 1 (11 bytes with the version):
  *   u16 PM1_EN; u16 PM1_CNT's bits that can be written and read (SLP_TYP, BM_RLD); u32 the timer; u8 GPE0_STS; u8 GPE0_EN
  */
-#include <errno.h>
-#include <stdlib.h>
 #include <time.h>
 
 #include "devices/device.h"
-#include "error.h"
 
 #define PORTS 16
 
@@ -166,41 +163,25 @@ static int pm_load(struct pyhv_device *device, struct pyhv_reader *in, struct py
     return 0;
 }
 
-static void pm_destroy(struct pyhv_device *device)
-{
-    pyhv_device_fini(device);
-    free(pm_of(device));
-}
-
 static const struct pyhv_device_ops acpi_pm_ops = {
     .name = "acpi_pm",
+    .size = sizeof(struct acpi_pm),
     .state_version = 1,
     .max_access = 4,
     .read = pm_read,
     .write = pm_write,
     .save = pm_save,
     .load = pm_load,
-    .destroy = pm_destroy,
 };
 
 struct pyhv_device *pyhv_acpi_pm_create(uint16_t port, uint32_t gsi, struct pyhv_error *error)
 {
-    struct acpi_pm *pm = calloc(1, sizeof *pm);
-    if (!pm) {
-        pyhv_fail(error, ENOMEM, "pyhv_acpi_pm_create", NULL);
+    struct pyhv_device *device = pyhv_device_create(&acpi_pm_ops, port, PORTS, error);
+    if (!device)
         return NULL;
-    }
-    if (pyhv_device_init(&pm->device, &acpi_pm_ops, error) < 0) {
-        free(pm);
-        return NULL;
-    }
-    if (pyhv_device_add_ports(&pm->device, port, PORTS, error) < 0) {
-        pm_destroy(&pm->device);
-        return NULL;
-    }
-    pm->device.gsi = gsi;
-    pm->timer_offset = -host_count();
-    return &pm->device;
+    device->gsi = gsi;
+    pm_of(device)->timer_offset = -host_count();
+    return device;
 }
 
 void pyhv_acpi_pm_event(struct pyhv_device *device, uint32_t event)

@@ -24,20 +24,33 @@ _Thread_local const _Atomic int *pyhv_cancel;
 
 /* ------------------------------------------------------------------------------------------------ devices -- */
 
-int pyhv_device_init(struct pyhv_device *device, const struct pyhv_device_ops *ops, struct pyhv_error *error)
+struct pyhv_device *pyhv_device_create(const struct pyhv_device_ops *ops, uint16_t first, uint32_t count,
+                                       struct pyhv_error *error)
 {
+    struct pyhv_device *device = calloc(1, ops->size);
+    if (!device) {
+        pyhv_fail(error, ENOMEM, ops->name, NULL);
+        return NULL;
+    }
     device->ops = ops;
     int errnum = pthread_mutex_init(&device->lock, NULL);
-    return errnum ? pyhv_fail(error, errnum, "pthread_mutex_init", "for %s", ops->name) : 0;
-}
-
-void pyhv_device_fini(struct pyhv_device *device)
-{
-    pthread_mutex_destroy(&device->lock);
+    if (errnum) {
+        pyhv_fail(error, errnum, "pthread_mutex_init", "for %s", ops->name);
+        free(device);
+        return NULL;
+    }
+    if (pyhv_device_add_ports(device, first, count, error) < 0) {
+        pthread_mutex_destroy(&device->lock);
+        free(device);
+        return NULL;
+    }
+    return device;
 }
 
 int pyhv_device_add_ports(struct pyhv_device *device, uint16_t first, uint32_t count, struct pyhv_error *error)
 {
+    if (count == 0)
+        return 0;
     if (count - 1 > 0xffffu - first)
         return pyhv_fail(error, EINVAL, device->ops->name, "%u ports from 0x%x on: the last port is 0xffff", count,
                          first);
@@ -76,7 +89,8 @@ int64_t pyhv_device_save(struct pyhv_device *device, uint8_t *buffer, size_t cap
     struct pyhv_writer out = {.buffer = buffer, .capacity = capacity};
     pthread_mutex_lock(&device->lock);
     pyhv_put_int(&out, device->ops->state_version, 1);
-    device->ops->save(device, &out);
+    if (device->ops->save)
+        device->ops->save(device, &out);
     pthread_mutex_unlock(&device->lock);
     if (out.size <= capacity)
         return (int64_t)out.size;
@@ -95,6 +109,8 @@ int pyhv_device_load(struct pyhv_device *device, const uint8_t *buffer, size_t s
     if (version != device->ops->state_version)
         return pyhv_device_refuse_state(device, error, "the state has version %u, this pyhv reads version %u", version,
                                         device->ops->state_version);
+    if (!device->ops->load)
+        return in.left ? pyhv_device_refuse_state(device, error, "%zu bytes too many", in.left) : 0;
     pthread_mutex_lock(&device->lock);
     int result = device->ops->load(device, &in, error);
     pthread_mutex_unlock(&device->lock);
@@ -103,8 +119,12 @@ int pyhv_device_load(struct pyhv_device *device, const uint8_t *buffer, size_t s
 
 void pyhv_device_destroy(struct pyhv_device *device)
 {
-    if (device)
-        device->ops->destroy(device);
+    if (!device)
+        return;
+    if (device->ops->release)
+        device->ops->release(device);
+    pthread_mutex_destroy(&device->lock);
+    free(device);
 }
 
 /* ---------------------------------------------------------------------------------------------------- bus -- */

@@ -15,11 +15,7 @@
  *
  * Saved state, version 1: nothing beyond the version byte.
  */
-#include <errno.h>
-#include <stdlib.h>
-
 #include "devices/device.h"
-#include "error.h"
 
 #define CONTROL_A 0x92
 #define PCI_FIRST 0xcf8
@@ -45,49 +41,20 @@ static enum pyhv_action chipset_write(struct pyhv_device *device, uint32_t offse
     return resets ? PYHV_ACTION_RESET : PYHV_ACTION_NONE;
 }
 
-static void chipset_save(struct pyhv_device *device, struct pyhv_writer *out)
-{
-    (void)device, (void)out;
-}
-
-static int chipset_load(struct pyhv_device *device, struct pyhv_reader *in, struct pyhv_error *error)
-{
-    if (in->left)
-        return pyhv_device_refuse_state(device, error, "%zu bytes too many", in->left);
-    return 0;
-}
-
-static void chipset_destroy(struct pyhv_device *device)
-{
-    pyhv_device_fini(device);
-    free(device);
-}
-
 static const struct pyhv_device_ops chipset_ops = {
     .name = "chipset",
+    .size = sizeof(struct pyhv_device),
     .state_version = 1,
     .max_access = 4,
     .read = chipset_read,
     .write = chipset_write,
-    .save = chipset_save,
-    .load = chipset_load,
-    .destroy = chipset_destroy,
 };
 
 struct pyhv_device *pyhv_chipset_create(struct pyhv_error *error)
 {
-    struct pyhv_device *device = calloc(1, sizeof *device);
-    if (!device) {
-        pyhv_fail(error, ENOMEM, "pyhv_chipset_create", NULL);
-        return NULL;
-    }
-    if (pyhv_device_init(device, &chipset_ops, error) < 0) {
-        free(device);
-        return NULL;
-    }
-    if (pyhv_device_add_ports(device, CONTROL_A, 1, error) < 0 ||
-        pyhv_device_add_ports(device, PCI_FIRST, PCI_PORTS, error) < 0) {
-        chipset_destroy(device);
+    struct pyhv_device *device = pyhv_device_create(&chipset_ops, CONTROL_A, 1, error);
+    if (device && pyhv_device_add_ports(device, PCI_FIRST, PCI_PORTS, error) < 0) {
+        pyhv_device_destroy(device);
         return NULL;
     }
     return device;

@@ -37,12 +37,9 @@
  *   u8[128] memory, where status A has bit 7 clear, C is 0 and D is 0x80, and the time registers count only while
  *   the clock is halted
  */
-#include <errno.h>
-#include <stdlib.h>
 #include <time.h>
 
 #include "devices/device.h"
-#include "error.h"
 
 #define INDEX_PORT 0x70
 #define CELLS      128
@@ -278,21 +275,15 @@ static int cmos_load(struct pyhv_device *device, struct pyhv_reader *in, struct 
     return 0;
 }
 
-static void cmos_destroy(struct pyhv_device *device)
-{
-    pyhv_device_fini(device);
-    free(cmos_of(device));
-}
-
 static const struct pyhv_device_ops cmos_ops = {
     .name = "cmos",
+    .size = sizeof(struct cmos),
     .state_version = 1,
     .max_access = 1,
     .read = cmos_read,
     .write = cmos_write,
     .save = cmos_save,
     .load = cmos_load,
-    .destroy = cmos_destroy,
 };
 
 /* How many units lie from `start` to `end`, at most `limit`; little-endian into cells from `index` on. */
@@ -308,20 +299,11 @@ static void put_size(struct cmos *cmos, uint8_t index, uint64_t start, uint64_t 
 struct pyhv_device *pyhv_cmos_create(uint64_t ram_below_4g, uint64_t ram_above_4g, struct pyhv_error *error)
 {
     const uint64_t kib = 1024, mib = 1024 * kib;
-    struct cmos *cmos = calloc(1, sizeof *cmos);
-    if (!cmos) {
-        pyhv_fail(error, ENOMEM, "pyhv_cmos_create", NULL);
+    struct pyhv_device *device = pyhv_device_create(&cmos_ops, INDEX_PORT, 2, error);
+    if (!device)
         return NULL;
-    }
-    if (pyhv_device_init(&cmos->device, &cmos_ops, error) < 0) {
-        free(cmos);
-        return NULL;
-    }
-    if (pyhv_device_add_ports(&cmos->device, INDEX_PORT, 2, error) < 0) {
-        cmos_destroy(&cmos->device);
-        return NULL;
-    }
 
+    struct cmos *cmos = cmos_of(device);
     cmos->cells[STATUS_A] = A_AT_POWER_ON;
     cmos->cells[STATUS_B] = B_24_HOURS;
     cmos->cells[STATUS_D] = D_BATTERY_GOOD;
@@ -335,5 +317,5 @@ struct pyhv_device *pyhv_cmos_create(uint64_t ram_below_4g, uint64_t ram_above_4
         sum += cmos->cells[i];
     cmos->cells[0x2e] = (uint8_t)(sum >> 8);
     cmos->cells[0x2f] = (uint8_t)sum;
-    return &cmos->device;
+    return device;
 }

@@ -2,8 +2,8 @@
  *
  * What a device is, seen from inside the engine. pyhv.h shows the outside.
  *
- * A device embeds struct pyhv_device as its first member, fills it with pyhv_device_init() and hands out a pointer to
- * it. The functions in bus.c that work on any device take the device's lock around every operation, so an operation
+ * A device embeds struct pyhv_device as its first member, is made by pyhv_device_create() and hands out a pointer to
+ * that. The functions in bus.c that work on any device take the device's lock around every operation, so an operation
  * never runs twice at once for one device. An operation that must sleep (the UART's output) gives the lock back
  * while it sleeps: its file says what the others can see then.
  */
@@ -76,6 +76,7 @@ static inline uint64_t pyhv_get_int(struct pyhv_reader *in, unsigned bytes)
 
 struct pyhv_device_ops {
     const char *name;
+    size_t size;           /* of the struct that embeds the device */
     uint8_t state_version; /* the first byte of the saved state; bus.c writes and checks it */
 
     /* The widest access that read and write take in one piece: 1, 2 or 4 bytes. The bus splits wider ones, and those
@@ -92,13 +93,13 @@ struct pyhv_device_ops {
     /* Optional: see pyhv_bus_flush(). */
     void (*flush)(struct pyhv_device *device);
 
-    /* The state behind the version byte. load must leave the device alone unless all of it is good, and takes exactly
-     * what is there: it fails on bytes left over. */
+    /* The state behind the version byte; both or, without any, neither. load must leave the device alone unless all of
+     * it is good, and takes exactly what is there: it fails on bytes left over. */
     void (*save)(struct pyhv_device *device, struct pyhv_writer *out);
     int (*load)(struct pyhv_device *device, struct pyhv_reader *in, struct pyhv_error *error);
 
-    /* Frees what the device has of its own, and the device. */
-    void (*destroy)(struct pyhv_device *device);
+    /* Optional: gives back what the device has besides its own memory. */
+    void (*release)(struct pyhv_device *device);
 };
 
 /* Ports first .. last. A device may have ports that are not next to each other: the keyboard controller has
@@ -122,12 +123,11 @@ struct pyhv_device {
     int32_t irq_level;
 };
 
-/* Makes the base of a zeroed device, without ports: pyhv_device_add_ports(). Fails as pthread_mutex_init() does. */
-int pyhv_device_init(struct pyhv_device *device, const struct pyhv_device_ops *ops, struct pyhv_error *error);
-/* The reverse; called from ops->destroy. */
-void pyhv_device_fini(struct pyhv_device *device);
+/* Makes a device, zeroed but for its base, with `count` ports from `first` on; NULL with an error. */
+struct pyhv_device *pyhv_device_create(const struct pyhv_device_ops *ops, uint16_t first, uint32_t count,
+                                       struct pyhv_error *error);
 
-/* Adds `count` ports from `first` on. Fails where they run past port 0xffff. */
+/* Adds `count` ports from `first` on, if any. Fails where they run past port 0xffff. */
 int pyhv_device_add_ports(struct pyhv_device *device, uint16_t first, uint32_t count, struct pyhv_error *error);
 
 /* Drives the device's interrupt line; tells the sink only when the level changes. With the lock held: that keeps the

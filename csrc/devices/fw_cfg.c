@@ -16,7 +16,6 @@
  * PYHV_FW_CFG_MAX bytes, so that any state can be saved.
  */
 #include <errno.h>
-#include <stdlib.h>
 
 #include "devices/device.h"
 #include "error.h"
@@ -125,39 +124,20 @@ static int fw_cfg_load(struct pyhv_device *device, struct pyhv_reader *in, struc
     return 0;
 }
 
-static void fw_cfg_destroy(struct pyhv_device *device)
-{
-    pyhv_device_fini(device);
-    free(fw_cfg_of(device));
-}
-
 static const struct pyhv_device_ops fw_cfg_ops = {
     .name = "fw_cfg",
+    .size = sizeof(struct fw_cfg),
     .state_version = 1,
     .max_access = 2,
     .read = fw_cfg_read,
     .write = fw_cfg_write,
     .save = fw_cfg_save,
     .load = fw_cfg_load,
-    .destroy = fw_cfg_destroy,
 };
 
 struct pyhv_device *pyhv_fw_cfg_create(struct pyhv_error *error)
 {
-    struct fw_cfg *fw_cfg = calloc(1, sizeof *fw_cfg);
-    if (!fw_cfg) {
-        pyhv_fail(error, ENOMEM, "pyhv_fw_cfg_create", NULL);
-        return NULL;
-    }
-    if (pyhv_device_init(&fw_cfg->device, &fw_cfg_ops, error) < 0) {
-        free(fw_cfg);
-        return NULL;
-    }
-    if (pyhv_device_add_ports(&fw_cfg->device, SELECTOR_PORT, 2, error) < 0) {
-        fw_cfg_destroy(&fw_cfg->device);
-        return NULL;
-    }
-    return &fw_cfg->device;
+    return pyhv_device_create(&fw_cfg_ops, SELECTOR_PORT, 2, error);
 }
 
 int pyhv_fw_cfg_add(struct pyhv_device *device, uint16_t key, const uint8_t *bytes, size_t size,

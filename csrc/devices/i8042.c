@@ -16,11 +16,7 @@
  *   u8 command byte; u8 output byte; u8 flags: bit 0 output buffer full, bit 1 last write was a command;
  *   u8 command that waits for its byte on port 0x60, 0: none
  */
-#include <errno.h>
-#include <stdlib.h>
-
 #include "devices/device.h"
-#include "error.h"
 
 #define DATA_PORT    0x60
 #define COMMAND_PORT 0x64
@@ -198,40 +194,27 @@ static int i8042_load(struct pyhv_device *device, struct pyhv_reader *in, struct
     return 0;
 }
 
-static void i8042_destroy(struct pyhv_device *device)
-{
-    pyhv_device_fini(device);
-    free(device);
-}
-
 static const struct pyhv_device_ops i8042_ops = {
     .name = "i8042",
+    .size = sizeof(struct i8042),
     .state_version = 1,
     .max_access = 1,
     .read = i8042_read,
     .write = i8042_write,
     .save = i8042_save,
     .load = i8042_load,
-    .destroy = i8042_destroy,
 };
 
 struct pyhv_device *pyhv_i8042_create(struct pyhv_error *error)
 {
-    struct i8042 *i8042 = calloc(1, sizeof *i8042);
-    if (!i8042) {
-        pyhv_fail(error, ENOMEM, "pyhv_i8042_create", NULL);
+    struct pyhv_device *device = pyhv_device_create(&i8042_ops, DATA_PORT, 1, error);
+    if (!device)
         return NULL;
-    }
-    if (pyhv_device_init(&i8042->device, &i8042_ops, error) < 0) {
-        free(i8042);
+    if (pyhv_device_add_ports(device, COMMAND_PORT, 1, error) < 0) {
+        pyhv_device_destroy(device);
         return NULL;
     }
     /* As firmware leaves it: tested, scan codes translated, both ports off until a driver wants them. */
-    i8042->command_byte = BYTE_SYSTEM | BYTE_KEYBOARD_DISABLE | BYTE_MOUSE_DISABLE | BYTE_TRANSLATE;
-    if (pyhv_device_add_ports(&i8042->device, DATA_PORT, 1, error) < 0 ||
-        pyhv_device_add_ports(&i8042->device, COMMAND_PORT, 1, error) < 0) {
-        i8042_destroy(&i8042->device);
-        return NULL;
-    }
-    return &i8042->device;
+    i8042_of(device)->command_byte = BYTE_SYSTEM | BYTE_KEYBOARD_DISABLE | BYTE_MOUSE_DISABLE | BYTE_TRANSLATE;
+    return device;
 }

@@ -719,18 +719,17 @@ static int uart_load(struct pyhv_device *device, struct pyhv_reader *in, struct 
 
 /* --------------------------------------------------------------------------------------------------- life -- */
 
-static void uart_destroy(struct pyhv_device *device)
+static void uart_release(struct pyhv_device *device)
 {
     struct uart *uart = uart_of(device);
     if (uart->wake_fd >= 0)
         close(uart->wake_fd);
     pthread_cond_destroy(&uart->sent);
-    pyhv_device_fini(device);
-    free(uart);
 }
 
 static const struct pyhv_device_ops uart_ops = {
     .name = "uart16550",
+    .size = sizeof(struct uart),
     .state_version = 1,
     .max_access = 1,
     .read = uart_read,
@@ -739,7 +738,7 @@ static const struct pyhv_device_ops uart_ops = {
     .flush = uart_flush,
     .save = uart_save,
     .load = uart_load,
-    .destroy = uart_destroy,
+    .release = uart_release,
 };
 
 /* wait_for_sender() counts in monotonic time, so that setting the host's clock does not stretch a slice. */
@@ -757,35 +756,28 @@ static int init_condition(pthread_cond_t *condition)
 
 struct pyhv_device *pyhv_uart16550_create(uint16_t port, uint32_t gsi, int in_fd, int out_fd, struct pyhv_error *error)
 {
-    struct uart *uart = calloc(1, sizeof *uart);
-    if (!uart) {
-        pyhv_fail(error, ENOMEM, "pyhv_uart16550_create", NULL);
+    struct pyhv_device *device = pyhv_device_create(&uart_ops, port, PORTS, error);
+    if (!device)
         return NULL;
-    }
-    uart->in_fd = in_fd;
-    uart->out_fd = out_fd;
-    uart->wake_fd = -1;
-    uart->device.gsi = gsi;
-    uart->r.dll = 12; /* 9600 baud, as firmware leaves it */
-
+    struct uart *uart = uart_of(device);
     int errnum = init_condition(&uart->sent);
     if (errnum) {
         pyhv_fail(error, errnum, "pthread_cond_init", "for uart16550");
+        pthread_mutex_destroy(&device->lock);
         free(uart);
         return NULL;
     }
-    if (pyhv_device_init(&uart->device, &uart_ops, error) < 0) {
-        pthread_cond_destroy(&uart->sent);
-        free(uart);
-        return NULL;
-    }
-    if (pyhv_device_add_ports(&uart->device, port, PORTS, error) < 0)
-        goto fail;
+    device->gsi = gsi;
+    uart->in_fd = in_fd;
+    uart->out_fd = out_fd;
+    uart->wake_fd = -1;
+    uart->r.dll = 12; /* 9600 baud, as firmware leaves it */
     if (in_fd >= 0) {
         uart->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
         if (uart->wake_fd < 0) {
             pyhv_fail(error, errno, "eventfd", "for uart16550");
-            goto fail;
+            pyhv_device_destroy(device);
+            return NULL;
         }
     }
     if (out_fd >= 0) {
@@ -794,9 +786,5 @@ struct pyhv_device *pyhv_uart16550_create(uint16_t port, uint32_t gsi, int in_fd
         atomic_init(&uart->output_way, S_ISREG(mode) ? OUTPUT_PLAIN : S_ISSOCK(mode) ? OUTPUT_SOCKET : OUTPUT_NOWAIT);
         uart->guard_sigpipe = pyhv_sigpipe_matters();
     }
-    return &uart->device;
-
-fail:
-    uart_destroy(&uart->device);
-    return NULL;
+    return device;
 }

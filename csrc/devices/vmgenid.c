@@ -8,11 +8,7 @@
  *
  * Saved state, version 1 (9 bytes with the version): u64 guest-physical address
  */
-#include <errno.h>
-#include <stdlib.h>
-
 #include "devices/device.h"
-#include "error.h"
 
 #define ALIGNMENT 8 /* what the specification asks for */
 
@@ -45,35 +41,22 @@ static int vmgenid_load(struct pyhv_device *device, struct pyhv_reader *in, stru
     return 0;
 }
 
-static void vmgenid_destroy(struct pyhv_device *device)
-{
-    pyhv_device_fini(device);
-    free(vmgenid_of(device));
-}
-
 /* Without ports nobody reads or writes. */
 static const struct pyhv_device_ops vmgenid_ops = {
     .name = "vmgenid",
+    .size = sizeof(struct vmgenid),
     .state_version = 1,
     .max_access = 1,
     .save = vmgenid_save,
     .load = vmgenid_load,
-    .destroy = vmgenid_destroy,
 };
 
 struct pyhv_device *pyhv_vmgenid_create(uint64_t gpa, struct pyhv_error *error)
 {
-    struct vmgenid *vmgenid = calloc(1, sizeof *vmgenid);
-    if (!vmgenid) {
-        pyhv_fail(error, ENOMEM, "pyhv_vmgenid_create", NULL);
-        return NULL;
-    }
-    if (pyhv_device_init(&vmgenid->device, &vmgenid_ops, error) < 0) {
-        free(vmgenid);
-        return NULL;
-    }
-    vmgenid->gpa = gpa;
-    return &vmgenid->device;
+    struct pyhv_device *device = pyhv_device_create(&vmgenid_ops, 0, 0, error);
+    if (device)
+        vmgenid_of(device)->gpa = gpa;
+    return device;
 }
 
 uint64_t pyhv_vmgenid_address(struct pyhv_device *device)

@@ -220,30 +220,23 @@ static int recorder_load(struct pyhv_device *device, struct pyhv_reader *from, s
     return pyhv_device_refuse_state(device, problem, "never %s", "good");
 }
 
-static void recorder_destroy(struct pyhv_device *device)
-{
-    pyhv_device_fini(device);
-    free(device);
-}
-
 static struct pyhv_device_ops recorder_ops(uint32_t max_access)
 {
     return (struct pyhv_device_ops){.name = "recorder",
+                                    .size = sizeof(struct recorder),
                                     .state_version = 7,
                                     .max_access = max_access,
                                     .read = recorder_read,
                                     .write = recorder_write,
                                     .save = recorder_save,
-                                    .load = recorder_load,
-                                    .destroy = recorder_destroy};
+                                    .load = recorder_load};
 }
 
 static struct recorder *recorder_create(const struct pyhv_device_ops *ops, uint16_t first, uint32_t count)
 {
-    struct recorder *recorder = calloc(1, sizeof *recorder);
-    CHECK_EQUAL(pyhv_device_init(&recorder->device, ops, &error), 0);
-    CHECK_EQUAL(pyhv_device_add_ports(&recorder->device, first, count, &error), 0);
-    return recorder;
+    struct pyhv_device *device = pyhv_device_create(ops, first, count, &error);
+    CHECK(device);
+    return (struct recorder *)device;
 }
 
 static void test_bus_unclaimed(void)
