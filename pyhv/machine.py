@@ -511,10 +511,6 @@ class Machine:
 
     def result(self, stopped: Stopped | None, cause: str = "timeout") -> RunResult:
         """The result for a paused VM; `cause` says why it is paused where the guest has not ended (stopped is None)."""
-        counters: dict[str, int] = {}
-        for vcpu in self.vm.vcpus:
-            for name, count in vcpu.counters().items():
-                counters[name] = counters.get(name, 0) + count
         cut_short = False
         if stopped is not None:
             cause = outcome.cause_of(stopped.exit.stop)
@@ -536,7 +532,15 @@ class Machine:
                 message = f"the snapshot became shorter while its memory was in use: parts of it are gone; {message}"
             if stopped is None or cause not in ("reset", "halted"):
                 registers = report.registers(self.vm.vcpus[stopped.vcpu if stopped else 0])
-        return RunResult(cause, status, self.console(), message, registers, counters)
+        return RunResult(cause, status, self.console(), message, registers, self.counters())
+
+    def counters(self) -> dict[str, int]:
+        """Exits of all vCPUs by kind, so far. Any thread may ask."""
+        total: dict[str, int] = {}
+        for vcpu in self.vm.vcpus:
+            for name, count in vcpu.counters().items():
+                total[name] = total.get(name, 0) + count
+        return total
 
     def console(self) -> bytes:
         """What the guest has printed so far, where the console is captured; else nothing."""

@@ -36,6 +36,9 @@ _MAX_ADDRESS = 107
 # Connections that wait until the VM's server accepts them.
 _BACKLOG = 64
 
+_ELSEWHERE = "set XDG_RUNTIME_DIR to a directory of your own"
+_REMOVE = f"remove it, or {_ELSEWHERE}"
+
 # The lock on the directory is held for a few system calls; in seconds.
 _PATIENCE = 10.0
 
@@ -79,7 +82,7 @@ class Directory:
             except FileExistsError:
                 pass
             except OSError as error:
-                raise BadInput(self.path, f"cannot be made: {error.strerror}", _elsewhere()) from None
+                raise BadInput(self.path, f"cannot be made: {error.strerror}", _ELSEWHERE) from None
         try:
             # Not through a symbolic link: in /tmp anybody can make one.
             self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -88,7 +91,7 @@ class Directory:
         except OSError as error:
             link = error.errno in (errno.ELOOP, errno.ENOTDIR)
             problem = "is not a directory" if link else f"cannot be opened: {error.strerror}"
-            raise BadInput(self.path, problem, _elsewhere()) from None
+            raise BadInput(self.path, problem, _REMOVE) from None
         status = os.fstat(self._fd)
         problem = ""
         if status.st_uid != os.geteuid():
@@ -97,7 +100,7 @@ class Directory:
             problem = f"has the mode {stat.S_IMODE(status.st_mode):04o} instead of 0700"
         if problem:
             self.close()
-            raise BadInput(self.path, problem, _elsewhere())
+            raise BadInput(self.path, problem, _REMOVE)
 
     def close(self) -> None:
         """Closes it; closing twice is allowed."""
@@ -333,7 +336,3 @@ def live_names(directory: Directory) -> list[str]:
                 connection.close()
                 live.append(name)
     return live
-
-
-def _elsewhere() -> str:
-    return "remove it, or set XDG_RUNTIME_DIR to a directory of your own"

@@ -101,22 +101,13 @@ class Operations:
                 "doing": current.method if current else None,
                 "uptime": round(time.monotonic() - self._started, 3),
                 **self._facts,
-                "counters": self._counters(),
+                "counters": self._final_counters if self._closed else self._machine.counters(),
             }
 
     def _state(self) -> str:
         if self._machine.handed_over:
             return "handed-over"
         return "paused" if self._paused else "running"
-
-    def _counters(self) -> dict[str, int]:
-        if self._closed:
-            return self._final_counters
-        total: dict[str, int] = {}
-        for vcpu in self._machine.vm.vcpus:
-            for name, count in vcpu.counters().items():
-                total[name] = total.get(name, 0) + count
-        return total
 
     def submit(self, call: Call) -> None:
         """Queues a call. After close() it fails with BadInput at once, and so does a second migration."""
@@ -135,7 +126,8 @@ class Operations:
         """Carries out what has begun, refuses what is queued, and leaves the machine alone from then on. give_up: stop
         a save in its middle. Closing twice is allowed."""
         with self._lock:
-            self._final_counters = self._counters()
+            if not self._closed:
+                self._final_counters = self._machine.counters()
             self._closed = True
         self._give_up = give_up
         self._calls.put(None)
