@@ -82,7 +82,13 @@ struct pyhv_emulator_vcpu {
     uint64_t plain_out;    /* RIP of the last OUT that is no REP OUTSB: a loop of them is not looked at again */
 
     /* What hooks leave for the run loop. */
-    enum { HAPPENED_NOTHING, HAPPENED_EXCEPTION, HAPPENED_SYSCALL, HAPPENED_SYSENTER, HAPPENED_ACTION } happened;
+    enum emulator_happened {
+        HAPPENED_NOTHING,
+        HAPPENED_EXCEPTION,
+        HAPPENED_SYSCALL,
+        HAPPENED_SYSENTER,
+        HAPPENED_ACTION
+    } happened;
     uint32_t vector;    /* HAPPENED_EXCEPTION */
     int action;         /* HAPPENED_ACTION: enum pyhv_action */
     bool log_full;      /* the log of CPUIDs */

@@ -363,9 +363,8 @@ enum emulator_delivery emulator_deliver(struct pyhv_emulator_vcpu *vcpu, struct 
         if (event == EVENT_SOFTWARE) { /* it is the instruction that faults */
             uint8_t byte = 0;
             uint64_t last = state->rip - 1 + state->segs[CS].base;
-            bool is_short =
-                emulator_peek(vcpu, state, last, &byte, 1) == 1 &&
-                ((vector == 3 && byte == 0xcc) || (vector == 4 && byte == 0xce) || (vector == 1 && byte == 0xf1));
+            bool is_short = emulator_peek(vcpu, state, last, &byte, 1) == 1 &&
+                            ((vector == 3 && byte == 0xcc) || (vector == 4 && byte == 0xce));
             state->rip -= is_short ? 1 : 2;
         }
         event = EVENT_FAULT;

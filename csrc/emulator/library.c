@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
+#include <setjmp.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -58,6 +59,7 @@ _Static_assert(CONTEXT_HEAD == 40, "struct uc_context");
  * processor its marks of HLT and of why it leaves its loop (CPUState), and its state: found by their values, and checked
  * below by what they do. */
 enum { UC_CPU = 440, UC_STOP_REQUEST = 1389, UC_CONTEXT_SIZE = 2016, UC_NO_EXIT_REQUEST = 2034 };
+enum { UC_JUMPS = 2040, UC_NESTED = UC_JUMPS + 64 * sizeof(sigjmp_buf) }; /* where faults go, a place for each level */
 enum { CPU_HALTED = 33176, CPU_EXCEPTION = 33184, CPU_STATE = 35408 };
 enum { NO_EXCEPTION = -1, LEAVE = 0x10001 };
 
@@ -79,6 +81,20 @@ void pyhv_library_stop_soon(uc_engine *engine)
         exception = LEAVE;
         memcpy(place, &exception, sizeof exception);
     }
+}
+
+struct cpu_state *pyhv_library_state(const uc_engine *engine)
+{
+    return (struct cpu_state *)(void *)(processor(engine) + CPU_STATE);
+}
+
+_Noreturn void pyhv_library_fault(uc_engine *engine, uint32_t vector, uint32_t error_code)
+{
+    struct cpu_state *state = pyhv_library_state(engine);
+    state->error_code = (int32_t)error_code;
+    state->exception_is_int = 0;
+    memcpy(processor(engine) + CPU_EXCEPTION, &vector, sizeof vector);
+    siglongjmp(*(sigjmp_buf *)(void *)((uint8_t *)engine + UC_JUMPS), 1); /* as the library itself does */
 }
 
 int pyhv_library_halted(const uc_engine *engine)
@@ -193,6 +209,33 @@ static int count_instruction(uc_engine *engine, void *opaque)
     return 1;
 }
 
+static int32_t nested(const uc_engine *engine)
+{
+    int32_t level;
+    memcpy(&level, (const uint8_t *)engine + UC_NESTED, sizeof level);
+    return level;
+}
+
+static uint32_t fault_on_in(uc_engine *engine, uint32_t port, int size, void *opaque)
+{
+    (void)port, (void)size, (void)opaque;
+    if (nested(engine) == 1)
+        pyhv_library_fault(engine, 13, 0x28);
+    return 0;
+}
+
+/* Whether a callback of IN can make it fault: nothing behind it is executed. */
+static bool faults_from_callbacks(struct seen *seen, uint8_t *page)
+{
+    static const char code[] = {'\xe4', 0x60, 0x0f, 0x0b}; /* in $0x60, %al; ud2 */
+    const struct cpu_state *state = &seen->context->state;
+    uc_hook hook;
+    return uc.hook_add(seen->engine, &hook, UC_HOOK_INSN, (void *)(uintptr_t)fault_on_in, NULL, 1, 0, UC_X86_INS_IN) ==
+               UC_ERR_OK &&
+           nested(seen->engine) == 0 && run_to_exception(seen, page, code, sizeof code) && seen->vector == 13 &&
+           state->rip == CHECK_PAGE && state->error_code == 0x28 && !state->exception_is_int;
+}
+
 /* Whether a stop that is asked for in the middle of a block happens at its end: nothing is executed twice, and no callback
  * is passed over. */
 static bool stops_between_blocks(uc_engine *engine, uint8_t *page)
@@ -235,7 +278,7 @@ static const char *misplaced_register(uc_engine *engine, struct cpu_context *con
     const struct cpu_state *state = &context->state;
     if (uc.context_save(engine, context) != UC_ERR_OK)
         return "everything";
-    if (memcmp(processor(engine) + CPU_STATE, state, offsetof(struct cpu_state, retaddr)) != 0)
+    if (memcmp(pyhv_library_state(engine), state, offsetof(struct cpu_state, retaddr)) != 0)
         return "its beginning";
     if (state->efer != 0x500) /* LMA, LME: how the library starts in 64-bit mode */
         return "EFER";
@@ -339,6 +382,8 @@ static const char *misplaced_event(uc_engine *engine, struct cpu_context *contex
         return "error_code";
     if (state->old_exception != 13)
         return "old_exception";
+    if (!faults_from_callbacks(&seen, page))
+        return "jmp_bufs";
     if (!stops_between_blocks(engine, page))
         return "no_exit_request";
     return marks_halt(engine, page) ? NULL : "halted";

@@ -27,6 +27,7 @@ enum {
     UC_ERR_WRITE_UNMAPPED = 7,
     UC_ERR_FETCH_UNMAPPED = 8,
     UC_ERR_INSN_INVALID = 10,
+    UC_ERR_FETCH_PROT = 14,
 };
 
 enum { UC_HOOK_INTR = 1 << 0, UC_HOOK_INSN = 1 << 1 };
@@ -231,6 +232,12 @@ void pyhv_library_stop_between_blocks(uc_engine *engine, int precise);
  * on its thread. uc_emu_stop() does too, but on the rest of the block some callbacks (of RDTSC, SYSCALL ...) are passed
  * over then, and the library does itself what they are there for: it is only for callbacks that end their block. */
 void pyhv_library_stop_soon(uc_engine *engine);
+
+/* The state of an engine's processor: to be read in callbacks, where all but the arithmetic flags is up to date. */
+struct cpu_state *pyhv_library_state(const uc_engine *engine);
+
+/* Lets the instruction whose callback this is called from, one of IN or OUT, fault instead; does not return. */
+_Noreturn void pyhv_library_fault(uc_engine *engine, uint32_t vector, uint32_t error_code);
 
 /* Whether it was HLT that ended the last run of the engine, whatever else asked for its end at the same time. The library
  * reports both alike. */

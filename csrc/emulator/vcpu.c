@@ -23,8 +23,13 @@
 #define COME_BACK 50000
 
 #define RFLAGS_IF (UINT64_C(1) << 9)
+#define RFLAGS_VM (UINT64_C(1) << 17)
 
-enum { NMI = 2, INVALID_OPCODE = 6 };
+/* Of a task-state segment: its flags' bit that tells it from a 16-bit one, and where the permission bitmap's place is. */
+#define TSS_32      (1u << 11)
+#define TSS_IO_BASE 0x66
+
+enum { NMI = 2, INVALID_OPCODE = 6, PROTECTION = 13 };
 
 /* A block of the engine's is at most so many instructions, which run on after the log is full. */
 enum { LOG_SPARE = 512 };
@@ -122,8 +127,7 @@ static void record_cpuid(struct pyhv_emulator_vcpu *vcpu, uint32_t leaf, uint32_
     if (vcpu->log_count == vcpu->log_capacity + LOG_SPARE)
         return;
     struct pyhv_cpuid_record *record = &vcpu->log[vcpu->log_count++];
-    uc.context_save(vcpu->engine, vcpu->at_stop);
-    const struct cpu_state *state = &vcpu->at_stop->state;
+    const struct cpu_state *state = pyhv_library_state(vcpu->engine);
     *record = (struct pyhv_cpuid_record){
         .rip = state->segs[CS].base + state->rip,
         .leaf = leaf,
@@ -168,12 +172,31 @@ static void look_at_chips(struct pyhv_emulator_vcpu *vcpu)
         pyhv_library_stop_soon(vcpu->engine);
 }
 
+/* IN and OUT fault where neither IOPL nor the task's permission bitmap lets the guest's user at the ports (SDM Vol. 1,
+ * "I/O Port Addressing: Protected-Mode I/O"): the library does not look. */
+static void check_port(struct pyhv_emulator_vcpu *vcpu, uint32_t port, int size)
+{
+    const struct cpu_state *state = pyhv_library_state(vcpu->engine);
+    const unsigned cpl = emulator_cpl(state);
+    if (cpl == 0 || (cpl <= (state->rflags >> 12 & 3) && !(state->rflags & RFLAGS_VM)))
+        return;
+    uint16_t base = 0, bits = 0;
+    if ((state->tr.flags & TSS_32) && state->tr.limit >= TSS_IO_BASE + 1 &&
+        emulator_peek(vcpu, state, state->tr.base + TSS_IO_BASE, &base, sizeof base) == sizeof base &&
+        base + port / 8 + 1 <= state->tr.limit && /* two bytes are read */
+        emulator_peek(vcpu, state, state->tr.base + base + port / 8, &bits, sizeof bits) == sizeof bits &&
+        !(bits >> port % 8 & ((1u << size) - 1)))
+        return;
+    pyhv_library_fault(vcpu->engine, PROTECTION, 0);
+}
+
 static uint32_t on_in(uc_engine *engine, uint32_t port, int size, void *opaque)
 {
     (void)engine;
     struct pyhv_emulator_vcpu *vcpu = opaque;
     struct pyhv_emulator_vm *vm = vcpu->vm;
     uint32_t value = UINT32_MAX;
+    check_port(vcpu, port, size);
     vcpu->counters.port_io++;
     if (vm->irqchip && irqchip_owns_port(&vm->chips, port)) {
         int64_t now = emulator_now();
@@ -205,14 +228,11 @@ static bool is_string_output(struct pyhv_emulator_vcpu *vcpu, const struct cpu_s
  * strings would have to send on one by one. Returns how many bytes that was; the engine goes on behind them. */
 static uint32_t take_string(struct pyhv_emulator_vcpu *vcpu, uint16_t port, int *action)
 {
-    uint64_t rip = 0;
-    uc.reg_read(vcpu->engine, UC_X86_REG_RIP, &rip);
-    if (rip == vcpu->plain_out)
+    const struct cpu_state *state = pyhv_library_state(vcpu->engine);
+    if (state->rip == vcpu->plain_out)
         return 0;
-    uc.context_save(vcpu->engine, vcpu->at_stop);
-    struct cpu_state *state = &vcpu->at_stop->state;
     if (!is_string_output(vcpu, state)) {
-        vcpu->plain_out = rip;
+        vcpu->plain_out = state->rip;
         return 0;
     }
     uint64_t left = state->regs[RCX], from = state->regs[RSI];
@@ -234,6 +254,7 @@ static void on_out(uc_engine *engine, uint32_t port, int size, uint32_t value, v
     struct pyhv_emulator_vcpu *vcpu = opaque;
     struct pyhv_emulator_vm *vm = vcpu->vm;
     int action = PYHV_ACTION_NONE;
+    check_port(vcpu, port, size);
     vcpu->counters.port_io++;
     if (vcpu->happened == HAPPENED_ACTION)
         return; /* the rest of a block that should have ended already */
@@ -325,26 +346,32 @@ static int map_memory(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
 
 /* ---------------------------------------------------------------------------------- what it does: exceptions -- */
 
+/* Leaves word for the run loop; not in the rest of a block that a port access should have ended already. */
+static void leave(struct pyhv_emulator_vcpu *vcpu, enum emulator_happened what)
+{
+    if (vcpu->happened != HAPPENED_ACTION)
+        vcpu->happened = what;
+    uc.emu_stop(vcpu->engine);
+}
+
 static void on_exception(uc_engine *engine, uint32_t vector, void *opaque)
 {
+    (void)engine;
     struct pyhv_emulator_vcpu *vcpu = opaque;
-    vcpu->happened = HAPPENED_EXCEPTION;
     vcpu->vector = vector;
-    uc.emu_stop(engine);
+    leave(vcpu, HAPPENED_EXCEPTION);
 }
 
 static void on_syscall(uc_engine *engine, void *opaque)
 {
-    struct pyhv_emulator_vcpu *vcpu = opaque;
-    vcpu->happened = HAPPENED_SYSCALL;
-    uc.emu_stop(engine);
+    (void)engine;
+    leave(opaque, HAPPENED_SYSCALL);
 }
 
 static void on_sysenter(uc_engine *engine, void *opaque)
 {
-    struct pyhv_emulator_vcpu *vcpu = opaque;
-    vcpu->happened = HAPPENED_SYSENTER;
-    uc.emu_stop(engine);
+    (void)engine;
+    leave(opaque, HAPPENED_SYSENTER);
 }
 
 /* ---------------------------------------------------------------------------------------- creation and end -- */
@@ -644,7 +671,8 @@ static bool run_engine(struct pyhv_emulator_vcpu *vcpu, size_t count, struct pyh
     }
     if (code == UC_ERR_INSN_INVALID)
         return raise_invalid_opcode(vcpu, exit);
-    if (code == UC_ERR_FETCH_UNMAPPED || code == UC_ERR_READ_UNMAPPED || code == UC_ERR_WRITE_UNMAPPED) {
+    if (code == UC_ERR_FETCH_UNMAPPED || code == UC_ERR_FETCH_PROT || code == UC_ERR_READ_UNMAPPED ||
+        code == UC_ERR_WRITE_UNMAPPED) {
         exit->suberror = 1;
         return stop(exit, PYHV_STOP_INTERNAL_ERROR);
     }

@@ -344,6 +344,71 @@ static void faults_become_double_and_triple(void)
     }
 }
 
+/* IN at CPL 3: by IOPL, by the permission bitmap behind the task-state segment, or not at all. */
+static void user_mode_asks_for_ports(void)
+{
+    static const uint8_t code[] = {0xe4, 0x62, 0xa2, 0x00, 0x70, 0, 0, 0, 0, 0, 0, 0xcd, 0x30}; /* in; mov to 0x7000 */
+    enum { BITMAP = 0x68, LIMIT = BITMAP + 0x62 / 8 + 1 };
+    static const struct {
+        uint64_t rflags;
+        uint32_t limit, attributes;
+        uint8_t bits;
+        int allowed;
+    } cases[] = {
+        {2, 0x67, 0x8b, 0, 0},  {0x3002, 0x67, 0x8b, 0, 1}, {0x2002, LIMIT, 0x8b, 0xff, 0}, {2, LIMIT, 0x8b, 0xfb, 1},
+        {2, LIMIT, 0x8b, 4, 0}, {2, LIMIT - 1, 0x8b, 0, 0}, {2, LIMIT, 0x83, 0, 0},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct machine machine;
+        struct pyhv_exit exit;
+        build(&machine, code, sizeof code, 0);
+        struct pyhv_sregs sregs = long_mode(&machine, 3);
+        put64(&machine, TSS + 0x60, (uint64_t)BITMAP << 48);
+        machine.memory.host[TSS + BITMAP + 0x62 / 8] = cases[i].bits;
+        sregs.tr.limit = cases[i].limit;
+        sregs.tr.attributes = cases[i].attributes;
+        set_gate(&machine, 13, 0, 0);
+        set_gate(&machine, 0x30, 0, 3);
+        start_at(&machine, &sregs, ENTRY, STACK, cases[i].rflags);
+        CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_HALTED);
+        if (cases[i].allowed)
+            check_frame(&machine, STACK_0, 0, 0, ENTRY + sizeof code);
+        else
+            check_frame(&machine, STACK_0, 1, 0, ENTRY);
+        CHECK_EQUAL(machine.memory.host[0x7000], cases[i].allowed ? 0xff : 0);
+        destroy(&machine);
+    }
+}
+
+static void an_exit_goes_before_what_follows_it(void)
+{
+    static const uint8_t codes[][4] = {{0xe6, 0xf4, 0x0f, 0x0b}, {0xe6, 0xf4, 0x0f, 0x05}, {0xe6, 0xf4, 0x0f, 0x34}};
+    for (size_t i = 0; i < sizeof codes / sizeof *codes; i++) { /* out %al, $0xf4; ud2, syscall, sysenter */
+        struct machine machine;
+        struct pyhv_exit exit;
+        build(&machine, codes[i], sizeof codes[i], 0);
+        struct pyhv_sregs sregs = long_mode(&machine, 0);
+        start_at(&machine, &sregs, ENTRY, STACK, 2);
+        CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_GUEST_EXIT);
+        CHECK_EQUAL(regs_of(&machine).rip, ENTRY + 2);
+        destroy(&machine);
+    }
+}
+
+static void code_outside_of_memory_is_told(void)
+{
+    static const uint8_t code[] = {0xff, 0xe7}; /* jmp *%rdi */
+    struct machine machine;
+    struct pyhv_exit exit;
+    build(&machine, code, sizeof code, 0);
+    struct pyhv_sregs sregs = protected(&machine, 0, 0);
+    start_at(&machine, &sregs, ENTRY, STACK, 2);
+    CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_INTERNAL_ERROR);
+    CHECK_EQUAL(exit.suberror, 1);
+    CHECK_EQUAL(exit.rip, 0x400000);
+    destroy(&machine);
+}
+
 static void system_calls(void)
 {
     static const uint8_t code[] = {0x0f, 0x05, 0x90}; /* syscall */
@@ -568,6 +633,9 @@ int main(void)
     a_page_fault_takes_its_own_stack();
     software_interrupts_look_at_the_gate();
     faults_become_double_and_triple();
+    user_mode_asks_for_ports();
+    an_exit_goes_before_what_follows_it();
+    code_outside_of_memory_is_told();
     system_calls();
     kicks(0, spin, sizeof spin);
     kicks(1, sleep_for_ever, sizeof sleep_for_ever);
