@@ -5,6 +5,7 @@ Thin classes over the C engine's objects, as in kvm.py. The library is not impor
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -176,7 +177,7 @@ class Emulator:
         error = new_error()
         if lib.pyhv_emulator_open(path.encode(), error) < 0:
             detail = ffi.string(error.detail).decode("utf-8", "replace")
-            if "/" not in path:
+            if path == LIBRARY and error.errnum == errno.ENOENT:
                 raise NotAvailable("the emulator", f"{LIBRARY} is not installed", _INSTALL)
             raise NotAvailable("the emulator", detail, _INSTALL)
         self.tsc_khz = int(lib.pyhv_emulator_host_tsc_khz()) or _TSC_KHZ
@@ -185,13 +186,11 @@ class Emulator:
         if self._description is None:
             from pyhv.cpu.host import HostDescription
 
-            indices = ffi.new("uint32_t[]", _MAX_MSRS)
-            count = lib.pyhv_emulator_msr_list(indices, _MAX_MSRS)
             self._description = HostDescription(
                 offered_table(),
                 os.uname().release,
                 self.name,
-                msrs=tuple(sorted(indices[0:count])),
+                msrs=msr_list(),
                 tsc_khz=self.tsc_khz,
                 tsc_scaling=True,
             )
@@ -210,6 +209,12 @@ class Emulator:
 
     def close(self) -> None:
         """The library stays open until the process ends."""
+
+
+def msr_list() -> tuple[int, ...]:
+    """The MSRs that make up a vCPU's state, ascending."""
+    indices = ffi.new("uint32_t[]", _MAX_MSRS)
+    return tuple(indices[0 : lib.pyhv_emulator_msr_list(indices, _MAX_MSRS)])
 
 
 def find_library() -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from pyhv._native import check, ffi, lib, new_error
 from pyhv.accel import structs
+from pyhv.accel.emulator import msr_list
 from pyhv.accel.state import DebugRegs, Events, Irqchip, ProcessorsState, VcpuState
 from pyhv.cpu import msrs
 from pyhv.errors import BadInput, HostError
@@ -31,10 +32,9 @@ def capture(vm: EmulatorVm, vcpus: Sequence[EmulatorVcpu], tables: Sequence[Cpui
     (vcpu,), (table,) = vcpus, tables
     handle, error = vcpu.handle, new_error()
     clock = lib.pyhv_emulator_vm_get_clock(vm.handle)
-    wanted = msrs.granted(table)
-    values = ffi.new("uint64_t[]", max(len(wanted), 1))
-    has = set(_msr_list())
-    wanted = tuple(index for index in wanted if index in has)
+    has = msr_list()
+    wanted = [index for index in msrs.granted(table) if index in has]
+    values = ffi.new("uint64_t[]", len(wanted))
     check(lib.pyhv_emulator_vcpu_get_msrs(handle, wanted, values, len(wanted), error), error)
     area = ffi.new("uint8_t[]", _XSAVE_MAX)
     size = check(lib.pyhv_emulator_vcpu_get_xsave(handle, area, _XSAVE_MAX, error), error)
@@ -85,7 +85,7 @@ def apply(vm: EmulatorVm, vcpus: Sequence[EmulatorVcpu], state: ProcessorsState)
 
 def _check(saved: VcpuState) -> None:
     """Raises BadInput with all that the emulator cannot take over."""
-    has = set(_msr_list())
+    has = msr_list()
     values = saved.msrs.items()
     wrong = [msrs.NAMES.get(index, f"MSR {index:#x}") for index, value in values if value and index not in has]
     if saved.xcr0 != 1:
@@ -97,13 +97,8 @@ def _check(saved: VcpuState) -> None:
         raise BadInput("this guest's state", f"the emulator does not have {', '.join(wrong)}", "let it go on on KVM")
 
 
-def _msr_list() -> tuple[int, ...]:
-    indices = ffi.new("uint32_t[]", 256)
-    return tuple(indices[0 : lib.pyhv_emulator_msr_list(indices, 256)])
-
-
 def _write_msrs(vcpu: EmulatorVcpu, values: dict[int, int]) -> None:
-    has = set(_msr_list())
+    has = msr_list()
     indices = [index for index in values if index in has]
     numbers = [values[index] for index in indices]
     error = new_error()
