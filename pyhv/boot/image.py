@@ -87,6 +87,8 @@ class Image(NamedTuple):
 def read(path: str, memory_size: int, kind: str = "") -> Image:
     """The image at `path`, for a guest with `memory_size` bytes of RAM. kind: a key of KINDS; "": as it is recognised.
     Raises BadInput with what is wrong with it."""
+    if kind and kind not in KINDS:
+        raise BadInput(f"boot protocol {kind}", "is unknown", f"choose one of {', '.join(KINDS)}")
     data = _read_file(path, memory_size, "give an image file or the name of a bundled guest")
     if kind == "linux" or (not kind and data[0x202:0x206] == b"HdrS" and data[:4] != b"\x7fELF"):
         from pyhv.boot import linux

@@ -128,8 +128,8 @@ def load(
                 "give the guest more memory (--mem)",
             )
         memory.write(gpa, module.data)
-        words = low.place(module.name, encode_command_line(f"{module.name} {module.arguments}".rstrip()))
-        entries += _MODULE.pack(gpa, gpa + len(module.data), words, 0)
+        words = encode_command_line(f"{module.name} {module.arguments}".rstrip(), f"string of module {module.name}")
+        entries += _MODULE.pack(gpa, gpa + len(module.data), low.place(module.name, words), 0)
         gpa += len(module.data)
     list_gpa = low.place("module list", entries)
     line = f"{os.path.basename(image.name)} {command_line}".rstrip()

@@ -50,8 +50,8 @@ def load(
     end = max(segment.gpa + segment.size for segment in image.segments)
     entries = b""
     for module, gpa in zip(modules, place_at_top(modules, memory, image.name, end), strict=True):
-        arguments = low.place(module.name, encode_command_line(module.arguments)) if module.arguments else 0
-        entries += _MODULE.pack(gpa, len(module.data), arguments, 0)
+        words = encode_command_line(module.arguments, f"string of module {module.name}")
+        entries += _MODULE.pack(gpa, len(module.data), low.place(module.name, words) if module.arguments else 0, 0)
     list_gpa = low.place("module list", entries) if entries else 0
     line_gpa = low.place("command line", encode_command_line(command_line))
     table = b"".join(_AREA.pack(*area, 0) for area in areas(memory))

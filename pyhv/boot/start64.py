@@ -49,13 +49,17 @@ def write_segments(image: Image, memory: GuestMemory) -> None:
         memory.write(segment.gpa, segment.data)
 
 
-def encode_command_line(command_line: str) -> bytes:
-    """The bytes of a command line with their final NUL. Raises BadInput for one that does not fit."""
-    data = command_line.encode()
+def encode_command_line(command_line: str, what: str = "command line") -> bytes:
+    """The bytes of a command line with their final NUL. what: its name in errors. Raises BadInput for one that does not
+    fit, or that no guest could be given."""
+    try:
+        data = command_line.encode()
+    except UnicodeEncodeError:  # bytes that the shell passed on
+        raise BadInput(what, "is not UTF-8 text") from None
     if len(data) >= _COMMAND_LINE_SIZE:
-        raise BadInput("command line", f"is {len(data)} bytes long, at most {_COMMAND_LINE_SIZE - 1} fit")
+        raise BadInput(what, f"is {len(data)} bytes long, at most {_COMMAND_LINE_SIZE - 1} fit")
     if b"\0" in data:
-        raise BadInput("command line", "contains a NUL character")
+        raise BadInput(what, "contains a NUL character")
     return data + b"\0"
 
 

@@ -156,6 +156,6 @@ def test_a_flat_binary_goes_to_1_mib(tmp_path: Path) -> None:
 def test_command_lines() -> None:
     assert start64.encode_command_line("ä b") == b"\xc3\xa4 b\0"
     assert len(start64.encode_command_line("x" * 4095)) == 4096
-    for bad in ("x" * 4096, "a\0b"):
+    for bad in ("x" * 4096, "a\0b", "\udcff"):
         with pytest.raises(BadInput, match="command line"):
             start64.encode_command_line(bad)

@@ -320,6 +320,8 @@ def test_what_does_not_fit_with_multiboot(memory: GuestMemory) -> None:
     assert "m: its 32505856 bytes do not fit between 0x101000" in problem(
         lambda: multiboot.load(parsed, memory, "", large, 0, RESET)
     )
+    wordy = (Module("m", "x" * 4094, b"m"),)
+    assert "string of module m: is 4096 bytes" in problem(lambda: multiboot.load(parsed, memory, "", wordy, 0, RESET))
     line = "x" * 4094
     assert "command line: is 4096 bytes long" in problem(lambda: multiboot.load(parsed, memory, line, (), 0, RESET))
 
@@ -365,6 +367,7 @@ def test_a_kind_can_be_asked_for(tmp_path: Path) -> None:
     assert "has no multiboot header" in problem(lambda: read(b"\xf4", "multiboot"))
     assert "has no multiboot header" in problem(lambda: read(make_elf(), "multiboot"))
     assert "no HdrS" in problem(lambda: read(b"\xf4", "linux"))
+    assert "boot protocol efi: is unknown; choose one of elf64," in problem(lambda: read(make_elf(), "efi"))
 
 
 def test_who_takes_which_files(tmp_path: Path) -> None:
