@@ -612,6 +612,18 @@ static void what_cannot_be_is_named(void)
     struct pyhv_events events = {.smm = 1};
     CHECK_EQUAL(pyhv_emulator_vcpu_set_events(machine.vcpu, &events, &error), -1);
     destroy(&machine);
+    static const uint8_t fault[] = {0x0f, 0x0b};
+    for (int virtual = 0; virtual < 2; virtual ++) {
+        struct pyhv_exit exit;
+        build(&machine, fault, sizeof fault, 0);
+        sregs = protected(&machine, virtual ? 3 : 0, 0);
+        put64(&machine, IDT + 6 * 8, (uint64_t)TSS_SELECTOR << 16 | UINT64_C(0x8500) << 32); /* a task gate */
+        start_at(&machine, &sregs, ENTRY, STACK, virtual ? 0x20002 : 2);
+        CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_FAILED);
+        CHECK(strstr(exit.error.detail, virtual ? "cannot do an exception or interrupt in virtual-8086 mode"
+                                                : "cannot do a task gate in the IDT"));
+        destroy(&machine);
+    }
     CHECK_EQUAL(pyhv_emulator_open("/no/such/library", &error), 0); /* it is open already */
 }
 
