@@ -1,40 +1,174 @@
-"""pyhv-lab bench: live migration by pyhv and by QEMU, between the same two hosts, over the same network.
+"""pyhv-lab bench: pyhv and QEMU side by side on the lab's AMD hosts, where both have the real KVM.
 
-Both move an idle guest of the same size with the same amount of noise in its memory; they take turns. QEMU is the one
-that this machine has, the emulator of the AMD hosts: with its libraries and firmware it is copied into both.
+Each row is measured by both, taking turns; who goes first changes from pair to pair. QEMU is the one that this machine
+has, the emulator of the AMD hosts: with its libraries and firmware it is copied into them. It runs its microvm, with an
+RTC where Linux would else look for one for seconds.
+
+The boot rows: the same kernel (vmlinux, entered by PVH), initramfs, command line, memory and number of vCPUs; from the
+start of the program in the host to the first line of the guest's first process on the console.
+
+The migrations: from the first host to the second over their network, neither with a limit on the bandwidth, both with
+50 ms as the downtime to aim at. The same guest: one without a kernel and with noise in its memory, or Linux in its user
+space, whose first process sleeps or writes to its memory. Total: to when the source knows that the guest runs at the
+target. Downtime: from when it stood at the source to then.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import stat
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from . import code, image, kinds
+from . import cache, code, image, kinds, linux
 from .errors import LabError
-from .host import Host
 from .lab import Lab
 from .node import Node, files
 
-MEMORY_MIB, USED_MIB = 128, 96
-FIRMWARE = ("bios-microvm.bin", "qboot.rom", "kvmvapic.bin")
+FIRMWARE = ("bios-microvm.bin", "qboot.rom", "kvmvapic.bin", "pvh.bin")
 SHARE = Path("/usr/share/qemu")
 INSIDE = "/tmp/qemu"
+PROGRAM = [f"{INSIDE}/bin/qemu-system-x86_64", "-L", f"{INSIDE}/share"]
 PORT = 7200
 
+IDLE_MIB, NOISE_MIB = 128, 96
+BOOT_MIB = 256
+MOVED_MIB = 128
+#: noxsave: QEMU, as the host's processor, does not intercept a nested guest's XSETBV (README.md).
+LINE = "console=ttyS0 quiet panic=-1 noxsave"
+UP = b"bench: up"
+#: Pages a second that the writer writes to.
+WRITES = 800
 
-class Sample(NamedTuple):
-    """One migration. Seconds."""
+Facts = dict[str, float]
+"""What was measured at one time: seconds by name."""
 
-    total: float
-    """To when the source knew that the guest runs at the target."""
-    downtime: float
-    """From when it stood to then."""
-    own: float | None = None
-    """What QEMU itself says of the downtime: when all was sent."""
+
+class Row(NamedTuple):
+    title: str
+    names: tuple[str, ...]
+    """What is measured: keys of Facts."""
+    goal: float
+    """What the ratio pyhv / QEMU is to be at most."""
+    pyhv: Callable[[Bench], Facts]
+    qemu: Callable[[Bench], Facts]
+
+
+class Bench:
+    """The hosts, with all in them that is needed. two: whether there is a second one, that guests are moved to."""
+
+    def __init__(self, lab: Lab, names: list[str], two: bool, say: image.Say) -> None:
+        self.hosts = lab.start(*names, connected=True) if two else lab.start(names[-1])
+        self._port = PORT
+        guest = {name: linux.guest(say) / name for name in ("vmlinux", "initrd")} | {"initrd": initrd(say) / "initrd"}
+        scripts = {"peer_qemu.py": code.HERE / "inside" / "peer_qemu.py", "qmp.py": code.HERE / "qmp.py"}
+        needed: Mapping[str, Path | bytes] = {**qemu_files(), **scripts, **guest}
+        self.nodes = []
+        for number, host in enumerate(self.hosts):
+            host.put(needed, INSIDE)
+            if two:
+                self.nodes.append(Node(host, number, files(say)))
+            else:
+                host.put(files(say), code.INSIDE)
+        if two:
+            noise = ["dd", "if=/dev/urandom", f"of={INSIDE}/noise", "bs=1M", f"count={NOISE_MIB}"]
+            self.hosts[0].run(noise, check=True)
+
+    def port(self) -> int:
+        """A new one, and the next one is free too."""
+        self._port += 2
+        return self._port
+
+    # ------------------------------------------------------------------------------------------------- boot
+
+    def time_boot(self, command: list[str], env: Mapping[str, str]) -> Facts:
+        begin = time.monotonic()
+        running = self.hosts[-1].start(command, env=env)
+        running.wait_for(UP, 120)
+        taken = time.monotonic() - begin
+        running.kill()
+        running.wait()
+        return {"time": taken}
+
+    def boot_pyhv(self, cpus: int) -> Facts:
+        command = ["pyhv", "run", f"{INSIDE}/vmlinux", "--initrd", f"{INSIDE}/initrd", "--append", LINE]
+        return self.time_boot([*command, "--mem", f"{BOOT_MIB}M", "--cpus", str(cpus)], code.ENVIRONMENT)
+
+    def boot_qemu(self, cpus: int) -> Facts:
+        command = [*PROGRAM, "-M", "microvm,rtc=on", "-accel", "kvm", "-cpu", "host", "-m", str(BOOT_MIB), "-smp"]
+        command += [str(cpus), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-kernel"]
+        command += [f"{INSIDE}/vmlinux", "-initrd", f"{INSIDE}/initrd", "-append", LINE]
+        return self.time_boot(command, {"LD_LIBRARY_PATH": f"{INSIDE}/lib"})
+
+    # -------------------------------------------------------------------------------------------- migration
+
+    def move_pyhv(self, append: str | None) -> Facts:
+        """append: of Linux' command line; None: the guest without a kernel."""
+        source, target = self.nodes
+        if append is None:
+            source.ask("idle", memory=IDLE_MIB << 20, used=NOISE_MIB << 20)
+        else:
+            source.ask(
+                "boot", image=f"{INSIDE}/vmlinux", initrd=f"{INSIDE}/initrd", append=append, memory=MOVED_MIB << 20,
+                until=UP.decode(),
+            )  # fmt: skip
+        port = self.port()
+        target.ask("listen", uri=f"tcp://0.0.0.0:{port}")
+        target.order("receive", lines=0)
+        summary = source.ask("migrate", uri=f"tcp://{target.host.address}:{port}", limits={})["summary"]
+        target.answer()
+        for node in self.nodes:
+            node.ask("end")
+        return {"total": summary["total_time"], "downtime": summary["downtime"]}
+
+    def move_qemu(self, append: str | None) -> Facts:
+        source, target = self.hosts
+        order: dict[str, Any] = {"port": self.port()}
+        if append is None:
+            order |= {"memory": IDLE_MIB, "noise": f"{INSIDE}/noise"}
+        else:
+            order |= {"memory": MOVED_MIB, "append": append, "kernel": f"{INSIDE}/vmlinux"}
+            order["initrd"] = f"{INSIDE}/initrd"
+        script = ["python3", f"{INSIDE}/peer_qemu.py"]
+        leaving = source.start([*script, json.dumps({**order, "address": target.address})], stdin=True)
+        waiting = target.start([*script, json.dumps(order)], stdin=True)
+        both = (waiting, leaving)
+        for command in both:
+            command.wait_for(b"\n", 120)
+        for command in both:
+            command.send(b"\n")
+        leaving.wait_for(b"total", 120)
+        for command in both:
+            command.send(b"\n")
+        results = [command.wait(60) for command in both]
+        for host, result in zip((target, source), results, strict=True):
+            if result.status:
+                raise LabError(f"{host.name}: QEMU's migration failed: {result.stderr.decode(errors='replace')}")
+        facts: dict[str, Any] = json.loads(results[1].text.splitlines()[1])
+        return {"total": facts["total"], "downtime": facts["downtime"]}
+
+
+def _boot(cpus: int) -> Row:
+    title = f"boot of Debian's vmlinux to its first process, {BOOT_MIB} MiB, {cpus} vCPU{'s' if cpus > 1 else ''}"
+    return Row(title, ("time",), 0.9, lambda bench: bench.boot_pyhv(cpus), lambda bench: bench.boot_qemu(cpus))
+
+
+def _move(title: str, append: str | None) -> Row:
+    moved, title = ("total", "downtime"), f"live migration, {title}"
+    return Row(title, moved, 1, lambda bench: bench.move_pyhv(append), lambda bench: bench.move_qemu(append))
+
+
+ROWS = {
+    "boot": _boot(1),
+    "boot-4": _boot(4),
+    "idle": _move(f"{IDLE_MIB} MiB, {NOISE_MIB} of them noise", None),
+    "linux": _move(f"Linux with {MOVED_MIB} MiB, idle", LINE),
+    "linux-writes": _move(f"Linux with {MOVED_MIB} MiB, {WRITES} pages written a second", f"{LINE} write={WRITES}"),
+}
 
 
 def qemu_files() -> dict[str, Path | bytes]:
@@ -51,73 +185,56 @@ def qemu_files() -> dict[str, Path | bytes]:
     return found
 
 
-def by_pyhv(nodes: list[Node], repeat: int) -> Sample:
-    source, target = nodes
-    source.ask("idle", memory=MEMORY_MIB << 20, used=USED_MIB << 20)
-    port = PORT + repeat
-    target.ask("listen", uri=f"tcp://0.0.0.0:{port}")
-    target.order("receive", lines=0)
-    summary = source.ask("migrate", uri=f"tcp://{target.host.address}:{port}", limits={})["summary"]
-    target.answer()
-    for node in nodes:
-        node.ask("end")
-    return Sample(summary["total_time"], summary["downtime"])
+def initrd(say: image.Say) -> Path:
+    """The folder with the `initrd` of the Linux guests."""
+    source = code.HERE / "guest" / "bench.c"
+
+    def build(folder: Path) -> None:
+        say("building the Linux guest of the benchmarks")
+        linux.compile_init(source, folder / "init")
+        init = ("init", stat.S_IFREG | 0o755, (folder / "init").read_bytes())
+        (folder / "initrd").write_bytes(image.cpio([("dev", stat.S_IFDIR | 0o755, b""), init]))
+
+    inputs = {"source": cache.file_digest(source), "recipe": cache.file_digest(Path(__file__))}
+    return cache.artefact("linux-bench", inputs, build)
 
 
-def by_qemu(hosts: list[Host], repeat: int) -> Sample:
-    source, target = hosts
-    script = ["python3", f"{INSIDE}/peer_qemu.py", str(MEMORY_MIB), str(PORT + 100 + 2 * repeat)]
-    waiting = target.start(script, stdin=True)
-    leaving = source.start([*script, target.address, f"{INSIDE}/noise"], stdin=True)
-    both = (waiting, leaving)
-    for command in both:
-        command.wait_for(b"\n")
-        command.send(b"\n")
-    leaving.wait_for(b"total", 120)
-    for command in both:
-        command.send(b"\n")
-    results = [command.wait(60) for command in both]
-    for host, result in zip((target, source), results, strict=True):
-        if result.status:
-            raise LabError(f"{host.name}: QEMU's migration failed: {result.stderr.decode(errors='replace')}")
-    facts: dict[str, Any] = json.loads(results[1].text.splitlines()[1])
-    return Sample(facts["total"], facts["downtime"], facts["qemu"]["downtime"] / 1e3)
-
-
-def run(names: list[str], repeat: int, say: image.Say) -> str:
-    """Measures, and gives the table. names: of two kinds of AMD hosts. Raises LabError."""
+def run(names: list[str], wanted: list[str], repeat: int, say: image.Say) -> str:
+    """Measures, and gives the table. names: of two kinds of AMD hosts. wanted: keys of ROWS. Raises LabError."""
     if len(names) != 2 or any(kinds.find(name).vendor != "amd" for name in names):
         raise LabError("bench: needs two kinds of AMD hosts")
-    samples: dict[str, list[Sample]] = {"pyhv": [], "QEMU": []}
-    with Lab(say) as lab:
-        hosts = lab.start(*names, connected=True)
-        needed: Mapping[str, Path | bytes] = qemu_files()
-        scripts = {"peer_qemu.py": code.HERE / "inside" / "peer_qemu.py", "qmp.py": code.HERE / "qmp.py"}
-        nodes = []
-        for number, host in enumerate(hosts):
-            host.put({**needed, **scripts}, INSIDE)
-            nodes.append(Node(host, number, files(say)))
-        hosts[0].run(["dd", "if=/dev/urandom", f"of={INSIDE}/noise", "bs=1M", f"count={USED_MIB}"], check=True)
-        for number in range(repeat):
-            for who in ("pyhv", "QEMU") if number % 2 == 0 else ("QEMU", "pyhv"):
-                sample = by_pyhv(nodes, number) if who == "pyhv" else by_qemu(hosts, number)
-                samples[who].append(sample)
-                say(f"{who}: {sample.total:.2f} s, of which the guest stood {sample.downtime * 1e3:.0f} ms")
-    return table(names, samples)
-
-
-def table(names: list[str], samples: Mapping[str, list[Sample]]) -> str:
-    """Medians, and in brackets the least and the greatest."""
-
-    def spread(values: list[float], unit: str) -> str:
-        return f"{median(values):.3g} {unit} ({min(values):.3g}..{max(values):.3g})"
-
-    count = len(samples["pyhv"])
-    lines = [f"Live migration of {MEMORY_MIB} MiB, {USED_MIB} used, {names[0]} to {names[1]}, {count} times"]
-    for who, taken in samples.items():
-        total = spread([sample.total for sample in taken], "s")
-        line = f"{who:5} total {total}, downtime {spread([s.downtime * 1e3 for s in taken], 'ms')}"
-        if own := [sample.own * 1e3 for sample in taken if sample.own is not None]:
-            line += f"; until it had sent all {spread(own, 'ms')}"
-        lines.append(line)
+    if unknown := [name for name in wanted if name not in ROWS]:
+        raise LabError(f"bench: there is no row {', '.join(unknown)}; there are: {', '.join(ROWS)}")
+    lines = []
+    for name in wanted or ROWS:
+        row = ROWS[name]
+        with Lab(say) as lab:
+            bench = Bench(lab, names, len(row.names) > 1, say)
+            taken: dict[str, list[Facts]] = {"pyhv": [], "QEMU": []}
+            ways = {"pyhv": row.pyhv, "QEMU": row.qemu}
+            for number in range(repeat):
+                for who in ("pyhv", "QEMU") if number % 2 == 0 else ("QEMU", "pyhv"):
+                    facts = ways[who](bench)
+                    taken[who].append(facts)
+                    say(f"{name}: {who}: " + ", ".join(f"{what} {_shown(value)}" for what, value in facts.items()))
+        lines += table(name, row, taken)
     return "\n".join(lines)
+
+
+def table(name: str, row: Row, taken: Mapping[str, list[Facts]]) -> list[str]:
+    """Medians, and in brackets the least and the greatest; of the ratios of the pairs too."""
+    lines = [f"{name}: {row.title}, {len(taken['pyhv'])} times"]
+    for what in row.names:
+        ours, theirs = ([facts[what] for facts in taken[who]] for who in ("pyhv", "QEMU"))
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        ratio = f"ratio {median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f}), goal {row.goal:g}"
+        lines.append(f"  {what:8}  pyhv {_spread(ours)}  QEMU {_spread(theirs)}  {ratio}")
+    return lines
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{_shown(median(values))} ({_shown(min(values))}..{_shown(max(values))})"

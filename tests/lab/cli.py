@@ -58,8 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     test.add_argument("--optional", action="store_true",
                       help="where the lab cannot run for want of packages: exit status 0, said in capitals; "
                       "but not with CI=true")  # fmt: skip
-    bench = commands.add_parser("bench", help="live migration by pyhv and by QEMU, between the same hosts")
-    bench.add_argument("--kinds", default="amd-opteron-g2,amd-epyc", metavar="A,B", help="from A to B, AMD hosts both")
+    bench = commands.add_parser("bench", help="boot and live migration by pyhv and by QEMU, in the same hosts")
+    bench.add_argument("rows", nargs="*", metavar="ROW", help="boot, boot-4, idle, linux, linux-writes (default: all)")
+    bench.add_argument("--kinds", default="amd-opteron-g2,amd-epyc", metavar="A,B",
+                       help="from A to B, AMD hosts both; boots are in B")  # fmt: skip
     bench.add_argument("--repeat", type=int, default=5, metavar="N", help="how often (default: 5)")
     given = list(sys.argv[1:] if arguments is None else arguments)
     # What follows "--" is the command for the hosts, not ours to read.
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "bench":
             from . import bench as benchmark
 
-            print(benchmark.run(options.kinds.split(","), options.repeat, _say))
+            print(benchmark.run(options.kinds.split(","), options.rows, options.repeat, _say))
             return 0
     except Missing as error:
         print(f"pyhv-lab: {error}", file=sys.stderr)

@@ -23,11 +23,7 @@ def guest(say: image.Say = image.say_nothing) -> Path:
     def build(folder: Path) -> None:
         say("building the Linux guest")
         init = folder / "init"
-        command = ["gcc", "-static", "-O2", "-march=x86-64", "-Wall", "-o", str(init), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            raise LabError(f"{' '.join(command)}: {done.stderr.strip()}")
-        subprocess.run(["strip", str(init)], check=True, timeout=60)
+        compile_init(source, init)
         entries = [("dev", stat.S_IFDIR | 0o755, b""), ("modules", stat.S_IFDIR | 0o755, b"")]
         entries += [(f"modules/{name}.ko", stat.S_IFREG | 0o644, data) for name, data in _modules().items()]
         entries.append(("init", stat.S_IFREG | 0o755, init.read_bytes()))
@@ -37,6 +33,14 @@ def guest(say: image.Say = image.say_nothing) -> Path:
 
     inputs = {"kernel": kernel.name, "source": cache.file_digest(source), "recipe": cache.file_digest(Path(__file__))}
     return cache.artefact("linux-guest", inputs, build)
+
+
+def compile_init(source: Path, target: Path) -> None:
+    """A guest's first process. Raises LabError."""
+    command = ["gcc", "-static", "-O2", "-march=x86-64", "-Wall", "-s", "-o", str(target), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise LabError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
 def _modules() -> dict[str, bytes]:

@@ -6,6 +6,8 @@ Does what each line of JSON on its standard input says, and answers with a line 
 
     {"do": "start", "profile": NAME, "pages": N}     starts a ticker
     {"do": "idle", "memory": BYTES, "used": BYTES}   starts a guest that waits, so much of its memory is full of noise
+    {"do": "boot", "image": FILE, "initrd": FILE, "append": LINE, "memory": BYTES, "until": TEXT}
+                                                     starts a Linux guest, and waits until it has said that
     {"do": "set_clock", "clock": NS}                 sets the host's clock
     {"do": "listen", "uri": URI}                     listens
     {"do": "receive", "lines": N}                    takes what comes there, and lets it run until it has printed
@@ -84,6 +86,16 @@ class Node:
         for at in range(NOISE_AT, NOISE_AT + used, len(noise)):
             self.machine.vm.memory.write(at, noise)
         self.machine.start()
+        return {}
+
+    def boot(self, image: str, initrd: str, append: str, memory: int, until: str) -> dict[str, Any]:
+        self.machine = pyhv.Machine(image, initrd=initrd, append=append, cpu="hyperv-r2", memory=memory)
+        self.machine.start()
+        deadline = time.monotonic() + LIMIT
+        while until.encode() not in self.guest.console():
+            if self.guest.vm.stopped is not None or time.monotonic() > deadline:
+                raise TimeoutError(f"the guest does not say {until}: {self.guest.console()[-200:]!r}")
+            time.sleep(0.05)
         return {}
 
     def wait_for_lines(self, count: int) -> None:
