@@ -137,7 +137,7 @@ class Machine:
         check_address_width(size, self.guest, memory)
         tables = [self.guest.table_for(index) for index in range(cpus)]
         # An image with notes is written for pyhv and has no use for a PIT, which takes long to take down.
-        plan = _Plan(GuestMemory(size), tables, pit=self.image.is_for_pc, pc=self.image.is_for_pc)
+        plan = _Plan(GuestMemory(size, anonymous=self.image.is_for_pc), tables, pit=self.image.is_for_pc, pc=self.image.is_for_pc)
         self._build(plan, self._boot, console_in, console_out, on_cpuid)
 
     @classmethod
