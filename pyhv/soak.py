@@ -26,7 +26,7 @@ from pyhv.errors import BadInput, HostError, PyhvError
 from pyhv.machine import Machine
 from pyhv.migration import transport
 from pyhv.migration.destination import Destination
-from pyhv.migration.source import Limits
+from pyhv.migration.source import Limits, Progress
 
 # Where ticker's stamped pages begin, and the distance of their stamps within a block of 16 (guest_images/ticker.c).
 _FIRST_BYTE, _PAGE, _BLOCK = 0x200000, 4096, 16
@@ -75,8 +75,8 @@ class Hop(NamedTuple):
     node: int
     total_time: float
     downtime: float
-    rounds: int
-    bytes: int
+    dirty_rounds: int
+    """Rounds of pre-copy, after the first, that had pages to send: the guest had written them meanwhile."""
     guest_rounds: int
     """Complete rounds over all its pages that the guest began and ended on the node."""
 
@@ -178,7 +178,7 @@ class Ring:
         self._read_console()
         if hop.guest_rounds < 1:
             raise Failure(f"hop {hop.number}: the guest completed no round on node {hop.node}")
-        if hop.rounds < 2:
+        if hop.dirty_rounds < 1:
             raise Failure(f"hop {hop.number}: no round of pre-copy had dirty pages")
 
     def _take(self, event: dict[str, Any], done: int) -> None:
@@ -294,7 +294,6 @@ class _Node:
         self._departures = 0
         # Every node's share of the hops: the guest starts on node 0, and hop n leaves node (n - 1) % nodes.
         self._hops = [n for n in range(plan.hops) if n % plan.nodes == index]
-        self._limits = Limits(downtime=plan.downtime, least_rounds=2)
 
     def run(self) -> int:
         """All hops of this node. Returns the process's exit status."""
@@ -364,12 +363,33 @@ class _Node:
         machine.close()
 
     def _depart(self, machine: Machine, hop: int) -> None:
-        begun, last = self._stamp(machine, 0), self._plan.pages - 1
+        arrived = begun = self._stamp(machine, 0)
+        last = self._plan.pages - 1
+        dirty_rounds: set[int] = set()
+        again = False
+
+        def note(progress: Progress) -> None:
+            if progress.round > 1:  # it is 0 in one that has nothing to send
+                dirty_rounds.add(progress.round)
+
+        def may_stop() -> bool:
+            nonlocal begun, again
+            if self._stamp(machine, last) <= begun:
+                return False
+            if dirty_rounds or again:
+                return True
+            # That round was over before the guest's writes were noted: one more, which pre-copy sends.
+            begun, again = self._stamp(machine, 0), True
+            return False
+
         self._plant_at_departure(machine, hop)
         with transport.connect(self._next) as channel:
             # Its round here and the copying go on at the same time.
             summary = machine.depart(
-                channel, limits=self._limits, may_stop=lambda: self._stamp(machine, last) > begun
+                channel,
+                limits=Limits(downtime=self._plan.downtime),
+                progress=note,
+                may_stop=may_stop,
             )
         if self._plan.fault == "second-copy" and hop == self._plan.hops // 2:
             machine.start(force=True)
@@ -379,9 +399,8 @@ class _Node:
             "hop",
             total_time=summary.total_time,
             downtime=summary.downtime,
-            rounds=summary.rounds,
-            bytes=summary.bytes,
-            guest_rounds=self._stamp(machine, self._plan.pages - 1) - begun,
+            dirty_rounds=len(dirty_rounds),
+            guest_rounds=self._stamp(machine, last) - arrived,
         )
         self._departures += 1
         if self._departures >= _WARM_UP and self._departures % _CENSUS == 0:

@@ -91,7 +91,7 @@ class Progress(NamedTuple):
     """How far pre-copy is."""
 
     round: int
-    """From 1 on; 0 before the first, and in the hand-over."""
+    """From 1 on; 0 before the first, in one that has nothing to send, and in the hand-over."""
     left: int
     """Bytes of memory left in this round."""
     total: int
@@ -279,8 +279,11 @@ class Source:
                 self._drain(begin)
                 left = self._look(pages, since)  # the guest went on writing
             if self._downtime(left) <= limits.downtime and self._round >= limits.least_rounds:
+                if self._may_stop():
+                    break
                 self._wait_for_leave()
-                break
+                self._look(pages, since)
+                continue  # with what it has written meanwhile
             if self._is_late(begin) or self._round >= max(limits.rounds, limits.least_rounds):
                 if limits.on_timeout == "stop":
                     break
@@ -293,6 +296,11 @@ class Source:
         self._send_all(pages)
         return stopped
 
+    def _wait_for_leave(self) -> None:
+        while not self._may_stop():
+            self._rest(time.monotonic() + _LEAVE_CHECK)
+            self._check_guest()
+
     def _look(self, pages: PageSet, since: float) -> int:
         """Adds what the guest has written; how many bytes are to be sent now. since: when this round began."""
         self._vm.take_dirty(pages)
@@ -300,11 +308,6 @@ class Source:
         left = len(pages) * PAGE_SIZE
         self._dirty_rate = left / max(time.monotonic() - since, 1e-6)
         return left
-
-    def _wait_for_leave(self) -> None:
-        while not self._may_stop():
-            self._rest(time.monotonic() + _LEAVE_CHECK)
-            self._check_guest()
 
     def _no_end(self, left: int) -> BadInput:
         rates = f"it writes {self._dirty_rate / 1e6:.0f} MB/s, and {self._rate / 1e6:.0f} MB/s can be sent"

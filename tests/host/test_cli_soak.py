@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,31 @@ def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (
         2, f"pyhv: {state}: has 10 hops, which is all of them; remove it to begin anew\n",
     )  # fmt: skip
+
+
+GOOD_HOP = soak.Hop(1, 0, 0.02, 0.001, 1, 1)
+CENSUS = {"node": 0, "descriptors": 12, "threads": 3, "memory": 30 << 20}
+BAD_ENDS: list[tuple[Callable[[soak.Ring], None], str]] = [
+    (lambda ring: ring._check(GOOD_HOP._replace(guest_rounds=0)), "the guest completed no round on node 0"),
+    (lambda ring: ring._check(GOOD_HOP._replace(dirty_rounds=0)), "no round of pre-copy had dirty pages"),
+    (lambda ring: ring._compare(CENSUS | {"descriptors": 13}), "had 12 descriptors and has 13: they leak"),
+    (lambda ring: ring._compare(CENSUS | {"threads": 4}), "had 3 threads and has 4: they leak"),
+    (lambda ring: ring._compare(CENSUS | {"memory": 39 << 20}), "of memory and has 39936: it leaks"),
+]
+
+
+@pytest.mark.parametrize(("look", "words"), BAD_ENDS, ids=[words for _, words in BAD_ENDS])
+def test_what_a_hop_must_have_and_a_node_may_not(look: Callable[[soak.Ring], None], words: str) -> None:
+    ring = soak.Ring.__new__(soak.Ring)
+    ring._console, writer = os.pipe()
+    ring._children, ring._events, ring._census = [], {}, {}
+    os.close(writer)
+    with ring:
+        ring._check(GOOD_HOP)
+        ring._compare(CENSUS)
+        ring._compare(CENSUS)
+        with pytest.raises(soak.Failure, match=words):
+            look(ring)
 
 
 BAD_PLANS = [
