@@ -76,7 +76,7 @@ lab-full: $(VENV)/dev
 
 soak: $(VENV)/installed
 	@mkdir -p build
-	$(BIN)/pyhv soak --count 110000 --state build/soak.json
+	$(BIN)/pyhv soak --count 110000 --accel kvm --state build/soak.json
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench $(ROWS)
