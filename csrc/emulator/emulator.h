@@ -63,7 +63,6 @@ struct pyhv_emulator_vcpu {
     struct emulator_hole holes[PYHV_VM_MAX_SLOTS + 1];
     uc_engine *engine;
     struct cpu_context *context; /* to look at the state, and to change it, between two runs of the engine */
-    struct cpu_context *at_stop; /* the state at the port access that ended the run */
     struct pyhv_counters counters;
 
     struct pyhv_cpuid_table table;
@@ -82,13 +81,7 @@ struct pyhv_emulator_vcpu {
     uint64_t plain_out;    /* RIP of the last OUT that is no REP OUTSB: a loop of them is not looked at again */
 
     /* What hooks leave for the run loop. */
-    enum emulator_happened {
-        HAPPENED_NOTHING,
-        HAPPENED_EXCEPTION,
-        HAPPENED_SYSCALL,
-        HAPPENED_SYSENTER,
-        HAPPENED_ACTION
-    } happened;
+    enum { HAPPENED_NOTHING, HAPPENED_EXCEPTION, HAPPENED_SYSCALL, HAPPENED_SYSENTER, HAPPENED_ACTION } happened;
     uint32_t vector;    /* HAPPENED_EXCEPTION */
     int action;         /* HAPPENED_ACTION: enum pyhv_action */
     bool log_full;      /* the log of CPUIDs */

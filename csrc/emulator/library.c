@@ -88,13 +88,24 @@ struct cpu_state *pyhv_library_state(const uc_engine *engine)
     return (struct cpu_state *)(void *)(processor(engine) + CPU_STATE);
 }
 
+/* As the library itself ends an instruction. */
+_Noreturn static void jump(uc_engine *engine, int32_t exception)
+{
+    memcpy(processor(engine) + CPU_EXCEPTION, &exception, sizeof exception);
+    siglongjmp(*(sigjmp_buf *)(void *)((uint8_t *)engine + UC_JUMPS), 1);
+}
+
+_Noreturn void pyhv_library_leave(uc_engine *engine)
+{
+    jump(engine, LEAVE);
+}
+
 _Noreturn void pyhv_library_fault(uc_engine *engine, uint32_t vector, uint32_t error_code)
 {
     struct cpu_state *state = pyhv_library_state(engine);
     state->error_code = (int32_t)error_code;
     state->exception_is_int = 0;
-    memcpy(processor(engine) + CPU_EXCEPTION, &vector, sizeof vector);
-    siglongjmp(*(sigjmp_buf *)(void *)((uint8_t *)engine + UC_JUMPS), 1); /* as the library itself does */
+    jump(engine, (int32_t)vector);
 }
 
 int pyhv_library_halted(const uc_engine *engine)
@@ -216,24 +227,33 @@ static int32_t nested(const uc_engine *engine)
     return level;
 }
 
-static uint32_t fault_on_in(uc_engine *engine, uint32_t port, int size, void *opaque)
+static uint32_t jump_on_in(uc_engine *engine, uint32_t port, int size, void *opaque)
 {
-    (void)port, (void)size, (void)opaque;
-    if (nested(engine) == 1)
+    (void)size, (void)opaque;
+    if (nested(engine) == 1 && port == 0)
         pyhv_library_fault(engine, 13, 0x28);
+    if (nested(engine) == 1)
+        pyhv_library_leave(engine);
     return 0;
 }
 
-/* Whether a callback of IN can make it fault: nothing behind it is executed. */
-static bool faults_from_callbacks(struct seen *seen, uint8_t *page)
+/* Whether a callback of IN can make it fault, and leave: nothing behind it is executed. */
+static bool jumps_from_callbacks(struct seen *seen, uint8_t *page)
 {
-    static const char code[] = {'\xe4', 0x60, 0x0f, 0x0b}; /* in $0x60, %al; ud2 */
+    static const char code[] = {'\xe4', 0, 0x0f, 0x0b}; /* in $0, %al; ud2 */
     const struct cpu_state *state = &seen->context->state;
+    uc_engine *engine = seen->engine;
+    uint64_t rip = 0;
     uc_hook hook;
-    return uc.hook_add(seen->engine, &hook, UC_HOOK_INSN, (void *)(uintptr_t)fault_on_in, NULL, 1, 0, UC_X86_INS_IN) ==
-               UC_ERR_OK &&
-           nested(seen->engine) == 0 && run_to_exception(seen, page, code, sizeof code) && seen->vector == 13 &&
-           state->rip == CHECK_PAGE && state->error_code == 0x28 && !state->exception_is_int;
+    if (uc.hook_add(engine, &hook, UC_HOOK_INSN, (void *)(uintptr_t)jump_on_in, NULL, 1, 0, UC_X86_INS_IN) != UC_ERR_OK)
+        return false;
+    if (nested(engine) != 0 || !run_to_exception(seen, page, code, sizeof code) || seen->vector != 13 ||
+        state->rip != CHECK_PAGE || state->error_code != 0x28 || state->exception_is_int)
+        return false;
+    page[1] = 1;
+    uc.ctl(engine, UC_CTL_FLUSH_BLOCKS);
+    return uc.emu_start(engine, CHECK_PAGE, 0, 0, 0) == UC_ERR_OK && seen->count == 1 && !pyhv_library_halted(engine) &&
+           uc.reg_read(engine, UC_X86_REG_RIP, &rip) == UC_ERR_OK && rip == CHECK_PAGE;
 }
 
 /* Whether a stop that is asked for in the middle of a block happens at its end: nothing is executed twice, and no callback
@@ -382,7 +402,7 @@ static const char *misplaced_event(uc_engine *engine, struct cpu_context *contex
         return "error_code";
     if (state->old_exception != 13)
         return "old_exception";
-    if (!faults_from_callbacks(&seen, page))
+    if (!jumps_from_callbacks(&seen, page))
         return "jmp_bufs";
     if (!stops_between_blocks(engine, page))
         return "no_exit_request";

@@ -236,8 +236,10 @@ void pyhv_library_stop_soon(uc_engine *engine);
 /* The state of an engine's processor: to be read in callbacks, where all but the arithmetic flags is up to date. */
 struct cpu_state *pyhv_library_state(const uc_engine *engine);
 
-/* Lets the instruction whose callback this is called from, one of IN or OUT, fault instead; does not return. */
+/* Both are for callbacks of IN and OUT, and do not return: the instruction faults instead; or the engine returns with RIP
+ * on it. Nothing behind it is executed. */
 _Noreturn void pyhv_library_fault(uc_engine *engine, uint32_t vector, uint32_t error_code);
+_Noreturn void pyhv_library_leave(uc_engine *engine);
 
 /* Whether it was HLT that ended the last run of the engine, whatever else asked for its end at the same time. The library
  * reports both alike. */

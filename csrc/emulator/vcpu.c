@@ -208,7 +208,7 @@ static uint32_t on_in(uc_engine *engine, uint32_t port, int size, void *opaque)
             value = (value & ~(0xffu << 8 * i)) | byte << 8 * i;
         }
         pthread_mutex_unlock(&vm->lock);
-    } else if (vm->bus && vcpu->happened != HAPPENED_ACTION) {
+    } else if (vm->bus) {
         pyhv_bus_port_io(vm->bus, (uint16_t)port, 0, (uint32_t)size, 1, &value);
     }
     return value;
@@ -256,8 +256,6 @@ static void on_out(uc_engine *engine, uint32_t port, int size, uint32_t value, v
     int action = PYHV_ACTION_NONE;
     check_port(vcpu, port, size);
     vcpu->counters.port_io++;
-    if (vcpu->happened == HAPPENED_ACTION)
-        return; /* the rest of a block that should have ended already */
     if (vm->irqchip && irqchip_owns_port(&vm->chips, port)) {
         int64_t now = emulator_now();
         pthread_mutex_lock(&vm->lock);
@@ -275,8 +273,7 @@ static void on_out(uc_engine *engine, uint32_t port, int size, uint32_t value, v
     if (action != PYHV_ACTION_NONE) {
         vcpu->happened = HAPPENED_ACTION;
         vcpu->action = action;
-        uc.context_save(engine, vcpu->at_stop);
-        pyhv_library_stop_soon(vcpu->engine);
+        pyhv_library_leave(engine);
     }
 }
 
@@ -346,32 +343,26 @@ static int map_memory(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
 
 /* ---------------------------------------------------------------------------------- what it does: exceptions -- */
 
-/* Leaves word for the run loop; not in the rest of a block that a port access should have ended already. */
-static void leave(struct pyhv_emulator_vcpu *vcpu, enum emulator_happened what)
-{
-    if (vcpu->happened != HAPPENED_ACTION)
-        vcpu->happened = what;
-    uc.emu_stop(vcpu->engine);
-}
-
 static void on_exception(uc_engine *engine, uint32_t vector, void *opaque)
 {
-    (void)engine;
     struct pyhv_emulator_vcpu *vcpu = opaque;
+    vcpu->happened = HAPPENED_EXCEPTION;
     vcpu->vector = vector;
-    leave(vcpu, HAPPENED_EXCEPTION);
+    uc.emu_stop(engine);
 }
 
 static void on_syscall(uc_engine *engine, void *opaque)
 {
-    (void)engine;
-    leave(opaque, HAPPENED_SYSCALL);
+    struct pyhv_emulator_vcpu *vcpu = opaque;
+    vcpu->happened = HAPPENED_SYSCALL;
+    uc.emu_stop(engine);
 }
 
 static void on_sysenter(uc_engine *engine, void *opaque)
 {
-    (void)engine;
-    leave(opaque, HAPPENED_SYSENTER);
+    struct pyhv_emulator_vcpu *vcpu = opaque;
+    vcpu->happened = HAPPENED_SYSENTER;
+    uc.emu_stop(engine);
 }
 
 /* ---------------------------------------------------------------------------------------- creation and end -- */
@@ -419,15 +410,8 @@ struct pyhv_emulator_vcpu *pyhv_emulator_vcpu_create(struct pyhv_emulator_vm *vm
     vcpu->tsc_khz = tsc_khz;
     vcpu->tsc_since = emulator_now();
     pthread_mutex_init(&vcpu->lock, NULL);
-    vcpu->at_stop = calloc(1, sizeof *vcpu->at_stop);
-    if (!vcpu->at_stop) {
-        pyhv_fail(error, ENOMEM, "pyhv_emulator_vcpu_create", NULL);
-        goto fail;
-    }
-    if (pyhv_library_engine(&vcpu->engine, &vcpu->context, error) < 0)
-        goto fail;
-    *vcpu->at_stop = *vcpu->context; /* its head */
-    if (map_memory(vcpu, error) < 0 || add_hooks(vcpu, error) < 0 || emulator_save(vcpu, vcpu->context, error) < 0)
+    if (pyhv_library_engine(&vcpu->engine, &vcpu->context, error) < 0 || map_memory(vcpu, error) < 0 ||
+        add_hooks(vcpu, error) < 0 || emulator_save(vcpu, vcpu->context, error) < 0)
         goto fail;
     emulator_reset(&vcpu->context->state);
     if (emulator_load(vcpu, vcpu->context, true, error) < 0)
@@ -454,7 +438,6 @@ void pyhv_emulator_vcpu_destroy(struct pyhv_emulator_vcpu *vcpu)
         uc.close(vcpu->engine);
     pthread_mutex_destroy(&vcpu->lock);
     free(vcpu->context);
-    free(vcpu->at_stop);
     free(vcpu->log);
     free(vcpu);
 }
@@ -502,10 +485,16 @@ static bool stop_for_code(struct pyhv_exit *exit, const char *what, int code)
     return stop(exit, PYHV_STOP_FAILED);
 }
 
+static bool save_state(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    return emulator_save(vcpu, vcpu->context, &exit->error) == 0 || !stop(exit, PYHV_STOP_FAILED);
+}
+
 static bool stop_for_action(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
 {
-    /* The engine went on to the end of the block: back to the port access, and behind it. */
-    struct cpu_state *state = &vcpu->at_stop->state;
+    struct cpu_state *state = &vcpu->context->state;
+    if (!save_state(vcpu, exit))
+        return true;
     uint8_t bytes[15];
     size_t count = emulator_peek(vcpu, state, state->segs[CS].base + state->rip, bytes, sizeof bytes), length = 0;
     while (length < count && bytes[length] == 0x66)
@@ -514,11 +503,7 @@ static bool stop_for_action(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *e
         state->rip += length + 2;
     else if (length < count && (bytes[length] & 0xfe) == 0xee)
         state->rip += length + 1;
-    int code = uc.context_restore(vcpu->engine, vcpu->at_stop);
-    if (code != UC_ERR_OK)
-        return stop_for_code(exit, "uc_context_restore", code);
-    if (emulator_save(vcpu, vcpu->at_stop, &exit->error) < 0 ||
-        emulator_load(vcpu, vcpu->at_stop, false, &exit->error) < 0)
+    if (emulator_load(vcpu, vcpu->context, false, &exit->error) < 0)
         return stop(exit, PYHV_STOP_FAILED);
     switch (vcpu->action) {
     case PYHV_ACTION_GUEST_EXIT:
@@ -547,11 +532,6 @@ static bool finish_event(struct pyhv_emulator_vcpu *vcpu, enum emulator_delivery
     if (emulator_load(vcpu, vcpu->context, false, &exit->error) < 0)
         return stop(exit, PYHV_STOP_FAILED);
     return done == DELIVERY_TRIPLE_FAULT ? stop(exit, PYHV_STOP_TRIPLE_FAULT) : false;
-}
-
-static bool save_state(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
-{
-    return emulator_save(vcpu, vcpu->context, &exit->error) == 0 || !stop(exit, PYHV_STOP_FAILED);
 }
 
 static bool raise_fault(struct pyhv_emulator_vcpu *vcpu, uint32_t vector, struct pyhv_exit *exit)

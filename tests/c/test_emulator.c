@@ -380,10 +380,16 @@ static void user_mode_asks_for_ports(void)
     }
 }
 
-static void an_exit_goes_before_what_follows_it(void)
+static void nothing_happens_behind_an_exit(void)
 {
-    static const uint8_t codes[][4] = {{0xe6, 0xf4, 0x0f, 0x0b}, {0xe6, 0xf4, 0x0f, 0x05}, {0xe6, 0xf4, 0x0f, 0x34}};
-    for (size_t i = 0; i < sizeof codes / sizeof *codes; i++) { /* out %al, $0xf4; ud2, syscall, sysenter */
+    static const uint8_t codes[][5] = {
+        /* out %al, $0xf4; then ud2, syscall, sysenter, incb (%rsp) */
+        {0xe6, 0xf4, 0x0f, 0x0b},
+        {0xe6, 0xf4, 0x0f, 0x05},
+        {0xe6, 0xf4, 0x0f, 0x34},
+        {0xe6, 0xf4, 0xfe, 0x04, 0x24},
+    };
+    for (size_t i = 0; i < sizeof codes / sizeof *codes; i++) {
         struct machine machine;
         struct pyhv_exit exit;
         build(&machine, codes[i], sizeof codes[i], 0);
@@ -391,6 +397,7 @@ static void an_exit_goes_before_what_follows_it(void)
         start_at(&machine, &sregs, ENTRY, STACK, 2);
         CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_GUEST_EXIT);
         CHECK_EQUAL(regs_of(&machine).rip, ENTRY + 2);
+        CHECK_EQUAL(get64(&machine, STACK), 0);
         destroy(&machine);
     }
 }
@@ -646,7 +653,7 @@ int main(void)
     software_interrupts_look_at_the_gate();
     faults_become_double_and_triple();
     user_mode_asks_for_ports();
-    an_exit_goes_before_what_follows_it();
+    nothing_happens_behind_an_exit();
     code_outside_of_memory_is_told();
     system_calls();
     kicks(0, spin, sizeof spin);
