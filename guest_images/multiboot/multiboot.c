@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
  * multiboot: a 32-bit multiboot kernel that prints what its loader and the firmware configuration tell it: command line,
- * memory map, modules, number of vCPUs. It looks for the MP table too. Status 1 where the two disagree or something that is promised is missing; with
- * the word `panic` on its command line it ends as a kernel that panics does, by port 0x505.
+ * memory map, modules, number of vCPUs. It looks for the MP table too. Status 1 where they disagree or something that
+ * is promised is missing; with the word `panic` on its command line it ends as a kernel that panics does, by port 0x505.
  */
 #include "guest32.h"
 
