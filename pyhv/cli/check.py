@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from pyhv.accel.choose import ACCELERATORS, open_accelerator
-from pyhv.cli import output
+from pyhv.cli import one_line, output
 from pyhv.cli.options import Command, Option
 from pyhv.cpu import compare
 from pyhv.cpu.host import HostDescription, as_kvm_host
@@ -44,9 +44,9 @@ def main(arguments: list[str]) -> int:
     if given.json:
         output.print_json({"runs": not reasons, "reasons": [_as_json(r) for r in reasons], "notes": notes})
         return 1 if reasons else 0
-    print(f"{given.file} {'cannot run' if reasons else 'can run'} on {where}")
+    print(one_line(f"{given.file} {'cannot run' if reasons else 'can run'} on {where}"))
     for line in (*reasons, *notes):
-        print(f"  {line}")
+        print(f"  {one_line(str(line))}")
     return 1 if reasons else 0
 
 

@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from pyhv.cli import output
+from pyhv.cli import one_line, output
 from pyhv.cli.options import Command, Option
 from pyhv.snapshot import file
 from pyhv.snapshot.file import Snapshot
@@ -91,7 +91,7 @@ def _print(description: dict[str, Any]) -> None:
         ("devices", ", ".join(description["devices"])),
     ]
     for name, value in rows:
-        print(f"{name:<10}{value}")
+        print(f"{name:<10}{one_line(value)}")
     print(f"\nfeatures that the guest saw ({description['vendor']}): {len(description['features'])}")
     output.print_names(description["features"])
     for number, registers in enumerate(description["registers"]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyhv.cli import output
+from pyhv.cli import one_line, output
 from pyhv.cli.options import Command, Option
 from pyhv.snapshot import file
 
@@ -23,5 +23,5 @@ def main(arguments: list[str]) -> int:
     with file.open_snapshot(given.file) as snapshot, output.Progress("verify") as progress:
         snapshot.reader.verify(progress)
     sections, memory = len(snapshot.reader.sections), output.size(snapshot.reader.memory_size)
-    print(f"{given.file}: good: {sections} sections, {memory} of memory")
+    print(f"{one_line(given.file)}: good: {sections} sections, {memory} of memory")
     return 0

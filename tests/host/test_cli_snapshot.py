@@ -238,6 +238,20 @@ def test_inspect(saved: Path, capfd: Capture) -> None:
         assert word in out
 
 
+def test_what_a_stranger_wrote_does_not_drive_a_terminal(tmp_path: Path) -> None:
+    """Nor is it an internal error where it is no text at all."""
+    path = tmp_path / "a\udcff"
+    with pyhv.Machine("ticker", memory="4M", append="every=1 \x1b[2J") as machine:
+        machine.save(str(path))
+    for command in ("inspect", "verify", "check"):
+        done = subprocess.run(
+            [*COMMAND, command, path], capture_output=True, timeout=TIMEOUT, check=False, stdin=subprocess.DEVNULL,
+            env=environment() | {"PYTHONIOENCODING": "utf-8:strict"},
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, b""), done
+        assert rb"/a\udcff" in done.stdout and b"\x1b" not in done.stdout
+
+
 def test_check_on_this_host_and_on_others(saved: Path, tmp_path: Path, capfd: Capture) -> None:
     code, out, err = call_here(capfd, "check", str(saved))
     assert (code, out.splitlines()[0], err) == (0, f"{saved} can run on this host", "")
