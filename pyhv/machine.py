@@ -136,8 +136,10 @@ class Machine:
         self.uuid = _new_uuid()
         check_address_width(size, self.guest, memory)
         tables = [self.guest.table_for(index) for index in range(cpus)]
-        # An image with notes is written for pyhv and has no use for a PIT, which takes long to take down.
-        plan = _Plan(GuestMemory(size, anonymous=self.image.is_for_pc), tables, pit=self.image.is_for_pc, pc=self.image.is_for_pc)
+        # An image with notes is written for pyhv and has no use for a PIT, which takes long to take down, nor for much
+        # memory. A kernel fills what it gets, sooner in huge pages.
+        pc = self.image.is_for_pc
+        plan = _Plan(GuestMemory(size, anonymous=pc), tables, pit=pc, pc=pc)
         self._build(plan, self._boot, console_in, console_out, on_cpuid)
 
     @classmethod

@@ -13,6 +13,10 @@ from pyhv.boot.image import Image, Segment
 from pyhv.boot.start64 import LOAD_BASE
 from pyhv.errors import BadInput
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyhv.boot.image import Content
+
 _EHDR32, _EHDR64 = struct.Struct("<16sHHIIIIIHHHHHH"), struct.Struct("<16sHHIQQQIHHHHHH")
 _PHDR32, _PHDR64 = struct.Struct("<IIIIIIII"), struct.Struct("<IIQQQQQQ")
 _NHDR = struct.Struct("<III")
@@ -90,7 +94,7 @@ class Elf(NamedTuple):
         return min(level, 4)
 
 
-def read(data: bytes, name: str) -> Elf:
+def read(data: Content, name: str) -> Elf:
     """The headers and notes of an executable for x86, of 32 or 64 bits. Raises BadInput."""
     bits = 32 if data[4:5] == b"\1" else 64
     ehdr, phdr = (_EHDR32, _PHDR32) if bits == 32 else (_EHDR64, _PHDR64)
@@ -122,7 +126,7 @@ def read(data: bytes, name: str) -> Elf:
     return Elf(bits, machine, entry, tuple(headers), tuple(notes))
 
 
-def segments(elf: Elf, data: bytes, name: str, low: bool = False) -> tuple[Segment, ...]:
+def segments(elf: Elf, data: Content, name: str, low: bool = False) -> tuple[Segment, ...]:
     """What is to be loaded. low: below 1 MiB too. Raises BadInput where that cannot be."""
     found: list[Segment] = []
     view = memoryview(data)
@@ -145,12 +149,12 @@ def segments(elf: Elf, data: bytes, name: str, low: bool = False) -> tuple[Segme
     return tuple(found)
 
 
-def parse(data: bytes, name: str) -> Image:
+def parse(data: Content, name: str) -> Image:
     """The image of an ELF64 executable's bytes. Raises BadInput."""
     return image(read(data, name), data, name)
 
 
-def image(elf: Elf, data: bytes, name: str) -> Image:
+def image(elf: Elf, data: Content, name: str) -> Image:
     """As parse(), of a file that was read."""
     if elf.bits != 64:
         raise BadInput(

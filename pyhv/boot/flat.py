@@ -5,7 +5,11 @@ from __future__ import annotations
 from pyhv.boot.image import Image, Segment
 from pyhv.boot.start64 import LOAD_BASE
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyhv.boot.image import Content
 
-def parse(data: bytes, name: str) -> Image:
+
+def parse(data: Content, name: str) -> Image:
     """The image for the file's bytes."""
-    return Image(name, "flat", LOAD_BASE, (Segment(LOAD_BASE, data, len(data)),), (), None)
+    return Image(name, "flat", LOAD_BASE, (Segment(LOAD_BASE, memoryview(data), len(data)),), (), None)

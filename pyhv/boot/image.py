@@ -12,10 +12,13 @@ from pyhv.errors import BadInput
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from mmap import mmap
 
     from pyhv.accel.data import Regs, Sregs
     from pyhv.vm.memory import GuestMemory
 
+    Content = bytes | mmap
+    """Of a file: what is read of it, or what is mapped, read-only."""
     Loader = Callable[["Image", GuestMemory, str, "tuple[Module, ...]", int, Sregs], tuple[Regs, Sregs]]
 
 # Each boot protocol's name, and what an error calls its images.
@@ -30,6 +33,8 @@ KINDS = {
 # An ELF file may be larger than what it loads, by its debug information; a kernel's with all of it has 600 MiB.
 _MAX_ELF = 1 << 30
 _MAX_MODULES = 64
+# An image of more bytes is mapped: much of a kernel's file is never loaded, and the rest is copied once.
+_MAP_FROM = 1 << 20
 
 
 class Segment(NamedTuple):
@@ -89,7 +94,7 @@ def read(path: str, memory_size: int, kind: str = "") -> Image:
     Raises BadInput with what is wrong with it."""
     if kind and kind not in KINDS:
         raise BadInput(f"boot protocol {kind}", "is unknown", f"choose one of {', '.join(KINDS)}")
-    data = _read_file(path, memory_size, "give an image file or the name of a bundled guest")
+    data = _read_file(path, memory_size, "give an image file or the name of a bundled guest", may_map=True)
     if kind == "linux" or (not kind and data[0x202:0x206] == b"HdrS" and data[:4] != b"\x7fELF"):
         from pyhv.boot import linux
 
@@ -150,10 +155,10 @@ def read_modules(image: Image, initrd: str | None, modules: Sequence[str], memor
     wanted += [(file, arguments.strip()) for file, _, arguments in (module.partition(" ") for module in modules)]
     if len(wanted) > _MAX_MODULES:
         raise BadInput("--module", f"was given {len(wanted)} times; the most is {_MAX_MODULES}")
-    return tuple(Module(file, arguments, _read_file(file, memory_size)) for file, arguments in wanted)
+    return tuple(Module(file, arguments, bytes(_read_file(file, memory_size))) for file, arguments in wanted)
 
 
-def _read_file(path: str, memory_size: int, advice: str = "") -> bytes:
+def _read_file(path: str, memory_size: int, advice: str = "", may_map: bool = False) -> Content:
     try:
         # Not blocking: opening a FIFO would wait for a writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -169,6 +174,10 @@ def _read_file(path: str, memory_size: int, advice: str = "") -> bytes:
             if status.st_size > most:
                 sizes = f"is {status.st_size} bytes, the guest has {memory_size} bytes of memory"
                 raise BadInput(path, sizes, "give it more (--mem)")
+            if may_map and status.st_size >= _MAP_FROM:
+                import mmap
+
+                return mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_READ)
             return file.read()
     except IsADirectoryError:
         raise BadInput(path, "is a directory", advice) from None

@@ -18,6 +18,7 @@ from pyhv.errors import BadInput
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyhv.boot.image import Content
     from pyhv.vm.memory import GuestMemory
 
 # The set-up header: where it begins, in the file and in the boot parameters, and fields of it, by their offsets there.
@@ -42,7 +43,7 @@ _UNKNOWN_LOADER = 0xFF
 _CODE, _DATA = 0x10, 0x18  # the selectors that the protocol asks for
 
 
-def parse(data: bytes, name: str) -> Image:
+def parse(data: Content, name: str) -> Image:
     """The image of a bzImage's bytes. Raises BadInput."""
     if data[_MAGIC : _MAGIC + 4] != b"HdrS":
         what = "is an ELF file: an uncompressed kernel, which PVH boots" if data[:4] == b"\x7fELF" else ""
@@ -116,7 +117,7 @@ def _sregs(memory: GuestMemory, reset: Sregs) -> Sregs:
     return sregs._replace(cs=sregs.cs._replace(selector=_CODE), ds=flat, es=flat, fs=flat, gs=flat, ss=flat)
 
 
-def _get(data: bytes | bytearray, offset: int, size: int) -> int:
+def _get(data: Content | bytearray, offset: int, size: int) -> int:
     return int.from_bytes(data[offset : offset + size], "little")
 
 

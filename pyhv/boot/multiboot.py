@@ -21,6 +21,7 @@ from pyhv.errors import BadInput
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyhv.boot.elf import Elf
+    from pyhv.boot.image import Content
     from pyhv.vm.memory import GuestMemory
 
 _MAGIC, _BOOTED = 0x1BADB002, 0x2BADB002
@@ -45,7 +46,7 @@ class Header(NamedTuple):
     flags: int
 
 
-def find(data: bytes) -> Header | None:
+def find(data: Content) -> Header | None:
     """The header in an image; None: there is none."""
     magic = _MAGIC.to_bytes(4, "little")
     at = -1
@@ -57,7 +58,7 @@ def find(data: bytes) -> Header | None:
     return None
 
 
-def parse(data: bytes, name: str, elf: Elf | None = None) -> Image:
+def parse(data: Content, name: str, elf: Elf | None = None) -> Image:
     """The image of a kernel's bytes. elf: what was read where it is an ELF file; addresses in the multiboot header go
     before those in an ELF file's. Raises BadInput."""
     header = _find(data, name)
@@ -76,7 +77,7 @@ def parse(data: bytes, name: str, elf: Elf | None = None) -> Image:
     return Image(name, "multiboot", entry, loaded, (), None, elf.isa_level)
 
 
-def _parse_flat(header: Header, data: bytes, name: str) -> Image:
+def _parse_flat(header: Header, data: Content, name: str) -> Image:
     """The image of a file with addresses in its multiboot header."""
     if header.at + _HEADER.size + _ADDRESSES.size > len(data):
         raise BadInput(name, "is cut off in its multiboot header")
@@ -147,7 +148,7 @@ def load(
     return regs, protected32.sregs(reset)
 
 
-def _find(data: bytes, name: str) -> Header:
+def _find(data: Content, name: str) -> Header:
     header = find(data)
     if header is None:
         raise BadInput(name, f"has no multiboot header in its first {_SEARCH} bytes", "leave --boot out")

@@ -18,6 +18,7 @@ from pyhv.errors import BadInput
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyhv.boot.elf import Elf
+    from pyhv.boot.image import Content
     from pyhv.vm.memory import GuestMemory
 
 _MAGIC = 0x336EC578
@@ -27,7 +28,7 @@ _MODULE = struct.Struct("<4Q")
 _AREA = struct.Struct("<QQII")
 
 
-def parse(elf: Elf, data: bytes, name: str) -> Image:
+def parse(elf: Elf, data: Content, name: str) -> Image:
     """The image of an ELF file that was read. Raises BadInput."""
     entry = elf.pvh_entry
     if entry is None:

@@ -153,6 +153,14 @@ def test_a_flat_binary_goes_to_1_mib(tmp_path: Path) -> None:
     assert flat.user_word is None
 
 
+def test_a_large_image_is_the_same_though_it_is_mapped(tmp_path: Path) -> None:
+    path, content = tmp_path / "large", bytes(range(256)) * (image._MAP_FROM // 256)
+    for size in (len(content) - 1, len(content)):
+        path.write_bytes(content[:size])
+        (piece,) = image.read(str(path), 4 * MEMORY).segments
+        assert piece == image.Segment(0x100000, content[:size], size)
+
+
 def test_command_lines() -> None:
     assert start64.encode_command_line("ä b") == b"\xc3\xa4 b\0"
     assert len(start64.encode_command_line("x" * 4095)) == 4096
