@@ -1,7 +1,7 @@
 # make demo    build everything and show compatibility mode
 # make test    all tests: checks, unit, C with sanitizers, host, and the lab where it can run
 # make lab     the tests on real kvm_amd and kvm_intel, in emulated hosts of two generations each; lab-full: of all
-# make soak    110,000 live migrations of one guest, each checked; goes on where it was interrupted
+# make soak    110,000 live migrations on KVM of one guest, each checked; goes on after the last 10,000 done
 # make bench   the benchmarks, each against a named peer in the same run; ROWS="save restore": these only
 # make clean   remove what was built
 #

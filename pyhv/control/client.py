@@ -91,8 +91,11 @@ class Client:
         self.call("save", params, tell)
 
     def stop(self) -> None:
-        """Ends the VM, with the cause "stopped"; returns when its name is free."""
-        self.call("stop")
+        """Ends the VM, with the cause "stopped"; returns when its name is free. Raises BadInput where it has been
+        migrated in the meantime, and runs there."""
+        end = self.call("stop")
+        if isinstance(end, dict) and end.get("cause") == "migrated":
+            raise BadInput(self.name, f"was not stopped: {end.get('message')}", "stop it there")
 
     def call(
         self,

@@ -214,7 +214,7 @@ class Operations:
         self._paused = False
 
     def _stop(self, cause: str) -> Deferred:
-        self.ending = cause
+        self.ending = self.ending or cause  # a VM that has left in the meantime is not stopped by anybody here
         self._machine.vm.interrupt()
         return Deferred()
 

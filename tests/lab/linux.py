@@ -1,5 +1,5 @@
 """A Linux guest for the hosts: the lab's kernel as bzImage and as ELF, and an initramfs whose first process tells what
-it finds (guest/linux.c)."""
+it finds (guest/linux.c) and can be moved while it works (guest/ride.c)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from .errors import LabError
 HERE = Path(__file__).resolve().parent
 #: Modules in the initramfs, in the order of loading: what tells the host of a panic.
 MODULES = ("pvpanic", "pvpanic-mmio")
+SOURCES = tuple(HERE / "guest" / name for name in ("linux.c", "ride.c", "ride.h"))
 
 
 def guest(say: image.Say = image.say_nothing) -> Path:
-    """The folder with `vmlinuz`, `vmlinux` and `initrd`."""
-    kernel, source = packages.kernel(say), HERE / "guest" / "linux.c"
+    """The folder with `vmlinuz`, `vmlinux`, `initrd`, and `symbols`: what `nm` says of the initrd's program."""
+    kernel = packages.kernel(say)
 
     def build(folder: Path) -> None:
         say("building the Linux guest")
         init = folder / "init"
-        compile_init(source, init)
+        compile_init(SOURCES[0], init, SOURCES[1], strip=False)
+        with (folder / "symbols").open("wb") as symbols:
+            subprocess.run(["nm", str(init)], check=True, timeout=60, stdout=symbols)
+        subprocess.run(["strip", str(init)], check=True, timeout=60)
         entries = [("dev", stat.S_IFDIR | 0o755, b""), ("modules", stat.S_IFDIR | 0o755, b"")]
         entries += [(f"modules/{name}.ko", stat.S_IFREG | 0o644, data) for name, data in _modules().items()]
         entries.append(("init", stat.S_IFREG | 0o755, init.read_bytes()))
@@ -31,13 +35,15 @@ def guest(say: image.Say = image.say_nothing) -> Path:
         for name in ("vmlinuz", "vmlinux"):
             (folder / name).hardlink_to(kernel / name)
 
-    inputs = {"kernel": kernel.name, "source": cache.file_digest(source), "recipe": cache.file_digest(Path(__file__))}
+    inputs = {source.name: cache.file_digest(source) for source in SOURCES}
+    inputs |= {"kernel": kernel.name, "recipe": cache.file_digest(Path(__file__))}
     return cache.artefact("linux-guest", inputs, build)
 
 
-def compile_init(source: Path, target: Path) -> None:
-    """A guest's first process. Raises LabError."""
-    command = ["gcc", "-static", "-O2", "-march=x86-64", "-Wall", "-s", "-o", str(target), str(source)]
+def compile_init(source: Path, target: Path, *more: Path, strip: bool = True) -> None:
+    """A guest's first process. Not PIE: the addresses that it prints are those of its symbols. Raises LabError."""
+    command = ["gcc", "-static", "-no-pie", "-O2", "-march=x86-64", "-Wall", "-Wextra", *(["-s"] if strip else [])]
+    command += ["-o", str(target), str(source), *map(str, more)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise LabError(f"{' '.join(command)}: {done.stderr.strip()}")

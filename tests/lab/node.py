@@ -14,6 +14,8 @@ from .host import Host, patience
 #: How many seconds one order may take, by vendor, times patience().
 LIMIT = {"amd": 60.0, "intel": 300.0}
 
+#: What of inside/ it runs.
+SCRIPTS = ("generations.py", "ring.py", "linux_ride.py")
 #: Where distributions have libzstd, which pyhv takes where it is.
 ZSTD = ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib")
 #: What the process's environment has besides that of pyhv.
@@ -26,19 +28,28 @@ def files(say: image.Say = image.say_nothing) -> dict[str, Path | bytes]:
     for folder in ZSTD:
         if (library := Path(folder) / "libzstd.so.1").exists():
             found["lib/libzstd.so.1"] = library.resolve()
-    return found | {name: code.HERE / "inside" / name for name in ("generations.py", "ring.py")}
+    return found | {name: code.HERE / "inside" / name for name in SCRIPTS}
 
 
 class Node:
     """A host, and the process of inside/ring.py in it."""
 
-    def __init__(self, host: Host, number: int, files: Mapping[str, Path | bytes]) -> None:
-        """number: of its end of the cable. files: files(), and what else it needs."""
+    def __init__(
+        self,
+        host: Host,
+        number: int,
+        files: Mapping[str, Path | bytes],
+        script: str = "ring.py",
+        limit: float = 0.0,
+    ) -> None:
+        """number: of its end of the cable. files: files(), and what else it needs. script: another that understands
+        orders. limit: how many seconds one may take there, times patience(), instead of LIMIT."""
         self.host = host
         self.number = number
         self.vendor = host.kind.vendor
+        self._limit = limit or LIMIT[self.vendor]
         host.put(files, code.INSIDE)
-        argv = ["python3", f"{code.INSIDE}/ring.py"]
+        argv = ["python3", f"{code.INSIDE}/{script}"]
         self._command = host.start(argv, stdin=True, env=ENVIRONMENT, cwd=code.INSIDE)
         self._read = 0
         self.answer()
@@ -48,7 +59,7 @@ class Node:
 
     def answer(self) -> dict[str, Any]:
         """The next answer. Raises LabError with the process's own words where something broke there."""
-        limit = LIMIT[self.vendor] * patience()
+        limit = self._limit * patience()
         if not self.host._wait(self._has_line, limit):
             raise LabError(f"{self.host.name}: no answer within {limit:.0f} s")
         end = self._command.stdout.find(b"\n", self._read)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from pyhv.control import names, server
 from pyhv.control.client import Client, all_statuses
 from pyhv.control.history import SIZE, History
-from pyhv.control.operations import Call, Deferred
+from pyhv.control.operations import Call, Deferred, Operations
 from pyhv.errors import BadInput, HostError
 
 TIMEOUT = 30
@@ -57,9 +58,9 @@ class Served:
         os.set_blocking(self.guest_input, False)
         self.server.start(self.vm, copy, self.keys)
 
-    def finish(self) -> None:
+    def finish(self, cause: str = "guest-exit", message: str = "") -> None:
         """The guest has come to its end."""
-        self.vm.ended = {"cause": "guest-exit", "status": 7, "message": ""}
+        self.vm.ended = {"cause": cause, "status": 7, "message": message}
         os.close(self.guest_output)
         self.guest_output = -1
         self.server.finish()
@@ -553,6 +554,24 @@ def test_the_end(served: Served, base: Path) -> None:
         assert reader.line() is None
         assert stopper.line() == {"jsonrpc": "2.0", "result": end, "id": 9}
         assert stopper.line() is None
+
+
+def test_a_stop_that_comes_too_late_says_so(served: Served) -> None:
+    """The VM was handed over just before: it runs there, and whoever wanted to end it must know."""
+    served.vm.outcome = lambda call: Deferred()
+    finisher = threading.Timer(0.1, lambda: served.finish("migrated", "migrated to x"))
+    finisher.start()
+    with Client("t") as client, pytest.raises(BadInput, match="t: was not stopped: migrated to x; stop it there"):
+        client.stop()
+    finisher.join()
+
+
+def test_what_ended_a_vm_first_counts() -> None:
+    machine = mock.MagicMock()
+    operations = Operations("t", machine)
+    operations._stop("migrated")
+    operations._stop("stopped")
+    assert operations.ending == "migrated" and machine.vm.interrupt.call_count == 2
 
 
 def test_the_end_does_not_wait_for_who_does_not_read(served: Served) -> None:

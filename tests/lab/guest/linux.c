@@ -1,7 +1,9 @@
 /* The first process of a Linux guest that pyhv boots inside a host: it says what it finds, a line each ("linux: KEY
- * VALUE"), and ends the machine as its command line says: do=off (the default), reboot, halt, panic, sleep. Modules in
- * /modules that the command line names (load=A,B) are loaded first. */
+ * VALUE"), and ends the machine as its command line says: do=off (the default), reboot, halt, panic, sleep; with do=ride
+ * it goes on in ride.c. Modules in /modules that the command line names (load=A,B) are loaded first. */
 #define _GNU_SOURCE
+#include "ride.h"
+
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
@@ -96,6 +98,8 @@ int main(void)
 
     snprintf(line, sizeof line, "%s", read_file("/proc/cmdline"));
     const char *act = option("do", line);
+    if (!strcmp(act, "ride"))
+        ride();
     if (!strcmp(act, "reboot"))
         reboot(RB_AUTOBOOT);
     if (!strcmp(act, "halt"))

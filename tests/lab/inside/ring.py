@@ -196,10 +196,9 @@ def refusal(error: pyhv.Incompatible) -> dict[str, Any]:
     return {"refused": [str(reason) for reason in error.reasons], "named": named, "message": str(error)}
 
 
-def main() -> None:
+def main(node: Node) -> None:
     choose.open_accelerator().prepare()
     print(json.dumps({"ready": True}), flush=True)
-    node = Node()
     for line in sys.stdin:
         try:
             answer = node.obey(json.loads(line))
@@ -209,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Node())

@@ -1,0 +1,525 @@
+"""A Linux guest in compatibility mode, with four vCPUs at work, moved through the generations: live along AMD's, up and
+down, and by snapshots along Intel's. It must notice nothing but, after a snapshot, that the time of day has gone on.
+
+What the guest does and notices is in ../guest/ride.c, what a host does for it in ../inside/linux_ride.py. `played` does
+it all once; each test looks at a part of it. The live hops are in the table at the end of the lab's report.
+
+Not among the hosts is the one whose TSC has another rate: its seconds are longer, so no clock that came from elsewhere
+can be right there. test_ring.py has a guest that can tell what it should be.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from pyhv.cpu import profiles
+from pyhv.cpu.features import BY_NAME
+from tests.lab import linux
+from tests.lab.bochs import BochsHost
+from tests.lab.lab import Lab
+from tests.lab.node import Node, files
+
+from .conftest import of_vendor
+from .test_generations import SHOWN, hosts
+from .test_ring import AHEAD
+
+CPUS, MEMORY = 4, "128M"
+APPEND = "console=ttyS0 quiet panic=-1 do=ride"
+FOLDER = "/tmp/linux"
+PORT = 7300
+#: Booting takes minutes on an Intel host, and everything when the machine is busy; times patience().
+LIMIT = 600.0
+
+#: By how much (seconds) the time of day may be off, and what counts time. The RTC has whole seconds.
+WALL_TOLERANCE, PASSED_TOLERANCE, RTC_TOLERANCE = 1.0, 0.5, 1.5
+#: By how much a timer may fire too late. Four vCPUs share one processor, and that with the rest of the machine.
+LATE = 10.0
+
+#: Linux' words for what a guest in compatibility mode must not see: the published list, and what came with it or later.
+HIDDEN = set(
+    "ssse3 sse4_1 sse4_2 sse4a popcnt abm misalignsse xop fma4 f16c 3dnow 3dnowext avx xsave aes pclmulqdq movbe "
+    "rdrand fma avx2 bmi1 bmi2 erms smep smap fsgsbase rdtscp pdpe1gb pcid xsaveopt clwb pku umip constant_tsc "
+    "nonstop_tsc tsc_deadline_timer ibpb ibrs stibp ssbd".split()
+).union(*SHOWN.values())
+#: Of pyhv's table, what a topology of several processors brings, and what Linux makes of the long mode.
+OWN = {"ht", "cmp_legacy", "3dnowprefetch"}
+#: In the names of variants that the C library has for processors beyond the baseline.
+BEYOND = re.compile("avx|evex|ssse3|sse3|sse4|fma|erms|movbe|popcnt|bmi|lzcnt")
+#: In what a kernel says that has lost its clock or a processor.
+WORDS = re.compile("clocksource|soft lockup|stall|oops|bug:|warning|hung|tsc|time jumped|nmi|lost", re.IGNORECASE)
+
+
+class Stay(NamedTuple):
+    """The guest on one host: what it said, and when."""
+
+    host: str
+    answers: list[dict[str, Any]]
+    """In order, as linux_ride.py gave them. The first one upon arrival."""
+    end: dict[str, Any]
+
+
+class Ride(NamedTuple):
+    stays: list[Stay]
+    moves: list[dict[str, Any]]
+    """moves[i] led to stays[i + 1]: of a live migration "summary"; of a snapshot "stood", clocks when it was taken."""
+    off: dict[str, Any]
+    planted: Stay | None = None
+    """A last stay to which the guest was migrated with a clock that was set back."""
+
+
+def way(vendor: str) -> list[str]:
+    """The hosts that the guest comes to. AMD: up and down. Intel, where each takes long to start: from the newest down,
+    and up again at once."""
+    names = [name for name in hosts() if name in of_vendor(vendor) and not name.endswith("-tsc")]
+    if len(names) < 2:
+        return []
+    return names + names[-2::-1] if vendor == "amd" else [*names[::-1], names[-1]]
+
+
+VENDORS = [one for one in ("amd", "intel") if way(one)]
+vendors = pytest.mark.parametrize("one", VENDORS)
+
+
+# -- playing it all ----------------------------------------------------------------------------------------------
+
+
+def guest_files(image: str) -> dict[str, Path | bytes]:
+    return {name: linux.guest() / name for name in (image, "initrd")}
+
+
+def boot(node: Node, image: str, word: str) -> dict[str, Any]:
+    node.host.put(guest_files(image), FOLDER)
+    words = {"profile": "hyperv-r2", "memory": MEMORY, "cpus": CPUS, "append": APPEND}
+    return node.ask("start", word=word, image=f"{FOLDER}/{image}", **words)
+
+
+def ride_live(names: list[str]) -> Ride:
+    words = (f"w{number}" for number in itertools.count())
+    with Lab() as lab:
+        kinds = list(dict.fromkeys(names))
+        needed = files()
+        nodes = {}
+        for number, host in enumerate(lab.start(*kinds, connected=True)):
+            nodes[host.kind.name] = Node(host, number, needed, "linux_ride.py", LIMIT)
+        stays, moves = [], []
+        here = nodes[names[0]]
+        answers = [boot(here, "vmlinux", next(words))]
+
+        def move(target: Node, plant: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+            for node, ahead in ((here, 0.0), (target, AHEAD)):
+                node.ask("set_clock", clock=time.time_ns() + int(ahead * 1e9))
+            answers.append(here.ask("stay", word=next(words)))
+            target.ask("listen", uri=f"tcp://0.0.0.0:{PORT}")
+            target.order("receive", word=next(words), plant=plant)
+            limits = {"downtime": 2.0, "silence": 20.0, "heartbeat": 1.0}
+            sent = here.ask("migrate", uri=f"tcp://{target.host.address}:{PORT}", limits=limits)
+            return sent, target.answer()
+
+        for name in names[1:]:
+            sent, came = move(nodes[name], False)
+            stays.append(Stay(here.host.kind.name, answers, here.ask("end")))
+            moves.append(sent)
+            here, answers = nodes[name], [came]
+        planted_at = nodes[names[1]]
+        _, came = move(planted_at, True)
+        stays.append(Stay(here.host.kind.name, answers, here.ask("end")))
+        wrong = [came, planted_at.ask("stay", word=next(words))]
+        off = planted_at.ask("off")
+        return Ride(stays, moves, off, Stay(names[1], wrong, planted_at.ask("end")))
+
+
+def ride_saved(names: list[str], folder: Path) -> Ride:
+    words = (f"w{number}" for number in itertools.count())
+    needed, packed = files(), folder / "packed"
+    stays: list[Stay] = []
+    moves: list[dict[str, Any]] = []
+    for number, name in enumerate(names):
+        # One host at a time: each uses a processor all the time.
+        with Lab() as lab:
+            host = lab.start_one(name)
+            assert isinstance(host, BochsHost)
+            node = Node(host, 0, needed, "linux_ride.py", LIMIT)
+            if number == 0:
+                answers = [boot(node, "vmlinuz", next(words))]
+            else:
+                host.put({"packed": packed}, "/tmp")
+                answers = [node.ask("restore", word=next(words), path="/tmp/packed")]
+            answers.append(node.ask("stay", word=next(words)))
+            answers.append(node.ask("set", word=next(words)))
+            if number + 1 < len(names):
+                moves.append(node.ask("save", path="/tmp/packed"))
+                host.take("/tmp/packed", packed)
+            else:
+                off = node.ask("off")
+            stays.append(Stay(name, answers, node.ask("end")))
+    return Ride(stays, moves, off)
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Ride]:
+    """What came of it all, by vendor; the hosts are gone by then."""
+    folder = tmp_path_factory.mktemp("linux")
+    with ThreadPoolExecutor(2) as pool:
+        running = {}
+        if "intel" in VENDORS:
+            running["intel"] = pool.submit(ride_saved, way("intel"), folder)
+        if "amd" in VENDORS:
+            running["amd"] = pool.submit(ride_live, way("amd"))
+        return {one: ride.result() for one, ride in running.items()}
+
+
+# -- judging it --------------------------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """Seconds, and the name of a clock source."""
+
+    monotonic: float
+    realtime: float
+    rtc: int
+    source: str
+    cpuinfo: str
+    rounds: list[int]
+    faults: list[int]
+    latest: list[float]
+    before: tuple[float, float]
+    """The host's clocks, real and monotonic, before it was asked."""
+    after: tuple[float, float]
+
+
+def parsed(answer: dict[str, Any]) -> Answer:
+    monotonic, realtime, rtc, source, cpuinfo, *lists = answer["line"].split()[4:]
+    rounds, wrong, latest = ([int(number) for number in text.split(",")] for text in lists)
+    before, after = (tuple(ns / 1e9 for ns in answer[when]) for when in ("before", "after"))
+    return Answer(
+        int(monotonic) / 1e9, int(realtime) / 1e9, int(rtc), source, cpuinfo, rounds, wrong,
+        [ns / 1e9 for ns in latest], before, after,
+    )  # fmt: skip
+
+
+def said(stays: list[Stay]) -> Iterator[list[str]]:
+    """The words of each line of a guest, without its number."""
+    for line in "".join(stay.end["console"] for stay in stays).splitlines():
+        if found := re.fullmatch(r"ride: \d+ (.*)", line):
+            yield found[1].split(" ")
+
+
+def console_faults(stays: list[Stay]) -> list[str]:
+    """What of a guest's lines was lost, doubled or damaged on their way, and what they complain of."""
+    wrong = []
+    console = "".join(stay.end["console"] for stay in stays).replace("\r", "")
+    *lines, rest = console[max(console.find("ride: 1 "), 0) :].split("\n")
+    if rest and not "ride: ".startswith(rest[:6]):
+        wrong.append(f"its last words were {rest!r}")
+    for number, line in enumerate(lines, 1):
+        if not line.startswith(f"ride: {number} "):
+            wrong.append(f"line {number} is {line!r}, after {lines[max(number - 2, 0)]!r}")
+            break
+    for words in said(stays):
+        text = " ".join(words)
+        if words[0] in ("fault", "order"):
+            wrong.append(text)
+        if words[0] == "kernel" and (int(words[1]) <= 4 or WORDS.search(text)):
+            wrong.append(text)
+        if words[0] == "timer":
+            late = (int(words[3]) - int(words[2])) / 1e9
+            if not 0 <= late <= LATE:
+                wrong.append(f"{text}: {late:+.3f} s too late")
+    for stay in stays:
+        fired = {words[1] for words in said([stay]) if words[0] == "timer"}
+        if fired != {"monotonic", "realtime"}:
+            wrong.append(f"on {stay.host}, of its timers only these have fired: {sorted(fired)}")
+    return wrong
+
+
+def answer_faults(where: str, now: Answer, then: Answer | None, first: Answer) -> list[str]:
+    """What is wrong with an answer by itself, and after the last one, `then`."""
+    wrong = []
+    if now.source != "kvm-clock":
+        wrong.append(f"its clock source is {now.source}")
+    if now.cpuinfo != first.cpuinfo:
+        wrong.append("/proc/cpuinfo has changed")
+    if any(now.faults):
+        wrong.append(f"its workers noticed {now.faults} faults")
+    if max(now.latest) > LATE:
+        wrong.append(f"its workers overslept by up to {max(now.latest):.3f} s")
+    if not now.before[0] - RTC_TOLERANCE <= now.rtc <= now.after[0] + RTC_TOLERANCE:
+        wrong.append(f"its RTC shows {now.rtc}, the host's clock {now.before[0]:.3f} to {now.after[0]:.3f}")
+    if then is not None:
+        if any(a < b for a, b in zip(now.rounds, then.rounds, strict=True)):
+            wrong.append(f"its workers went from round {then.rounds} to {now.rounds}")
+        if now.monotonic < then.monotonic:
+            wrong.append(f"CLOCK_MONOTONIC went from {then.monotonic} to {now.monotonic}")
+    return [f"{where}: {text}" for text in wrong]
+
+
+def passed_faults(what: str, passed: float, least: float, most: float) -> list[str]:
+    if least - PASSED_TOLERANCE <= passed <= most + PASSED_TOLERANCE:
+        return []
+    return [f"{what} went on by {passed:.3f} s in {least:.3f} to {most:.3f} s"]
+
+
+def wall_faults(where: str, answer: Answer) -> list[str]:
+    if answer.before[0] - WALL_TOLERANCE <= answer.realtime <= answer.after[0] + WALL_TOLERANCE:
+        return []
+    real = f"{answer.before[0]:.3f} to {answer.after[0]:.3f}"
+    return [f"{where}: its time of day is {answer.realtime:.3f}, the host's {real}"]
+
+
+def faults(ride: Ride) -> list[str]:
+    """What a guest lost on its way, as far as it or anybody else noticed."""
+    stays = ride.stays
+    wrong = console_faults(stays)
+    answers = [[parsed(answer) for answer in stay.answers] for stay in stays]
+    first = answers[0][0]
+    then: Answer | None = None
+    for stay, some in zip(stays, answers, strict=True):
+        where = f"on {stay.host}"
+        for number, now in enumerate(some):
+            wrong += answer_faults(f"{where}, answer {number + 1}", now, then, first)
+            then = now
+        if any(a <= b for a, b in zip(some[-1].rounds, some[0].rounds, strict=True)):
+            wrong.append(f"{where}: a worker stands: {some[0].rounds}, {some[-1].rounds}")
+        a, b = some[0], some[1]
+        wrong += [
+            f"{where}: {text}"
+            for text in passed_faults(
+                "CLOCK_MONOTONIC", b.monotonic - a.monotonic, b.before[1] - a.after[1], b.after[1] - a.before[1]
+            )
+        ]
+        if stay.end["tables"] != stays[0].end["tables"]:
+            wrong.append(f"{where}: its CPUID table is another one")
+        if (stay.end["profile"], stay.end["intercept"]) != ("hyperv-r2", "kernel"):
+            wrong.append(f"{where}: its profile is {stay.end['profile']}, answered by {stay.end['intercept']}")
+    for move, came, old, new in zip(ride.moves, stays[1:], answers, answers[1:], strict=False):
+        wrong += move_faults(f"to {came.host}", move, old, new, came.answers[0])
+    if (ride.off["cause"], ride.off["status"]) != ("power-off", 0):
+        wrong.append(f"it did not switch itself off: {ride.off}")
+    return wrong
+
+
+def move_faults(
+    where: str, move: dict[str, Any], old: list[Answer], new: list[Answer], came: dict[str, Any]
+) -> list[str]:
+    """What is wrong with the guest's clocks after a move. old, new: its answers on both sides."""
+    left, arrived = old[-1], new[0]
+    monotonic = arrived.monotonic - left.monotonic
+    realtime = arrived.realtime - left.realtime
+    if "summary" in move:
+        # Time went on.
+        span = arrived.before[0] - left.after[0], arrived.after[0] - left.before[0]
+        wrong = passed_faults("CLOCK_MONOTONIC", monotonic, *span)
+        return [f"{where}: {text}" for text in wrong] + wall_faults(where, arrived) + wall_faults(where, new[-1])
+    # Time stood while the guest was a file, and both clocks with it; then it set its time of day.
+    stood, began = move["stood"][1] / 1e9, came["began"][1] / 1e9
+    span = stood - left.after[1] + arrived.before[1] - began, stood - left.before[1] + arrived.after[1] - began
+    wrong = passed_faults("CLOCK_MONOTONIC", monotonic, *span)
+    wrong += passed_faults("CLOCK_REALTIME", realtime, *span)
+    return [f"{where}: {text}" for text in wrong] + wall_faults(where, new[-1])
+
+
+def shown_faults(stays: list[Stay]) -> list[str]:
+    """What of the hidden a guest's kernel has found."""
+    flags = [set(words[1:]) for words in said(stays) if words[0] == "flags"]
+    wrong = [] if len(flags) == CPUS else [f"it has {len(flags)} processors"]
+    wrong += [f"it lacks {name}" for name in ("fpu", "sse2", "cx16") if any(name not in one for one in flags)]
+    vendor = "amd" if stays[0].host.startswith("amd") else "intel"
+    hidden = HIDDEN | (BY_NAME.keys() - profiles.load("hyperv-r2").allowed(vendor) - OWN)
+    return wrong + [f"its /proc/cpuinfo shows {name}" for name in sorted(set().union(*flags) & hidden)]
+
+
+def chosen(stays: list[Stay], symbols: str) -> dict[str, str]:
+    """The variant that the C library has chosen for each of its functions; symbols: what nm says of the program."""
+    names: dict[int, list[str]] = {}
+    for address, _, name in (line.split() for line in symbols.splitlines() if len(line.split()) == 3):
+        names.setdefault(int(address, 16), []).append(name)
+    (words,) = (words for words in said(stays) if words[0] == "ifunc")
+    pairs = [[int(number, 16) for number in word.split("=")] for word in words[1:]]
+    return {min(names[resolver], key=len): max(names.get(target, ["?"]), key=len) for resolver, target in pairs}
+
+
+# -- the tests ---------------------------------------------------------------------------------------------------
+
+
+@vendors
+def test_linux_goes_round(played: Mapping[str, Ride], one: str, record_property: Callable[[str, object], None]) -> None:
+    ride = played[one]
+    for stay, came, move in zip(ride.stays, ride.stays[1:], ride.moves, strict=False):
+        if facts := move.get("summary"):
+            figures = [facts[name] for name in ("total_time", "downtime", "rounds", "bytes")]
+            record_property("hop", " ".join(map(str, [stay.host, came.host, "tcp", *figures, "-"])))
+    assert faults(ride) == []
+    assert [stay.host for stay in ride.stays] == way(one)
+
+
+@vendors
+def test_linux_sees_nothing_that_is_hidden(played: Mapping[str, Ride], one: str) -> None:
+    assert shown_faults(played[one].stays) == []
+
+
+@vendors
+def test_the_c_library_chooses_the_baseline(played: Mapping[str, Ride], one: str) -> None:
+    found = chosen(played[one].stays, (linux.guest() / "symbols").read_text())
+    assert found["memcpy"] in ("__memmove_sse2_unaligned", "__memcpy_sse2_unaligned"), found
+    assert {name: variant for name, variant in found.items() if variant == "?" or BEYOND.search(variant)} == {}
+
+
+@vendors
+def test_its_programs_find_the_baseline(played: Mapping[str, Ride], one: str) -> None:
+    assert [words for words in said(played[one].stays) if words[0] == "uses"] == [
+        ["uses", str(number), "sse2"] for number in range(CPUS)
+    ]
+
+
+def test_a_clock_that_was_set_back_is_noticed(played: Mapping[str, Ride]) -> None:
+    """A restore that does so, done on purpose at the end of the live ride: by the guest itself, and by faults()."""
+    if "amd" not in played:
+        pytest.skip("needs two kinds of AMD hosts (--kinds)")
+    ride = played["amd"]
+    assert ride.planted is not None
+    wrong = faults(ride._replace(stays=[*ride.stays, ride.planted], moves=[*ride.moves, {"summary": {}}]))
+    for sign in ("CLOCK_MONOTONIC went back by", "its workers noticed", "its time of day is"):
+        assert any(sign in text for text in wrong), (sign, wrong)
+
+
+@vendors
+def test_faults_are_noticed(played: Mapping[str, Ride], one: str) -> None:
+    """What a move could do wrong is found by faults()."""
+    assert faults(played[one]) == []
+    for change, sign in (CHANGES | (SAVED if one == "intel" else {})).items():
+        ride = copy.deepcopy(played[one])
+        change(ride)
+        found = faults(ride)
+        assert any(sign in text for text in found), (change.__name__, found)
+
+
+def _replace(stay: Stay, pattern: str, by: str) -> None:
+    stay.end["console"], count = re.subn(pattern, by, stay.end["console"], count=1)
+    assert count, pattern
+
+
+def _renumber(ride: Ride, field: int, add: Callable[[str], str], at: int = -1) -> None:
+    """Changes a word of an answer of the last stay: after "ride: N answer WORD"."""
+    answer = ride.stays[-1].answers[at]
+    words = answer["line"].split()
+    words[4 + field] = add(words[4 + field])
+    answer["line"] = " ".join(words)
+
+
+def _later(seconds: float) -> Callable[[str], str]:
+    return lambda word: str(int(word) + int(seconds * 1e9))
+
+
+def lost_line(ride: Ride) -> None:
+    _replace(ride.stays[1], r"ride: \d+ timer.*\n", "")
+
+
+def doubled_line(ride: Ride) -> None:
+    _replace(ride.stays[1], r"(ride: \d+ timer.*\n)", r"\1\1")
+
+
+def damaged_line(ride: Ride) -> None:
+    _replace(ride.stays[1], r"\nride: ", r"\nrid: ")
+
+
+def late_timer(ride: Ride) -> None:
+    _replace(ride.stays[1], r"timer monotonic (\d+) \d+", r"timer monotonic \1 \g<1>0")
+
+
+def early_timer(ride: Ride) -> None:
+    _replace(ride.stays[1], r"timer monotonic (\d+) \d+", r"timer monotonic \1 1")
+
+
+def no_timer(ride: Ride) -> None:
+    ride.stays[1].end["console"] = ride.stays[1].end["console"].replace("timer realtime", "timer monotonic")
+
+
+def stalled_kernel(ride: Ride) -> None:
+    _replace(ride.stays[1], r"(ride: \d+ )timer.*", r"\1kernel 6 rcu: INFO: rcu_preempt detected stalls on CPUs")
+
+
+def warning_kernel(ride: Ride) -> None:
+    _replace(ride.stays[1], r"(ride: \d+ )timer.*", r"\1kernel 4 something")
+
+
+def wrong_stamp(ride: Ride) -> None:
+    _replace(ride.stays[1], r"(ride: \d+ )timer.*", r"\1fault 2 page 3 word 3 holds 7 in round 9")
+
+
+def counted_faults(ride: Ride) -> None:
+    _renumber(ride, 6, lambda word: word[:-1] + "1")
+
+
+def standing_worker(ride: Ride) -> None:
+    rounds = ride.stays[-1].answers[0]["line"].split()[4 + 5].split(",")
+    _renumber(ride, 5, lambda word: ",".join([*word.split(",")[:-1], rounds[-1]]))
+
+
+def overslept(ride: Ride) -> None:
+    _renumber(ride, 7, lambda word: word + "0" * 10)
+
+
+def other_cpuinfo(ride: Ride) -> None:
+    _renumber(ride, 4, lambda word: "0")
+
+
+def other_clock_source(ride: Ride) -> None:
+    _renumber(ride, 3, lambda word: "tsc")
+
+
+def wrong_rtc(ride: Ride) -> None:
+    _renumber(ride, 2, lambda word: str(int(word) - 3600))
+
+
+def wrong_time_of_day(ride: Ride) -> None:
+    _renumber(ride, 1, _later(3600))
+
+
+def standing_clock(ride: Ride) -> None:
+    _renumber(ride, 0, _later(-3600), 0)
+
+
+def jumping_clock(ride: Ride) -> None:
+    _renumber(ride, 0, _later(3600), 0)
+
+
+def fast_clock(ride: Ride) -> None:
+    _renumber(ride, 0, _later(3600), 1)
+
+
+def other_table(ride: Ride) -> None:
+    ride.stays[1].end["tables"] = 0
+
+
+def other_profile(ride: Ride) -> None:
+    ride.stays[1].end["profile"] = "host"
+
+
+def no_power_off(ride: Ride) -> None:
+    ride.off["cause"] = "timeout"
+
+
+def running_time_of_day(ride: Ride) -> None:
+    """It went on while the guest was a file."""
+    _renumber(ride, 1, _later(3600), 0)
+
+
+CHANGES: dict[Callable[[Ride], None], str] = {
+    lost_line: "line ", doubled_line: "line ", damaged_line: "line ", late_timer: "too late", early_timer: "too late",
+    no_timer: "only these have fired", stalled_kernel: "detected stalls", warning_kernel: "kernel 4 something",
+    wrong_stamp: "fault 2 page 3", counted_faults: "its workers noticed", standing_worker: "a worker stands",
+    overslept: "overslept", other_cpuinfo: "/proc/cpuinfo has changed", other_clock_source: "its clock source is tsc",
+    wrong_rtc: "its RTC shows", wrong_time_of_day: "its time of day is", standing_clock: "CLOCK_MONOTONIC went from",
+    jumping_clock: "CLOCK_MONOTONIC went on by", fast_clock: "CLOCK_MONOTONIC went on by",
+    other_table: "its CPUID table", other_profile: "its profile is host", no_power_off: "did not switch itself off",
+}  # fmt: skip
+SAVED: dict[Callable[[Ride], None], str] = {running_time_of_day: "CLOCK_REALTIME went on by"}
