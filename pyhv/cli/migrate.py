@@ -73,7 +73,7 @@ for a moment, and goes on there; here its run ends with status 0. Until that mom
 running here. With ssh:// the other side is started by itself (PYHV_REMOTE: how pyhv is called there).
 
 examples:
-  pyhv receive unix:/tmp/m          # in one terminal, or on another host with tls:// or ssh://
+  pyhv receive unix:/tmp/m          # in one terminal, or on another host with tls://
   pyhv migrate t unix:/tmp/m        # in another
 """,
 )
