@@ -73,6 +73,40 @@ static int mp_processors(void)
     return -1;
 }
 
+/* Whether the firmware configuration has the loader's command line, without the image's name. */
+static bool fw_cfg_has_line(const char *line)
+{
+    while (*line && *line != ' ')
+        line++;
+    line += *line == ' ';
+    uint32_t size = (uint32_t)fw_cfg(FW_CFG_CMDLINE_SIZE, 4);
+    outw(FW_CFG_SELECTOR, FW_CFG_CMDLINE);
+    for (uint32_t i = 0; i < size; i++) /* with the NUL */
+        if ((char)inb(FW_CFG_DATA) != line[i])
+            return false;
+    return size > 0 && !line[size - 1];
+}
+
+/* The size of a file in the firmware configuration; 0 where there is none of that name. */
+static uint32_t fw_cfg_file_size(const char *name)
+{
+    enum { NAME_SIZE = 56 };
+    outw(FW_CFG_SELECTOR, FW_CFG_FILES);
+    for (uint32_t files = fw_cfg_next(4); files--;) {
+        uint32_t size = fw_cfg_next(4);
+        const char *at = name;
+        bool same = true;
+        (void)fw_cfg_next(4);                 /* its key */
+        for (int i = 0; i < NAME_SIZE; i++) { /* filled up with NULs */
+            same &= (char)inb(FW_CFG_DATA) == *at;
+            at += *at != 0;
+        }
+        if (same)
+            return size;
+    }
+    return 0;
+}
+
 int start(uint32_t eax, uint32_t ebx)
 {
     const struct info *info = (const struct info *)ebx;
@@ -89,6 +123,7 @@ int start(uint32_t eax, uint32_t ebx)
     PRINT("\n");
 
     uint64_t ram = 0;
+    uint32_t areas = 0;
     for (uint32_t at = info->mmap_addr; at < info->mmap_addr + info->mmap_length;) {
         const struct area *area = (const struct area *)at;
         PRINT("memory ");
@@ -98,6 +133,7 @@ int start(uint32_t eax, uint32_t ebx)
         if (area->address == 0x100000 && area->size >> 10 != info->mem_upper)
             return fails("mem_upper is not what the memory map says");
         at += area->entry_size + sizeof area->entry_size;
+        areas++;
     }
 
     const struct module *modules = (const struct module *)info->mods_addr;
@@ -122,8 +158,10 @@ int start(uint32_t eax, uint32_t ebx)
         return fails("the MP table has another number of vCPUs");
     /* The map leaves out what a PC has between 639 KiB and 1 MiB. */
     uint64_t hole = 0x100000 - 639 * 1024;
-    if (fw_cfg(FW_CFG_RAM_SIZE, 8) != ram + hole)
+    if (fw_cfg(FW_CFG_RAM_SIZE, 8) != ram + hole || fw_cfg_file_size("etc/e820") != areas * 20)
         return fails("the memory map and the firmware configuration do not agree");
+    if (!fw_cfg_has_line(cmdline))
+        return fails("the firmware configuration has another command line");
 
     if (cmdline_has(cmdline, "panic"))
         outb(PANIC_PORT, 1);
