@@ -204,7 +204,7 @@ class Emulator:
 
     def explain(self, exit: Exit) -> str:
         if exit.stop == Stop.INTERNAL_ERROR:
-            return "the emulator cannot execute what is there: no memory, or none of the guest's"
+            return "the emulator finds no instruction there: it is no RAM"
         return f"the emulator stopped for reason {exit.exit_reason}"
 
     def close(self) -> None:
