@@ -6,7 +6,8 @@
  * wait for each other for ever, and a side that is kept from sending would miss that the other one is gone, or has
  * said why it does not read any more. So bytes that cannot be sent yet stay in the buffer, also across calls, and one
  * message that comes in meanwhile is kept for pyhv_link_receive(). While it lies there nothing more is read; the limit
- * of silence then counts from the last byte that moved either way.
+ * of silence then counts from the last byte that moved either way. Only what a message says of pages is received so:
+ * their content goes from the descriptor to where transfer.c wants it.
  */
 #include "link.h"
 #include "sigpipe.h"
@@ -103,8 +104,8 @@ struct pyhv_link *pyhv_link_create(const struct pyhv_link_config *config, struct
     link->in_fd = config->in_fd;
     link->out_fd = config->out_fd;
     link->wake = -1;
-    link->in.buffer = malloc(LINK_HEADER + LINK_PAGES_MAX + LINK_HEADER);
-    link->out.buffer = aligned_alloc(PYHV_PAGE_SIZE, LINK_FRONT + LINK_CONTENT_MAX);
+    link->in.buffer = malloc(LINK_HEADER + PYHV_MESSAGE_MAX + LINK_HEADER);
+    link->out.buffer = aligned_alloc(PYHV_PAGE_SIZE, LINK_FRONT + PYHV_MESSAGE_MAX);
     if (!link->in.buffer || !link->out.buffer) {
         pyhv_fail(error, ENOMEM, "pyhv_link_create", NULL);
         goto fail;
@@ -176,7 +177,7 @@ int link_leave(struct pyhv_link *link, int result)
 
 /* --------------------------------------------------------------------------------------------- bytes out -- */
 
-void link_seal(struct pyhv_link *link, uint32_t type, size_t at, size_t length)
+void link_seal(struct pyhv_link *link, uint32_t type, size_t at, size_t length, size_t content)
 {
     struct link_out *out = &link->out;
     uint8_t *header = out->buffer + at - LINK_HEADER;
@@ -185,7 +186,7 @@ void link_seal(struct pyhv_link *link, uint32_t type, size_t at, size_t length)
     out->sum = sum_of(header, header + LINK_HEADER, out->sum);
     memcpy(header + 8, &out->sum, sizeof out->sum);
     out->at = at - LINK_HEADER;
-    out->end = at + length;
+    out->end = at + length + content;
     link->counters.messages_sent++;
 }
 
@@ -249,8 +250,9 @@ static size_t longest(uint32_t type)
     case PYHV_MESSAGE_HEARTBEAT:
         return 0;
     case PYHV_MESSAGE_PAGES:
-    case PYHV_MESSAGE_PAGES_ZSTD:
         return LINK_PAGES_MAX;
+    case PYHV_MESSAGE_PAGES_ZSTD:
+        return LINK_ZSTD_MAX;
     default:
         return PYHV_MESSAGE_MAX;
     }
@@ -268,7 +270,7 @@ void link_consume(struct pyhv_link *link)
     size_t size = LINK_HEADER + link_message(link).length;
     memmove(in->buffer, in->buffer + size, in->end - size); /* of the next message's header */
     in->end -= size;
-    in->used = 0;
+    in->used = in->landed = 0;
     in->ready = false;
 }
 
@@ -298,7 +300,56 @@ static int check(struct pyhv_link *link, struct pyhv_error *error)
     return 0;
 }
 
-/* Reads some of what is there, unless a message is ready. Returns 1 if anything was, 0, or -1. */
+/* What a read has brought. Returns 1 if there was anything, 0, or -1. */
+static int came(struct pyhv_link *link, ssize_t got, uint64_t now, struct pyhv_error *error)
+{
+    if (got < 0 && (errno == EINTR || would_block(errno)))
+        return errno == EINTR;
+    if (got < 0 && !means_closed(errno))
+        return pyhv_fail(error, errno, "read", "from the link");
+    if (got <= 0) {
+        link->in.closed = true;
+        return 0;
+    }
+    link->counters.bytes_received += (size_t)got;
+    link->heard = now;
+    return 1;
+}
+
+/* Reads some of the content that is wanted. Returns as came() does. */
+static int pull_content(struct pyhv_link *link, uint64_t now, struct pyhv_error *error)
+{
+    struct link_in *in = &link->in;
+    ssize_t got = readv(link->in_fd, in->pieces + in->piece, (int)(in->piece_count - in->piece));
+    int result = came(link, got, now, error);
+    for (size_t left = got > 0 ? (size_t)got : 0; left;) {
+        struct iovec *piece = &in->pieces[in->piece];
+        size_t part = left < piece->iov_len ? left : piece->iov_len;
+        piece->iov_base = (uint8_t *)piece->iov_base + part;
+        piece->iov_len -= part;
+        left -= part;
+        if (in->piece == in->piece_count - 1)
+            in->end += part; /* the next header */
+        else
+            in->landed += part;
+        if (piece->iov_len == 0)
+            in->piece++;
+    }
+    return result;
+}
+
+/* Whether something is wanted from the other side now. */
+static bool is_reading(const struct link_in *in)
+{
+    return !in->closed && (!in->ready || in->piece_count);
+}
+
+static bool has_content(const struct link_in *in)
+{
+    return in->piece + 1 >= in->piece_count;
+}
+
+/* Reads some of what is there, unless a message is ready. Returns as came() does. */
 static int pull(struct pyhv_link *link, uint64_t now, struct pyhv_error *error)
 {
     struct link_in *in = &link->in;
@@ -309,23 +360,22 @@ static int pull(struct pyhv_link *link, uint64_t now, struct pyhv_error *error)
     in->bad = check(link, error) < 0;
     if (in->bad)
         return -1;
-    if (in->ready || in->closed)
+    if (!is_reading(in))
         return 0;
+    if (in->ready)
+        return has_content(in) ? 0 : pull_content(link, now, error);
     size_t size = LINK_HEADER;
-    if (in->end >= LINK_HEADER)
-        size += LINK_HEADER + (size_t)link_message(link).length;
-    ssize_t got = read(link->in_fd, in->buffer + in->end, size - in->end);
-    if (got < 0 && (errno == EINTR || would_block(errno)))
-        return errno == EINTR;
-    if (got < 0 && !means_closed(errno))
-        return pyhv_fail(error, errno, "read", "from the link");
-    if (got <= 0) {
-        in->closed = true;
-        return 0;
+    if (in->end >= LINK_HEADER) {
+        struct pyhv_message message = link_message(link);
+        size += message.length;
+        if (message.type != PYHV_MESSAGE_PAGES) /* whose content comes first */
+            size += LINK_HEADER;
     }
+    ssize_t got = read(link->in_fd, in->buffer + in->end, size - in->end);
+    int result = came(link, got, now, error);
+    if (got <= 0)
+        return result;
     in->end += (size_t)got;
-    link->counters.bytes_received += (size_t)got;
-    link->heard = now;
     in->bad = check(link, error) < 0;
     return in->bad ? -1 : 1;
 }
@@ -342,7 +392,7 @@ static uint64_t sooner(uint64_t when, uint64_t start, uint64_t after)
 static int sleep_until(struct pyhv_link *link, uint64_t now, uint64_t until, struct pyhv_error *error)
 {
     struct pollfd fds[3] = {{.fd = link->wake, .events = POLLIN},
-                            {.fd = link->in.ready || link->in.closed ? -1 : link->in_fd, .events = POLLIN},
+                            {.fd = is_reading(&link->in) ? link->in_fd : -1, .events = POLLIN},
                             {.fd = link->out.at < link->out.end ? link->out_fd : -1, .events = POLLOUT}};
     uint64_t left = until > now ? until - now : 0;
     struct timespec timeout = {.tv_sec = (time_t)(left / NS_PER_S), .tv_nsec = (long)(left % NS_PER_S)};
@@ -364,11 +414,12 @@ int link_wait(struct pyhv_link *link, int what, uint64_t deadline, struct pyhv_e
             return pyhv_fail(error, link->out_errnum, "write",
                              link->out_errnum == EPIPE ? "the other side has closed the link" : "to the link");
         bool sent = out->at == out->end;
-        int pulled = (what & LINK_MESSAGE) || !sent ? pull(link, now, error) : 0;
+        int pulled = (what & (LINK_MESSAGE | LINK_CONTENT)) || !sent ? pull(link, now, error) : 0;
         if (pulled < 0)
             return -1;
         moved |= pulled > 0;
-        int found = what & ((sent ? LINK_SENT : 0) | (in->ready ? LINK_MESSAGE : 0));
+        int found =
+            what & ((sent ? LINK_SENT : 0) | (in->ready ? LINK_MESSAGE : 0) | (has_content(in) ? LINK_CONTENT : 0));
         /* While bytes come in, a message may be about to be there. */
         if (found && !((what & LINK_MESSAGE) && pulled > 0 && !in->ready))
             return found;
@@ -376,13 +427,13 @@ int link_wait(struct pyhv_link *link, int what, uint64_t deadline, struct pyhv_e
             return pyhv_fail(error, EPIPE, "read", "the other side has closed the link%s",
                              in->end ? " within a message" : "");
         if (sent && !link->out_errnum && link->heartbeat_ns && now - link->said >= link->heartbeat_ns) {
-            link_seal(link, PYHV_MESSAGE_HEARTBEAT, LINK_HEADER, 0);
+            link_seal(link, PYHV_MESSAGE_HEARTBEAT, LINK_HEADER, 0, 0);
             continue;
         }
         if (moved && (now < deadline || now - deadline < GRACE))
             continue;
         /* While a message lies here nothing is read, and only what the other side takes is a sign of its life. */
-        uint64_t life = in->ready && link->said > link->heard ? link->said : link->heard;
+        uint64_t life = !is_reading(in) && link->said > link->heard ? link->said : link->heard;
         if (link->silence_ns && now > life && now - life >= link->silence_ns)
             return pyhv_fail(error, ETIMEDOUT, "link", "nothing came from the other side for %llu ms",
                              (unsigned long long)((now - life) / NS_PER_MS));
@@ -405,7 +456,7 @@ static int send_message(struct pyhv_link *link, uint32_t type, const void *paylo
         return -1;
     if (length)
         memcpy(link->out.buffer + LINK_HEADER, payload, length);
-    link_seal(link, type, LINK_HEADER, length);
+    link_seal(link, type, LINK_HEADER, length, 0);
     return link_wait(link, LINK_SENT, UINT64_MAX, error) < 0 ? -1 : 0;
 }
 
@@ -431,8 +482,9 @@ static int receive(struct pyhv_link *link, struct pyhv_landing *landing, uint64_
         }
         if (!landing)
             return link_bad(error, "pages were not expected");
-        if (link_land(link, landing, message, error) < 0)
-            return -1;
+        found = link_land(link, landing, deadline, error);
+        if (found <= 0)
+            return found;
         link_consume(link);
         if (link_now() >= deadline + GRACE)
             return 0;

@@ -7,6 +7,7 @@
 
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <sys/uio.h>
 
 #include "error.h"
 #include "pyhv.h"
@@ -14,8 +15,9 @@
 enum {
     LINK_HEADER = 16,      /* type, length, sum */
     LINK_PAGES_HEADER = 8, /* number of runs, zero */
-    LINK_CONTENT_MAX = PYHV_PAGES_MAX * PYHV_PAGE_SIZE,
-    LINK_PAGES_MAX = LINK_PAGES_HEADER + PYHV_RUNS_MAX * 8 + LINK_CONTENT_MAX, /* payload of a PAGES message */
+    LINK_RUNS_MAX = LINK_PAGES_HEADER + PYHV_RUNS_MAX * 8,
+    LINK_PAGES_MAX = LINK_RUNS_MAX + PYHV_PAGES_MAX * 8,             /* payload of a PAGES message */
+    LINK_ZSTD_MAX = LINK_RUNS_MAX + PYHV_PAGES_MAX * PYHV_PAGE_SIZE, /* that of a PAGES_ZSTD message, decompressed */
     /* What a buffer for outgoing messages has in front of the content of pages: all that can come before it, so that
      * content begins on a page's boundary however many runs there turn out to be. */
     LINK_FRONT = 2 * PYHV_PAGE_SIZE,
@@ -23,20 +25,24 @@ enum {
 
 /* Bytes on their way out. */
 struct link_out {
-    uint8_t *buffer; /* LINK_FRONT + LINK_CONTENT_MAX bytes */
+    uint8_t *buffer; /* LINK_FRONT + PYHV_MESSAGE_MAX bytes */
     size_t at, end;  /* what of it is to be sent */
     uint64_t sum;    /* of the message before */
 };
 
 /* Bytes that have come in. */
 struct link_in {
-    uint8_t *buffer; /* LINK_HEADER + LINK_PAGES_MAX + LINK_HEADER bytes: a message and the header of the next */
+    uint8_t *buffer; /* LINK_HEADER + PYHV_MESSAGE_MAX + LINK_HEADER bytes: a message and the header of the next */
     size_t end;      /* so many are there; a message begins at 0 */
     size_t used;     /* those of the message that was delivered: gone at the next call */
-    bool ready;      /* a whole message is there: it is the caller's turn */
+    bool ready;      /* a whole message is there, but for content of pages: it is the caller's turn */
     bool closed;     /* no more will come */
     bool bad;        /* what came was no message: where the next one begins cannot be known */
     uint64_t sum;
+    size_t landed; /* bytes of the ready message's content that are where they belong */
+    /* Where the rest of it goes, and behind it the next header, for link_wait(); else there is none. */
+    struct iovec pieces[PYHV_PAGES_MAX + 1];
+    size_t piece, piece_count;
 };
 
 struct zstd; /* what one link needs of libzstd; transfer.c */
@@ -61,6 +67,7 @@ struct pyhv_link {
 enum {
     LINK_SENT = 1,    /* all that was to be sent is */
     LINK_MESSAGE = 2, /* in.ready */
+    LINK_CONTENT = 4, /* all of in.pieces but the last is full */
 };
 
 uint64_t link_now(void); /* CLOCK_MONOTONIC in ns */
@@ -75,8 +82,8 @@ int link_leave(struct pyhv_link *link, int result);
 int link_wait(struct pyhv_link *link, int what, uint64_t deadline, struct pyhv_error *error);
 
 /* Makes a message of the payload that is in out.buffer from `at` on, behind LINK_HEADER bytes of room; the one before
- * must have been sent. It goes out with the next link_wait(). */
-void link_seal(struct pyhv_link *link, uint32_t type, size_t at, size_t length);
+ * must have been sent. It goes out with the next link_wait(), and `content` bytes that stand behind it. */
+void link_seal(struct pyhv_link *link, uint32_t type, size_t at, size_t length, size_t content);
 
 /* The message that is ready. */
 struct pyhv_message link_message(const struct pyhv_link *link);
@@ -86,9 +93,9 @@ void link_consume(struct pyhv_link *link);
 /* An EBADMSG. */
 int link_bad(struct pyhv_error *error, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-/* Puts the pages of a PAGES or PAGES_ZSTD message where they belong. */
-int link_land(struct pyhv_link *link, struct pyhv_landing *landing, const struct pyhv_message *message,
-              struct pyhv_error *error);
+/* Has the pages of the PAGES or PAGES_ZSTD message that is ready where they belong. Returns 1; or 0 if `deadline` comes
+ * before their content: then once more. Or -1. */
+int link_land(struct pyhv_link *link, struct pyhv_landing *landing, uint64_t deadline, struct pyhv_error *error);
 
 void link_zstd_destroy(struct zstd *zstd);
 

@@ -213,6 +213,9 @@ int pyhv_memory_write(uint8_t *host, const void *buffer, size_t size, struct pyh
 /* The XXH64 of `size` bytes (xxHash specification 0.1.1). It finds damage; it is no signature. Pure. */
 uint64_t pyhv_xxh64(const void *data, size_t size, uint64_t seed);
 
+/* The XXH64, with the seed 0, of each of `count` pages. Pure. */
+void pyhv_page_sums(const uint8_t *pages, size_t count, uint64_t *sums);
+
 /* 1 where all `size` bytes are zero, else 0. Pure. */
 int pyhv_is_zero(const void *data, size_t size);
 
@@ -269,15 +272,18 @@ uint64_t pyhv_pages_count(const uint64_t *bitmap, uint64_t pages);
 /* No payload. The link itself sends it when it waits and nothing was sent for heartbeat_ms, and swallows it. */
 #define PYHV_MESSAGE_HEARTBEAT 1
 /* Pages: u32 number of runs (1 to PYHV_RUNS_MAX), u32 zero; then a u64 a run: bits 0 to 39 the first page, 40 to 62 how
- * many, at least 1, 63: they are zeros, and have no content here; then the content of the others. Runs ascend. */
+ * many, at least 1, 63: they are zeros, and have no content; then a u64 a page of the others: the XXH64 of its content,
+ * seed 0. Runs ascend. Behind the payload, and counted neither in its length nor in its sum, follows the content of
+ * these pages: whoever has checked the payload knows where it belongs, and reads it there. */
 #define PYHV_MESSAGE_PAGES 2
-/* The payload of a PAGES message as one zstd frame, which is shorter. */
+/* The same as one zstd frame: number, zero, runs and the content, without sums, for the payload has one. */
 #define PYHV_MESSAGE_PAGES_ZSTD 3
 
 /* The longest payload of any other message. */
 #define PYHV_MESSAGE_MAX 1048576
-/* Pages with content, and runs, in one PAGES message. */
-#define PYHV_PAGES_MAX 256
+/* Pages with content, and runs, in one PAGES message. All of its content stays in a processor's second cache, from one
+ * step of its way to the next. */
+#define PYHV_PAGES_MAX 64
 #define PYHV_RUNS_MAX  512
 
 struct pyhv_link_config {
@@ -313,8 +319,8 @@ struct pyhv_landing {
 };
 
 /* Waits, for timeout_ms at most (0: takes only what is there), for a message that is neither heartbeat nor pages; pages
- * land meanwhile (landing NULL: they are an EBADMSG). Returns 1 with *message, 0 when the time is over, or -1. Call
- * without the GIL. */
+ * land meanwhile (landing NULL: they are an EBADMSG). Returns 1 with *message, 0 when the time is over, or -1. Content
+ * is checked when it is in its place: after an error a page may be there that was never sent. Call without the GIL. */
 int pyhv_link_receive(struct pyhv_link *link, struct pyhv_landing *landing, uint32_t timeout_ms,
                       struct pyhv_message *message, struct pyhv_error *error);
 

@@ -86,7 +86,7 @@ int pyhv_zstd_open(struct pyhv_error *error)
 
 struct zstd {
     void *compressor, *decompressor;
-    uint8_t *buffer; /* LINK_PAGES_MAX bytes: what is to be compressed, or was */
+    uint8_t *buffer; /* LINK_ZSTD_MAX bytes: what was compressed */
 };
 
 /* Made when compressed pages are first sent or received. */
@@ -100,7 +100,7 @@ static struct zstd *zstd_of(struct pyhv_link *link, struct pyhv_error *error)
     if (own) {
         own->compressor = zstd.create_cctx();
         own->decompressor = zstd.create_dctx();
-        own->buffer = malloc(LINK_PAGES_MAX);
+        own->buffer = malloc(LINK_ZSTD_MAX);
     }
     if (!own || !own->compressor || !own->decompressor || !own->buffer) {
         link_zstd_destroy(own);
@@ -243,25 +243,29 @@ static int collect(struct pyhv_sending *sending, struct parcel *parcel, uint8_t 
 static int64_t dispatch(struct pyhv_link *link, const struct parcel *parcel, int level, struct pyhv_error *error)
 {
     uint8_t *content = link->out.buffer + LINK_FRONT;
-    size_t front = LINK_PAGES_HEADER + (size_t)parcel->runs * 8;
-    size_t length = front + (size_t)parcel->pages * PYHV_PAGE_SIZE;
+    size_t size = (size_t)parcel->pages * PYHV_PAGE_SIZE, runs = (size_t)parcel->runs * 8;
+    size_t sums = (size_t)parcel->pages * 8, front = LINK_PAGES_HEADER + runs + sums;
     const uint32_t head[2] = {parcel->runs, 0};
-    memcpy(content - front, head, sizeof head);
-    memcpy(content - front + sizeof head, parcel->run, (size_t)parcel->runs * 8);
     if (level && parcel->pages) {
         struct zstd *own = zstd_of(link, error);
         if (!own)
             return -1;
+        size_t length = LINK_PAGES_HEADER + runs + size;
+        memcpy(content - runs - sizeof head, head, sizeof head);
+        memcpy(content - runs, parcel->run, runs);
         /* Room for less than what goes in: then a payload that does not shrink is an error here, and goes as it is. */
-        size_t size = zstd.compress(own->compressor, own->buffer, length - 1, content - front, length, level);
-        if (!zstd.is_error(size)) {
-            memcpy(link->out.buffer + LINK_HEADER, own->buffer, size);
-            link_seal(link, PYHV_MESSAGE_PAGES_ZSTD, LINK_HEADER, size);
-            return (int64_t)(LINK_HEADER + size);
+        length = zstd.compress(own->compressor, own->buffer, length - 1, content - runs - sizeof head, length, level);
+        if (!zstd.is_error(length)) {
+            memcpy(link->out.buffer + LINK_HEADER, own->buffer, length);
+            link_seal(link, PYHV_MESSAGE_PAGES_ZSTD, LINK_HEADER, length, 0);
+            return (int64_t)(LINK_HEADER + length);
         }
     }
-    link_seal(link, PYHV_MESSAGE_PAGES, LINK_FRONT - front, length);
-    return (int64_t)(LINK_HEADER + length);
+    memcpy(content - front, head, sizeof head);
+    memcpy(content - front + sizeof head, parcel->run, runs);
+    pyhv_page_sums(content, parcel->pages, (uint64_t *)(void *)(content - sums));
+    link_seal(link, PYHV_MESSAGE_PAGES, LINK_FRONT - front, front, size);
+    return (int64_t)(LINK_HEADER + front + size);
 }
 
 static int send_pages(struct pyhv_link *link, struct pyhv_sending *sending, struct pyhv_error *error)
@@ -311,13 +315,6 @@ static void set_bits(uint64_t *bitmap, uint64_t page, uint64_t count)
         bitmap[page / 64] |= UINT64_C(1) << page % 64;
 }
 
-static void land_content(struct pyhv_landing *landing, uint64_t page, uint64_t count, const uint8_t *data)
-{
-    memcpy(landing->ram->host + page * PYHV_PAGE_SIZE, data, count * PYHV_PAGE_SIZE);
-    set_bits(landing->written, page, count);
-    landing->pages += count;
-}
-
 /* Makes pages zero that had content; their memory is given back. */
 static int land_zeros(struct pyhv_landing *landing, uint64_t page, uint64_t count, struct pyhv_error *error)
 {
@@ -329,65 +326,143 @@ static int land_zeros(struct pyhv_landing *landing, uint64_t page, uint64_t coun
                              (unsigned long long)(page + some - 1));
         page += some;
     }
-    landing->zero_pages += count;
     return 0;
 }
 
-/* Checks the runs of a message: that they ascend, within the RAM, and have as much content as came. */
-static int check_runs(const struct pyhv_landing *landing, const uint8_t *payload, size_t length,
-                      struct pyhv_error *error)
+/* What a message of pages says, checked. */
+struct runs {
+    const uint8_t *at;
+    uint32_t count;
+    uint64_t content, zeros; /* pages */
+};
+
+/* Checks the runs of a message: that they ascend, within the RAM, and that there are `unit` bytes for each of their
+ * pages with content behind them. */
+static int check_runs(struct runs *runs, const struct pyhv_landing *landing, const uint8_t *payload, size_t length,
+                      size_t unit, struct pyhv_error *error)
 {
-    uint64_t total = landing->ram->size / PYHV_PAGE_SIZE, behind = 0, content = 0;
-    uint32_t runs = length >= LINK_PAGES_HEADER ? load32(payload) : 0;
-    if (runs < 1 || runs > PYHV_RUNS_MAX || load32(payload + 4) || length < LINK_PAGES_HEADER + (size_t)runs * 8)
-        return link_bad(error, "pages: %zu bytes with %u runs", length, runs);
-    for (uint32_t i = 0; i < runs; i++) {
-        uint64_t run = load64(payload + LINK_PAGES_HEADER + (size_t)i * 8);
-        uint64_t first = first_of(run), count = pages_of(run);
-        if (count == 0 || first < behind || first >= total || count > total - first)
+    uint64_t total = landing->ram->size / PYHV_PAGE_SIZE, behind = 0;
+    uint32_t count = length >= LINK_PAGES_HEADER ? load32(payload) : 0;
+    *runs = (struct runs){.at = payload + LINK_PAGES_HEADER, .count = count};
+    if (count < 1 || count > PYHV_RUNS_MAX || load32(payload + 4) || length < LINK_PAGES_HEADER + (size_t)count * 8)
+        return link_bad(error, "pages: %zu bytes with %u runs", length, count);
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t run = load64(runs->at + (size_t)i * 8), first = first_of(run), pages = pages_of(run);
+        if (pages == 0 || first < behind || first >= total || pages > total - first)
             return link_bad(error, "pages: run %u has %llu pages from page %llu on, after page %llu, of %llu", i,
-                            (unsigned long long)count, (unsigned long long)first, (unsigned long long)behind,
+                            (unsigned long long)pages, (unsigned long long)first, (unsigned long long)behind,
                             (unsigned long long)total);
-        behind = first + count;
-        content += run & RUN_ZERO ? 0 : count;
+        behind = first + pages;
+        *(run & RUN_ZERO ? &runs->zeros : &runs->content) += pages;
     }
-    /* A message is too short for more than PYHV_PAGES_MAX of them. */
-    if (length != LINK_PAGES_HEADER + (size_t)runs * 8 + content * PYHV_PAGE_SIZE)
-        return link_bad(error, "pages: %zu bytes with %u runs of %llu pages", length, runs,
-                        (unsigned long long)content);
+    if (runs->content > PYHV_PAGES_MAX || length != LINK_PAGES_HEADER + (size_t)count * 8 + runs->content * unit)
+        return link_bad(error, "pages: %zu bytes with %u runs of %llu pages", length, count,
+                        (unsigned long long)runs->content);
     return 0;
 }
 
-int link_land(struct pyhv_link *link, struct pyhv_landing *landing, const struct pyhv_message *message,
-              struct pyhv_error *error)
+/* Prepares the RAM for what is to come: pages of zeros are, and the others count as written. Doing it twice is as good
+ * as doing it once. */
+static int prepare(struct pyhv_landing *landing, const struct runs *runs, struct pyhv_error *error)
 {
-    const uint8_t *payload = message->payload;
-    size_t length = message->length;
+    for (uint32_t i = 0; i < runs->count; i++) {
+        uint64_t run = load64(runs->at + (size_t)i * 8);
+        if (!(run & RUN_ZERO))
+            set_bits(landing->written, first_of(run), pages_of(run));
+        else if (land_zeros(landing, first_of(run), pages_of(run), error) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static void land_copies(struct pyhv_landing *landing, const struct runs *runs, const uint8_t *data)
+{
+    for (uint32_t i = 0; i < runs->count; i++) {
+        uint64_t run = load64(runs->at + (size_t)i * 8), size = pages_of(run) * PYHV_PAGE_SIZE;
+        if (run & RUN_ZERO)
+            continue;
+        memcpy(landing->ram->host + first_of(run) * PYHV_PAGE_SIZE, data, size);
+        data += size;
+    }
+}
+
+/* Names the places where the content goes that has not come yet. */
+static void name_pieces(struct link_in *in, const struct pyhv_landing *landing, const struct runs *runs)
+{
+    size_t skip = in->landed, count = 0;
+    for (uint32_t i = 0; i < runs->count; i++) {
+        uint64_t run = load64(runs->at + (size_t)i * 8);
+        size_t size = pages_of(run) * PYHV_PAGE_SIZE;
+        if (run & RUN_ZERO)
+            continue;
+        if (skip >= size) {
+            skip -= size;
+            continue;
+        }
+        in->pieces[count++] = (struct iovec){landing->ram->host + first_of(run) * PYHV_PAGE_SIZE + skip, size - skip};
+        skip = 0;
+    }
+    in->pieces[count] = (struct iovec){in->buffer + in->end, LINK_HEADER};
+    in->piece = 0;
+    in->piece_count = count + 1;
+}
+
+/* Compares the content with its sums. */
+static int check_content(const struct pyhv_landing *landing, const struct runs *runs, struct pyhv_error *error)
+{
+    const uint8_t *expected = runs->at + (size_t)runs->count * 8;
+    for (uint32_t i = 0; i < runs->count; i++) {
+        uint64_t run = load64(runs->at + (size_t)i * 8), first = first_of(run), pages = pages_of(run);
+        uint64_t sums[PYHV_PAGES_MAX];
+        if (run & RUN_ZERO)
+            continue;
+        pyhv_page_sums(landing->ram->host + first * PYHV_PAGE_SIZE, pages, sums);
+        for (uint64_t page = 0; page < pages; page++, expected += sizeof *sums)
+            if (sums[page] != load64(expected))
+                return link_bad(error, "page %llu was changed on the way", (unsigned long long)(first + page));
+    }
+    return 0;
+}
+
+static int land_content(struct pyhv_link *link, struct pyhv_landing *landing, const struct runs *runs,
+                        uint64_t deadline, struct pyhv_error *error)
+{
+    name_pieces(&link->in, landing, runs);
+    int found = link_wait(link, LINK_CONTENT, deadline, error);
+    link->in.piece = link->in.piece_count = 0;
+    if (found <= 0)
+        return found;
+    return check_content(landing, runs, error) < 0 ? -1 : 1;
+}
+
+int link_land(struct pyhv_link *link, struct pyhv_landing *landing, uint64_t deadline, struct pyhv_error *error)
+{
+    struct pyhv_message message = link_message(link);
+    const uint8_t *payload = message.payload;
+    size_t length = message.length, unit = 8;
+    struct runs runs;
     if (!landing->ram->anonymous)
         return pyhv_fail(error, EINVAL, "pyhv_link_receive", "pages land in anonymous memory only");
-    if (message->type == PYHV_MESSAGE_PAGES_ZSTD) {
+    if (message.type == PYHV_MESSAGE_PAGES_ZSTD) {
         struct zstd *own = zstd_of(link, error);
         if (!own)
             return -1;
-        length = zstd.decompress(own->decompressor, own->buffer, LINK_PAGES_MAX, payload, length);
+        length = zstd.decompress(own->decompressor, own->buffer, LINK_ZSTD_MAX, payload, length);
         if (zstd.is_error(length))
             return link_bad(error, "compressed pages: %s", zstd.error_name(length));
         payload = own->buffer;
+        unit = PYHV_PAGE_SIZE;
     }
-    if (check_runs(landing, payload, length, error) < 0)
+    if (check_runs(&runs, landing, payload, length, unit, error) < 0 || prepare(landing, &runs, error) < 0)
         return -1;
-    uint32_t runs = load32(payload);
-    const uint8_t *data = payload + LINK_PAGES_HEADER + (size_t)runs * 8;
-    for (uint32_t i = 0; i < runs; i++) {
-        uint64_t run = load64(payload + LINK_PAGES_HEADER + (size_t)i * 8);
-        uint64_t first = first_of(run), count = pages_of(run);
-        if (run & RUN_ZERO) {
-            if (land_zeros(landing, first, count, error) < 0)
-                return -1;
-        } else {
-            land_content(landing, first, count, data);
-            data += count * PYHV_PAGE_SIZE;
-        }
+    if (message.type == PYHV_MESSAGE_PAGES_ZSTD) {
+        land_copies(landing, &runs, runs.at + (size_t)runs.count * 8);
+    } else {
+        int found = land_content(link, landing, &runs, deadline, error);
+        if (found <= 0)
+            return found;
     }
-    return 0;
+    landing->pages += runs.content;
+    landing->zero_pages += runs.zeros;
+    return 1;
 }

@@ -58,7 +58,7 @@ class Type(IntEnum):
     CANCEL = 23
 
 
-@record("hello", 1)
+@record("hello", 2)
 class Hello(NamedTuple):
     """What the guest is and what it needs of a host. Its version is that of the protocol."""
 

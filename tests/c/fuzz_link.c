@@ -4,8 +4,8 @@
  *
  * An input is: 1 byte, whose lowest bit says whether the rest is sent as it is. Otherwise it is a list of messages, to
  * which the right headers are given, as a side that lies would: 1 byte type; 1 byte pages, of which so many are
- * appended; 2 bytes, little-endian, the length of the rest of the payload; that. What must hold, besides that nothing
- * crashes:
+ * appended, to a message of pages with their sums; 2 bytes, little-endian, the length of the rest of the payload; that.
+ * What must hold, besides that nothing crashes:
  *  - a message that is delivered is one that was sent, no longer than allowed, and no pages or heartbeat;
  *  - what is refused says why;
  *  - memory has content only where the landing's bitmap says so, and grows no further than the RAM.
@@ -23,7 +23,7 @@
 #include "fuzz.h"
 #include "pyhv.h"
 
-enum { RAM_PAGES = 200, WIRE_MAX = 256 * 1024, MESSAGES_MAX = 64 };
+enum { RAM_PAGES = 200, WIRE_MAX = 256 * 1024, MESSAGES_MAX = 64, FILLING = 0x5a };
 
 static uint8_t wire[WIRE_MAX];
 static size_t wire_size, ends_at[MESSAGES_MAX];
@@ -32,7 +32,13 @@ static unsigned message_count;
 /* Puts the input's messages on the wire, as far as there is room. */
 static void compose(const uint8_t *data, size_t size)
 {
+    static uint64_t page_sum;
     uint64_t sum = 0;
+    if (!page_sum) {
+        uint8_t page[PYHV_PAGE_SIZE];
+        memset(page, FILLING, sizeof page);
+        pyhv_page_sums(page, 1, &page_sum);
+    }
     wire_size = message_count = 0;
     while (size >= 4 && message_count < MESSAGES_MAX) {
         uint32_t type = data[0];
@@ -40,16 +46,21 @@ static void compose(const uint8_t *data, size_t size)
         data += 4;
         size -= 4;
         length = length < size ? length : size;
-        if (WIRE_MAX - wire_size < 16 + length + pages * PYHV_PAGE_SIZE)
+        if (WIRE_MAX - wire_size < 16 + length + pages * (8 + PYHV_PAGE_SIZE))
             return;
         uint8_t *at = wire + wire_size;
-        const uint32_t head[2] = {type, (uint32_t)(length + pages * PYHV_PAGE_SIZE)};
-        memcpy(at, head, 8);
         memcpy(at + 16, data, length);
-        memset(at + 16 + length, 0x5a, pages * PYHV_PAGE_SIZE);
+        size_t payload = length;
+        if (type == PYHV_MESSAGE_PAGES)
+            for (size_t i = 0; i < pages; i++, payload += 8)
+                memcpy(at + 16 + payload, &page_sum, 8);
+        size_t whole = payload + pages * PYHV_PAGE_SIZE;
+        memset(at + 16 + payload, FILLING, whole - payload);
+        const uint32_t head[2] = {type, (uint32_t)(type == PYHV_MESSAGE_PAGES ? payload : whole)};
+        memcpy(at, head, 8);
         sum = pyhv_xxh64(at + 16, head[1], pyhv_xxh64(at, 8, sum));
         memcpy(at + 8, &sum, 8);
-        wire_size += 16 + head[1];
+        wire_size += 16 + whole;
         ends_at[message_count++] = wire_size;
         data += length;
         size -= length;
@@ -110,7 +121,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
     REQUIRE(fstat(ram.fd, &file) == 0 && (uint64_t)file.st_size == ram.size);
     REQUIRE(pyhv_pages_find(&ram, content, &error) == 0);
-    REQUIRE(memcmp(content, written, sizeof content) == 0);
+    for (size_t i = 0; i < sizeof content / sizeof content[0]; i++)
+        REQUIRE((content[i] & ~written[i]) == 0);
     return 0;
 }
 

@@ -126,14 +126,27 @@ static uint64_t run_of(uint64_t first, uint64_t pages, bool zero)
     return first | pages << 40 | (uint64_t)zero << 63;
 }
 
-/* The payload of a PAGES message of these runs; returns its length. */
+/* The payload of a PAGES message of these runs, and so much content behind it. Returns the payload's length. */
 static size_t make_pages(uint8_t *payload, const uint64_t *runs, uint32_t count, size_t content)
 {
     const uint32_t head[2] = {count, 0};
+    uint8_t *sums = payload + 8 + count * sizeof *runs, *pages = sums + content * 8;
     memcpy(payload, head, 8);
     memcpy(payload + 8, runs, count * sizeof *runs);
-    fill_random(payload + 8 + count * sizeof *runs, content * PAGE);
-    return 8 + count * sizeof *runs + content * PAGE;
+    fill_random(pages, content * PAGE);
+    for (size_t page = 0; page < content; page++) {
+        uint64_t sum = pyhv_xxh64(pages + page * PAGE, PAGE, 0);
+        memcpy(sums + page * 8, &sum, 8);
+    }
+    return (size_t)(pages - payload);
+}
+
+/* The message with that payload. Its content is copied behind it. */
+static void add_pages(struct stream *stream, const uint8_t *payload, size_t length, size_t content)
+{
+    add_message(stream, PYHV_MESSAGE_PAGES, payload, length);
+    memcpy(stream->bytes + stream->size, payload + length, content * PAGE);
+    stream->size += content * PAGE;
 }
 
 /* A link whose other side says these bytes and closes. */
@@ -275,11 +288,11 @@ static void both_send_at_once(void)
 /* ------------------------------------------------------------------------------------- streams that are wrong -- */
 
 /* Three messages and a page: what an honest side may send. ends_at: where each ends. */
-enum { HONEST_MESSAGES = 5 };
+enum { HONEST_MESSAGES = 5, HONEST_PAGES = 3 };
 
 static void honest(struct stream *stream, size_t *ends_at)
 {
-    static uint8_t payload[8 + 8 + 4096];
+    static uint8_t payload[8 + 8 + 8 + 4096];
     const uint64_t run = run_of(2, 1, false);
     stream->size = 0;
     stream->sum = 0;
@@ -289,8 +302,8 @@ static void honest(struct stream *stream, size_t *ends_at)
     ends_at[1] = stream->size;
     add_message(stream, TYPE + 1, NULL, 0);
     ends_at[2] = stream->size;
-    add_message(stream, PYHV_MESSAGE_PAGES, payload, make_pages(payload, &run, 1, 1));
-    ends_at[3] = stream->size;
+    add_pages(stream, payload, make_pages(payload, &run, 1, 1), 1);
+    ends_at[HONEST_PAGES] = stream->size;
     add_message(stream, TYPE + 2, "the last one", 12);
     ends_at[4] = stream->size;
 }
@@ -312,21 +325,25 @@ static void end_of_file_at_each_byte(struct stream *stream)
 {
     size_t ends_at[HONEST_MESSAGES];
     honest(stream, ends_at);
+    size_t content_at = ends_at[HONEST_PAGES] - PAGE;
     for (size_t size = 0; size <= stream->size; size++) {
         struct ends ends;
         struct target target;
         uint64_t whole = 0;
-        if (size > ends_at[2] + 40 && size < ends_at[3] - 240) /* in the page's content */
+        bool between = size == 0;
+        if (size > content_at + 40 && size < content_at + PAGE - 240)
             size += 199;
         target_create(&target, 4);
         struct pyhv_link *link = told(&ends, stream->bytes, size);
-        while (whole < HONEST_MESSAGES && ends_at[whole] <= size)
-            whole++;
+        for (int i = 0; i < HONEST_MESSAGES; i++) {
+            whole += (i == HONEST_PAGES ? content_at : ends_at[i]) <= size; /* then it counts, its content or not */
+            between |= ends_at[i] == size;
+        }
         CHECK_EQUAL(receive_until_error(link, &target), whole);
         CHECK_EQUAL(error.errnum, EPIPE);
-        CHECK_EQUAL(strstr(error.detail, "within") != NULL, size && (!whole || ends_at[whole - 1] != size));
-        CHECK_EQUAL(target.landing.pages, whole >= 4);
-        CHECK_EQUAL(allocated_pages(&target.ram), whole >= 4);
+        CHECK_EQUAL(strstr(error.detail, "within") != NULL, !between);
+        CHECK_EQUAL(target.landing.pages, size >= ends_at[HONEST_PAGES]);
+        CHECK_EQUAL(allocated_pages(&target.ram), size > content_at);
         pyhv_memory_destroy(&target.ram);
         finish(link, &ends);
     }
@@ -336,25 +353,29 @@ static void one_bit_flipped_anywhere(struct stream *stream)
 {
     size_t ends_at[HONEST_MESSAGES];
     honest(stream, ends_at);
+    size_t content_at = ends_at[HONEST_PAGES] - PAGE;
     for (size_t bit = 0; bit < stream->size * 8; bit++) {
         struct ends ends;
         struct target target;
         uint64_t before = 0;
-        if (bit / 8 > ends_at[2] + 40 && bit / 8 < ends_at[3] - 240)
+        if (bit / 8 > content_at + 40 && bit / 8 < content_at + PAGE - 240)
             bit += 1001;
+        bool in_content = bit / 8 >= content_at && bit / 8 < ends_at[HONEST_PAGES];
         target_create(&target, 4);
         stream->bytes[bit / 8] ^= (uint8_t)(1 << bit % 8);
         struct pyhv_link *link = told(&ends, stream->bytes, stream->size);
         stream->bytes[bit / 8] ^= (uint8_t)(1 << bit % 8);
         while (ends_at[before] <= bit / 8)
             before++;
-        CHECK_EQUAL(receive_until_error(link, &target), before);
+        CHECK_EQUAL(receive_until_error(link, &target), before + in_content);
         /* A length that has grown is missed at the end of the stream. */
         size_t in_header = bit / 8 - (before ? ends_at[before - 1] : 0);
         CHECK(error.errnum == EBADMSG || (error.errnum == EPIPE && in_header >= 4 && in_header < 8));
-        CHECK_EQUAL(allocated_pages(&target.ram), before >= 4);
+        CHECK(!in_content || strcmp(error.detail, "page 2 was changed on the way") == 0);
+        CHECK_EQUAL(allocated_pages(&target.ram), before > HONEST_PAGES || in_content);
+        CHECK_EQUAL(target.landing.pages, before > HONEST_PAGES);
         /* And it stays an error. */
-        CHECK_FAILS(receive_until_error(link, &target) > before ? 0 : -1, error.errnum);
+        CHECK_FAILS(receive_until_error(link, &target) > before + in_content ? 0 : -1, error.errnum);
         pyhv_memory_destroy(&target.ram);
         finish(link, &ends);
     }
@@ -398,7 +419,7 @@ static void headers_that_are_refused(void)
         {0, 5},
         {PYHV_MESSAGE_HEARTBEAT, 1},
         {PYHV_MESSAGE_PAGES, LINK_PAGES_MAX + 1},
-        {PYHV_MESSAGE_PAGES_ZSTD, LINK_PAGES_MAX + 1},
+        {PYHV_MESSAGE_PAGES_ZSTD, LINK_ZSTD_MAX + 1},
         {4, PYHV_MESSAGE_MAX + 1},
         {TYPE, PYHV_MESSAGE_MAX + 1},
         {TYPE, UINT32_MAX},
@@ -431,8 +452,8 @@ static void runs_that_are_refused(void)
         const char *name;
         uint64_t runs[4];
         uint32_t count, zero;
-        size_t content; /* pages of it that come */
-        int extra;      /* bytes more than there should be */
+        size_t content; /* pages of it that come, with a sum each */
+        int extra;      /* bytes of the payload more than there should be */
     } cases[] = {
         {"no runs", {0}, 0, 0, 0, 0},
         {"more runs than come", {1}, 5, 0, 0, -32},
@@ -447,14 +468,14 @@ static void runs_that_are_refused(void)
         {"the last page there is", {UINT64_C(0xffffffffff) | UINT64_C(1) << 40}, 1, 0, 1, 0},
         {"overlapping", {3 | UINT64_C(2) << 40, 4 | UINT64_C(1) << 40}, 2, 0, 3, 0},
         {"descending", {3 | UINT64_C(1) << 40, 2 | UINT64_C(1) << 40}, 2, 0, 2, 0},
-        {"less content", {3 | UINT64_C(2) << 40}, 1, 0, 1, 0},
-        {"more content", {3 | UINT64_C(2) << 40}, 1, 0, 3, 0},
+        {"less sums", {3 | UINT64_C(2) << 40}, 1, 0, 1, 0},
+        {"more sums", {3 | UINT64_C(2) << 40}, 1, 0, 3, 0},
         {"a byte less", {3 | UINT64_C(2) << 40}, 1, 0, 2, -1},
         {"a byte more", {3 | UINT64_C(2) << 40}, 1, 0, 2, 1},
-        {"content for zeros", {3 | UINT64_C(2) << 40 | UINT64_C(1) << 63}, 1, 0, 2, 0},
-        {"too many pages", {0 | UINT64_C(257) << 40}, 1, 0, 256, 0},
+        {"sums for zeros", {3 | UINT64_C(2) << 40 | UINT64_C(1) << 63}, 1, 0, 2, 0},
+        {"too many pages", {0 | UINT64_C(65) << 40}, 1, 0, 65, 0},
     };
-    static uint8_t payload[LINK_PAGES_MAX + 8192], bytes[LINK_PAGES_MAX + 16384];
+    static uint8_t payload[LINK_PAGES_MAX + 66 * 4096], bytes[2 * sizeof payload];
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         struct stream stream = {.bytes = bytes};
         struct target target;
@@ -465,7 +486,7 @@ static void runs_that_are_refused(void)
         size_t length = make_pages(payload, many, cases[i].count, cases[i].content);
         memcpy(payload + 4, &cases[i].zero, 4);
         length = (size_t)((int64_t)length + cases[i].extra);
-        add_message(&stream, PYHV_MESSAGE_PAGES, payload, length);
+        add_pages(&stream, payload, length, cases[i].content);
         target_create(&target, RAM);
         struct pyhv_link *link = told(&ends, bytes, stream.size);
         receive_until_error(link, &target);
@@ -494,6 +515,54 @@ static void runs_that_are_refused(void)
     }
 }
 
+/* Content that comes in pieces of any size, and stands still at any place: what else the link does meanwhile does not
+ * disturb it, and each byte comes to its place. */
+static void content_in_pieces(struct stream *stream)
+{
+    enum { RAM = 40 };
+    const uint64_t runs[] = {run_of(1, 2, false), run_of(5, 3, true), run_of(8, 1, false), run_of(30, 3, false)};
+    static uint8_t payload[LINK_PAGES_MAX + 6 * 4096], expected[RAM * 4096];
+    for (int round = 0; round < 60; round++) {
+        struct target target;
+        struct ends ends = connect_ends(round % 2);
+        struct pyhv_link *link = open_link(&ends, 0, 0, LONG_MS);
+        struct pyhv_message message;
+        stream->size = stream->sum = 0;
+        memset(expected, 0, sizeof expected);
+        target_create(&target, RAM);
+        for (int i = 0; i < 3; i++) { /* the same pages with other content */
+            size_t length = make_pages(payload, runs, 4, 6);
+            add_pages(stream, payload, length, 6);
+            memcpy(expected + PAGE, payload + length, 2 * PAGE);
+            memcpy(expected + 8 * PAGE, payload + length + 2 * PAGE, PAGE);
+            memcpy(expected + 30 * PAGE, payload + length + 3 * PAGE, 3 * PAGE);
+            if (i < 2)
+                add_message(stream, PYHV_MESSAGE_HEARTBEAT, NULL, 0);
+        }
+        add_message(stream, TYPE, "end", 3);
+        for (size_t at = 0; at < stream->size;) {
+            size_t most = random64() % 3 ? 20000 : 40, part = 1 + random64() % most;
+            part = part < stream->size - at ? part : stream->size - at;
+            CHECK_EQUAL(write(ends.out[1], stream->bytes + at, part), part);
+            at += part;
+            int found = pyhv_link_receive(link, &target.landing, 0, &message, &error);
+            CHECK_EQUAL(found, at == stream->size);
+            if (found < 0)
+                break;
+            CHECK_EQUAL(pyhv_link_send(link, TYPE, "aside", 5, &error), 0);
+            CHECK_EQUAL(read(ends.in[1], payload, sizeof payload), LINK_HEADER + 5);
+        }
+        CHECK(message.type == TYPE && message.length == 3 && memcmp(message.payload, "end", 3) == 0);
+        CHECK(memcmp(target.ram.host, expected, sizeof expected) == 0);
+        CHECK_EQUAL(target.landing.pages, 3 * 6);
+        CHECK_EQUAL(target.landing.zero_pages, 3 * 3);
+        CHECK_EQUAL(pyhv_link_counters(link)->messages_received, 6);
+        CHECK_EQUAL(pyhv_link_counters(link)->bytes_received, stream->size);
+        pyhv_memory_destroy(&target.ram);
+        finish(link, &ends);
+    }
+}
+
 static void pages_that_were_not_expected(struct stream *stream)
 {
     const uint64_t run = run_of(0, 3, true);
@@ -501,7 +570,7 @@ static void pages_that_were_not_expected(struct stream *stream)
     struct ends ends;
     struct pyhv_message message;
     stream->size = stream->sum = 0;
-    add_message(stream, PYHV_MESSAGE_PAGES, payload, make_pages(payload, &run, 1, 0));
+    add_pages(stream, payload, make_pages(payload, &run, 1, 0), 0);
     struct pyhv_link *link = told(&ends, stream->bytes, stream->size);
     CHECK_FAILS(pyhv_link_receive(link, NULL, LONG_MS, &message, &error), EBADMSG);
     CHECK(strstr(error.detail, "not expected"));
@@ -982,7 +1051,7 @@ static void limits_of_sending(bool pipes)
         uint64_t before = transfer.sending.bytes;
         int result = pyhv_link_send_pages(transfer.links[0], &transfer.sending, &error);
         uint64_t sent = transfer.sending.bytes - before;
-        CHECK(result >= 0 && sent <= (2 << 20) + LINK_HEADER + LINK_PAGES_MAX);
+        CHECK(result >= 0 && sent <= (2 << 20) + LINK_HEADER + LINK_PAGES_MAX + PYHV_PAGES_MAX * PAGE);
         if (result <= 0)
             break;
         CHECK(sent >= 2 << 20);
@@ -1050,7 +1119,7 @@ static void zeros_that_cannot_be_made(struct stream *stream)
     const uint64_t run = run_of(0, 4, true);
     uint8_t payload[64];
     stream->size = stream->sum = 0;
-    add_message(stream, PYHV_MESSAGE_PAGES, payload, make_pages(payload, &run, 1, 0));
+    add_pages(stream, payload, make_pages(payload, &run, 1, 0), 0);
     struct pyhv_link *link = told(&ends, stream->bytes, stream->size);
     target.written[0] = 6;
     madvise_errnum = EPERM;
@@ -1098,8 +1167,8 @@ static void compressed_pages(struct stream *stream)
     transfer_end(&transfer);
     random_rounds(true, 3);
 
-    /* What is no frame, and one that holds more than any message: a megabyte of zeros is a few bytes. */
-    static uint8_t zeros[LINK_PAGES_MAX + 1], frame[LINK_PAGES_MAX];
+    /* What is no frame, and one that holds more than any message: zeros shrink to a few bytes. */
+    static uint8_t zeros[LINK_ZSTD_MAX + 1], frame[LINK_ZSTD_MAX];
     void *compressor = zstd.create_cctx();
     size_t sizes[] = {0, 1, 100, zstd.compress(compressor, frame, sizeof frame, zeros, sizeof zeros, 1)};
     zstd.free_cctx(compressor);
@@ -1143,6 +1212,7 @@ int main(void)
     lost_repeated_and_exchanged(&stream);
     headers_that_are_refused();
     runs_that_are_refused();
+    content_in_pieces(&stream);
     pages_that_were_not_expected(&stream);
     zeros_are_elided();
     a_guest_that_writes();

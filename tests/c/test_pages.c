@@ -623,11 +623,25 @@ static void test_find_pages(void)
         }
 }
 
+static void test_page_sums(void)
+{
+    enum { PAGES = 9 };
+    static uint8_t pages[PAGES * 4096];
+    fill_random(pages, sizeof pages);
+    for (size_t count = 0; count <= PAGES; count++) {
+        uint64_t page_sums[PAGES + 1] = {0};
+        pyhv_page_sums(pages, count, page_sums);
+        for (size_t i = 0; i <= PAGES; i++)
+            CHECK_EQUAL(page_sums[i], i < count ? pyhv_xxh64(pages + i * PAGE, PAGE, 0) : 0);
+    }
+}
+
 int main(void)
 {
     alarm(100);
     no_faults();
     test_xxh64();
+    test_page_sums();
     test_is_zero();
     test_save_sizes();
     test_save_random_patterns();

@@ -7,6 +7,7 @@ import struct
 from typing import NamedTuple
 
 from pyhv._native import lib
+from pyhv._native.link import PAGE_SIZE
 
 HEADER = 16  # u32 type, u32 length of the payload, u64 sum
 
@@ -16,6 +17,7 @@ class Frame(NamedTuple):
 
     kind: int
     payload: bytes
+    """With the content of pages."""
     raw: bytes
     """Header and payload."""
 
@@ -34,8 +36,9 @@ class Sealer:
 
     def __call__(self, kind: int, payload: bytes = b"", length: int | None = None) -> bytes:
         """length: what the header says, where that is a lie."""
-        head = struct.pack("<II", kind, len(payload) if length is None else length)
-        self.sum = sum_of(head, payload, self.sum)
+        own = len(payload) - min(content_of(kind, payload), len(payload) // PAGE_SIZE * PAGE_SIZE)
+        head = struct.pack("<II", kind, own if length is None else length)
+        self.sum = sum_of(head, payload[:own], self.sum)
         return head + struct.pack("<Q", self.sum) + payload
 
 
@@ -53,17 +56,33 @@ class Splitter:
             kind, length, found = struct.unpack_from("<IIQ", self._rest)
             if len(self._rest) < HEADER + length:
                 break
-            raw, self._rest = self._rest[: HEADER + length], self._rest[HEADER + length :]
-            self._sum = sum_of(raw[:8], raw[HEADER:], self._sum)
+            size = HEADER + length + content_of(kind, self._rest[HEADER : HEADER + length])
+            if len(self._rest) < size:
+                break
+            raw, self._rest = self._rest[:size], self._rest[size:]
+            self._sum = sum_of(raw[:8], raw[HEADER : HEADER + length], self._sum)
             assert found == self._sum, "a message without the right sum"
             frames.append(Frame(kind, raw[HEADER:], raw))
         return frames
 
 
+def content_of(kind: int, payload: bytes) -> int:
+    """How many bytes of content belong to a message with this payload, which it may end with: those of the pages that a
+    PAGES message says it has."""
+    if kind != lib.PYHV_MESSAGE_PAGES or len(payload) < 8:
+        return 0
+    count = min(struct.unpack_from("<I", payload)[0], len(payload) // 8 - 1)
+    words = struct.unpack_from(f"<{count}Q", payload, 8)
+    return PAGE_SIZE * sum(word >> 40 & 0x7FFFFF for word in words if not word >> 63)
+
+
 def pages(runs: list[tuple[int, int, bool]], content: bytes = b"") -> bytes:
-    """The payload of a PAGES message. runs: first page, how many, whether they are zeros."""
+    """The payload of a PAGES message and its content, each page with its sum. runs: first page, how many, whether they
+    are zeros."""
     words = [first | count << 40 | zero << 63 for first, count, zero in runs]
-    return struct.pack(f"<II{len(words)}Q", len(words), 0, *words) + content
+    places = range(0, len(content), PAGE_SIZE)
+    sums = [lib.pyhv_xxh64(content[at : at + PAGE_SIZE], PAGE_SIZE, 0) for at in places]
+    return struct.pack(f"<II{len(words) + len(sums)}Q", len(words), 0, *words, *sums) + content
 
 
 class Speaker:

@@ -388,7 +388,7 @@ PAGE = pages([(0, 1, False)], bytes(4096))
 
 SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "hello of another version": (
-        lambda m: [(m[0][0], m[0][1].replace(b'"version":1}', b'"version":9}')), *m[1:]], "version 9 of this record",
+        lambda m: [(m[0][0], m[0][1].replace(b'"version":2}', b'"version":9}')), *m[1:]], "version 9 of this record",
     ),
     "hello of another vendor": (hello_with(tables=other_vendor), "vendor"),
     "tables that make no sense": (hello_with(tables=lambda t: [[[1, 0, 0, 0, 0, 0, 0]]]), ""),
@@ -411,8 +411,11 @@ SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "one page beyond the RAM": (insert(Type.RECORD, (Type.PAGES, pages([(767, 2, True)]))), "of 768"),
     "no runs": (insert(Type.RECORD, (Type.PAGES, pages([]))), "with 0 runs"),
     "runs that do not ascend": (insert(Type.RECORD, (Type.PAGES, pages([(5, 1, True), (5, 1, True)]))), "after page 6"),
-    "less content than pages": (insert(Type.RECORD, (Type.PAGES, pages([(5, 2, False)], bytes(4096)))), "of 2 pages"),
-    "more content than pages": (insert(Type.RECORD, (Type.PAGES, pages([(5, 1, False)], bytes(8192)))), "of 1 pages"),
+    "fewer sums than pages": (insert(Type.RECORD, (Type.PAGES, pages([(5, 2, False)], bytes(4096)))), "of 2 pages"),
+    "more sums than pages": (insert(Type.RECORD, (Type.PAGES, pages([(5, 1, False)], bytes(8192)))), "of 1 pages"),
+    "other content than was summed": (insert(Type.RECORD, (Type.PAGES, PAGE[:-1] + b"x")), "page 0 was changed on the"),
+    "messages instead of content": (insert(Type.RECORD, (Type.PAGES, PAGE[:-4096])), "page 0 was changed on the way"),
+    "no content": (lambda m: [m[0], (Type.PAGES, PAGE[:-4096])], "has closed the link within a message"),
     "pages that are no zstd": (insert(Type.RECORD, (Type.PAGES_ZSTD, os.urandom(500))), "zstd|compressed"),
     "a page more than was counted": (insert(Type.END, (Type.PAGES, PAGE)), "pages, .* were sent, .* came"),
     "pages of zeros that did not come": (end_with(zero_pages=lambda n: n + 1), "were sent, .* came"),
@@ -556,7 +559,8 @@ def test_the_fuzzer_gets_past_the_sums(recorded: list[Frame]) -> None:
     seal, before = Sealer(), 0
     for frame in recorded:
         data = seal(frame.kind, frame.payload)
-        assert data[8:16] == struct.pack("<Q", before := sum_of(data[:8], frame.payload, before))
+        own = frame.payload[: struct.unpack_from("<I", data, 4)[0]]
+        assert data[8:16] == struct.pack("<Q", before := sum_of(data[:8], own, before))
 
 
 @pytest.mark.parametrize("taken", [0, 2**63], ids=["1970", "2262"])
