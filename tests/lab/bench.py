@@ -4,8 +4,9 @@ Each row is measured by both, taking turns; who goes first changes from pair to 
 has, the emulator of the AMD hosts: with its libraries and firmware it is copied into them. It runs its microvm, with an
 RTC where Linux would else look for one for seconds.
 
-The boot rows: the same kernel (vmlinux, entered by PVH), initramfs, command line, memory and number of vCPUs; from the
-start of the program in the host to the first line of the guest's first process on the console.
+The boot rows: the same kernel (vmlinux, entered by PVH, or the bzImage, which the guest unpacks), initramfs, command
+line, memory and number of vCPUs; from the start of the program in the host to the first line of the guest's first
+process on the console.
 
 The migrations: from the first host to the second over their network, neither with a limit on the bandwidth, both with
 50 ms as the downtime to aim at. The same guest: one without a kernel and with noise in its memory, or Linux in its user
@@ -29,7 +30,7 @@ from .errors import LabError
 from .lab import Lab
 from .node import Node, files
 
-FIRMWARE = ("bios-microvm.bin", "qboot.rom", "kvmvapic.bin", "pvh.bin")
+FIRMWARE = ("bios-microvm.bin", "qboot.rom", "kvmvapic.bin", "pvh.bin", "linuxboot_dma.bin")
 SHARE = Path("/usr/share/qemu")
 INSIDE = "/tmp/qemu"
 PROGRAM = [f"{INSIDE}/bin/qemu-system-x86_64", "-L", f"{INSIDE}/share"]
@@ -64,7 +65,7 @@ class Bench:
     def __init__(self, lab: Lab, names: list[str], two: bool, say: image.Say) -> None:
         self.hosts = lab.start(*names, connected=True) if two else lab.start(names[-1])
         self._port = PORT
-        guest = {name: linux.guest(say) / name for name in ("vmlinux", "initrd")} | {"initrd": initrd(say) / "initrd"}
+        guest = {name: linux.guest(say) / name for name in ("vmlinux", "vmlinuz")} | {"initrd": initrd(say) / "initrd"}
         scripts = {"peer_qemu.py": code.HERE / "inside" / "peer_qemu.py", "qmp.py": code.HERE / "qmp.py"}
         needed: Mapping[str, Path | bytes] = {**qemu_files(), **scripts, **guest}
         self.nodes = []
@@ -94,14 +95,14 @@ class Bench:
         running.wait()
         return {"time": taken}
 
-    def boot_pyhv(self, cpus: int) -> Facts:
-        command = ["pyhv", "run", f"{INSIDE}/vmlinux", "--initrd", f"{INSIDE}/initrd", "--append", LINE]
+    def boot_pyhv(self, kernel: str, cpus: int) -> Facts:
+        command = ["pyhv", "run", f"{INSIDE}/{kernel}", "--initrd", f"{INSIDE}/initrd", "--append", LINE]
         return self.time_boot([*command, "--mem", f"{BOOT_MIB}M", "--cpus", str(cpus)], code.ENVIRONMENT)
 
-    def boot_qemu(self, cpus: int) -> Facts:
+    def boot_qemu(self, kernel: str, cpus: int) -> Facts:
         command = [*PROGRAM, "-M", "microvm,rtc=on", "-accel", "kvm", "-cpu", "host", "-m", str(BOOT_MIB), "-smp"]
         command += [str(cpus), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-kernel"]
-        command += [f"{INSIDE}/vmlinux", "-initrd", f"{INSIDE}/initrd", "-append", LINE]
+        command += [f"{INSIDE}/{kernel}", "-initrd", f"{INSIDE}/initrd", "-append", LINE]
         return self.time_boot(command, {"LD_LIBRARY_PATH": f"{INSIDE}/lib"})
 
     # -------------------------------------------------------------------------------------------- migration
@@ -152,9 +153,9 @@ class Bench:
         return {"total": facts["total"], "downtime": facts["downtime"]}
 
 
-def _boot(cpus: int) -> Row:
-    title = f"boot of Debian's vmlinux to its first process, {BOOT_MIB} MiB, {cpus} vCPU{'s' if cpus > 1 else ''}"
-    return Row(title, ("time",), 0.9, lambda bench: bench.boot_pyhv(cpus), lambda bench: bench.boot_qemu(cpus))
+def _boot(kernel: str, cpus: int) -> Row:
+    title = f"boot of Debian's {kernel} to its first process, {BOOT_MIB} MiB, {cpus} vCPU{'s' if cpus > 1 else ''}"
+    return Row(title, ("time",), 0.9, lambda on: on.boot_pyhv(kernel, cpus), lambda on: on.boot_qemu(kernel, cpus))
 
 
 def _move(title: str, append: str | None) -> Row:
@@ -163,8 +164,10 @@ def _move(title: str, append: str | None) -> Row:
 
 
 ROWS = {
-    "boot": _boot(1),
-    "boot-4": _boot(4),
+    "boot": _boot("vmlinux", 1),
+    "boot-4": _boot("vmlinux", 4),
+    "boot-bzimage": _boot("vmlinuz", 1),
+    "boot-bzimage-4": _boot("vmlinuz", 4),
     "idle": _move(f"{IDLE_MIB} MiB, {NOISE_MIB} of them noise", None),
     "linux": _move(f"Linux with {MOVED_MIB} MiB, idle", LINE),
     "linux-writes": _move(f"Linux with {MOVED_MIB} MiB, {WRITES} pages written a second", f"{LINE} write={WRITES}"),
