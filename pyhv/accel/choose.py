@@ -28,8 +28,8 @@ INTERCEPTS = ("auto", "kernel", "trap")
 #: In place of "auto": whoever answers CPUID must keep a log of it.
 LOGGED = "logged"
 
-
-# APIC ids have 8 bits where the guest does not use the x2APIC, and 255 is the broadcast.
+# APIC ids have 8 bits where the guest does not use the x2APIC; 255 is the broadcast, and in the MP table one is the I/O
+# APIC's.
 MAX_VCPUS = 254
 
 
