@@ -78,7 +78,7 @@ def cells(row: Row, pairs: Pairs | None) -> tuple[str, ...]:
         if row.goal.of == "difference":
             differences = [ours - peer for ours, peer in zip(pairs.ours, pairs.peer, strict=True)]
             verdict += f": +{spread(differences, row.unit)}"
-        elif row.goal.of.startswith("least"):
+        elif row.goal.of.startswith(("least", "p99")):
             plus = "+" if row.goal.of.endswith("difference") else ""
             verdict += f": {plus}{short(row.goal.reached(pairs))} {row.unit}"
     return (

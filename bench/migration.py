@@ -1,4 +1,4 @@
-"""The rows of live migration: pages over a link, from one process to another, against a bare socket."""
+"""The rows of live migration: pages over a link from process to process, against a bare socket; an idle guest's hops."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import mmap
 import os
 import signal
 import socket
+import struct
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import peers
-from bench.measure import Pairs, Skip, alternate
+from bench.measure import Goal, Pairs, Skip, alternate
 from bench.peers import Peer
+from bench.qemu import idle_image
 
 if TYPE_CHECKING:
     from pyhv._native.memory import Memory
+    from pyhv.machine import Machine
+    from pyhv.migration.transport import Address, Listener
 
 _SIZE = 1 << 30
 _MIB = 1 << 20
@@ -126,3 +132,102 @@ def migration(pairs: int) -> Pairs:
 def migration_kept(pairs: int) -> Pairs:
     """The same, against a reader that keeps what it reads, in new memory like a guest's."""
     return _pairs(pairs, "keep")
+
+
+_HOP_LIMIT = 30.0  # seconds
+
+
+def idle(pairs: int) -> Pairs:
+    """Downtimes in ms of an idle guest of 256 MiB that two processes hand to and fro, against a byte that goes to the
+    other process and comes back."""
+    peers.need_kvm()
+    from pyhv.machine import Machine
+    from pyhv.migration import transport
+
+    with tempfile.TemporaryDirectory(prefix="pyhv-bench-") as folder, contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(transport.Listener(transport.parse(f"unix:{folder}/{i}"))) for i in (0, 1)]
+        ours, theirs = socket.socketpair()
+        other = os.fork()
+        if other == 0:
+            try:
+                ours.close()
+                _other_node(theirs, listeners)
+            finally:
+                os._exit(1)
+        theirs.close()
+        ours.settimeout(_HOP_LIMIT)
+        guest: Machine | None = None
+
+        def hop() -> float:
+            nonlocal guest
+            if guest is not None:
+                ours.send(b"take")
+                downtime = _give(guest, listeners[1].address)
+                guest = None
+                _told(ours)
+                return downtime
+            ours.send(b"give")
+            guest = _take(listeners[0])
+            return float(struct.unpack("d", _told(ours))[0])
+
+        def there_and_back() -> float:
+            start = time.perf_counter()
+            ours.send(b"echo")
+            _told(ours)
+            return (time.perf_counter() - start) * 1e3
+
+        try:
+            (Path(folder) / "idle").write_bytes(idle_image())
+            guest = Machine(str(Path(folder) / "idle"), memory=256 * _MIB)
+            guest.start()
+            taken = alternate(hop, there_and_back, pairs)
+        finally:
+            if guest is not None:
+                guest.close()
+            ours.close()
+            os.kill(other, signal.SIGKILL)
+            os.waitpid(other, 0)
+    ordered = sorted(taken.ours)
+    return taken._replace(note=f"p50 {ordered[len(ordered) // 2]:.2f}, p99 {Goal('p99', 0).reached(taken):.2f} ms")
+
+
+def _told(sock: socket.socket) -> bytes:
+    if not (said := sock.recv(8)):
+        raise Skip("the other process has ended")
+    return said
+
+
+def _give(guest: Machine, address: Address) -> float:
+    from pyhv.migration import transport
+
+    with transport.connect(address) as channel:
+        summary = guest.depart(channel)
+    guest.close()
+    return summary.downtime * 1e3
+
+
+def _take(listener: Listener) -> Machine:
+    from pyhv.accel import choose
+    from pyhv.machine import Machine
+    from pyhv.migration.destination import Destination
+
+    choose.open_accelerator().prepare()
+    channel = listener.accept(_HOP_LIMIT)
+    if channel is None:
+        raise Skip("the guest did not come")
+    guest = Machine.arrive(Destination(channel))
+    guest.start()
+    return guest
+
+
+def _other_node(sock: socket.socket, listeners: list[Listener]) -> None:
+    """The other process: does what it is told, until it is killed."""
+    guest: Machine | None = None
+    while what := sock.recv(4):
+        if what == b"take":
+            guest = _take(listeners[1])
+            sock.send(b"taken")
+        elif what == b"give" and guest is not None:
+            sock.send(struct.pack("d", _give(guest, listeners[0].address)))
+        else:
+            sock.send(what)

@@ -70,7 +70,7 @@ def _row(used: int, pairs: int) -> tuple[Pairs, Pairs]:
         with noise.open("wb") as file:
             for _ in range(used // _MIB):
                 file.write(os.urandom(_MIB))
-        (folder / "idle").write_bytes(_idle())
+        (folder / "idle").write_bytes(idle_image())
         taken = alternate(lambda: one(0), lambda: one(1), pairs)
     said = f"downtime {median(stood[0][1:]):.2g} ms, QEMU's {median(stood[1][1:]):.2g}"
     return taken._replace(note=said), Pairs(stood[0][1:], stood[1][1:])
@@ -79,7 +79,7 @@ def _row(used: int, pairs: int) -> tuple[Pairs, Pairs]:
 # ----------------------------------------------------------------------------------------------------------- pyhv
 
 
-def _idle() -> bytes:
+def idle_image() -> bytes:
     """The image of a bundled guest that waits for ever."""
     from pyhv import guests
 

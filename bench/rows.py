@@ -17,7 +17,7 @@ from pathlib import Path
 from bench import peers
 from bench.emulator import emulator_loop, emulator_process
 from bench.measure import Goal, Pairs, Row, Skip, alternate
-from bench.migration import migration, migration_kept
+from bench.migration import idle, migration, migration_kept
 from bench.peers import Peer
 from bench.qemu import downtime_1g, downtime_256m, total_1g, total_256m
 from bench.snapshots import restore, restore_4g, restore_cold, save, save_sparse, save_tmpfs
@@ -206,6 +206,7 @@ ROWS = (
     Row("save-sparse", "the same, 64 MiB used of 4 GiB", "write, fsync: 64 MiB", "MB/s", _RATE, 10, save_sparse),
     Row("migration", "1 GiB over a UNIX socket", "write, read", "MB/s", _LINK_RATE, 5, migration),
     Row("migration-kept", "the same", "write, read, keep", "MB/s", None, 5, migration_kept),
+    Row("idle", "downtime of an idle guest, 256 MiB", "a byte to a process and back", "ms", Goal("p99", 5), 200, idle),
     Row("live-256m", "live migration, 256 MiB used", "QEMU, TCG", "s", _AHEAD, 5, total_256m),
     Row("live-256m-downtime", "its downtime", "QEMU, TCG", "ms", _AHEAD, 5, downtime_256m),
     Row("exits", "port exits", "C, bare KVM_RUN loop", "exits/s", Goal("ratio", 0.97, at_least=True), 60, exits),

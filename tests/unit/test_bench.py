@@ -42,6 +42,7 @@ class Machine:
     (Goal("value", 3), 4, False),
     (Goal("difference", 2), 1, True),
     (Goal("ratio", 2), 2, True),
+    (Goal("p99", 8), 9, False),
 ])
 def test_goals(goal: Goal, reached: float, met: bool) -> None:
     pairs = Pairs([2.0, 4.0, 9.0], [1.0, 2.0, 8.0])
@@ -52,6 +53,8 @@ def test_goals(goal: Goal, reached: float, met: bool) -> None:
 def test_a_goal_in_words() -> None:
     assert Goal("least", 3).words("ms") == "least at most 3 ms"
     assert Goal("least difference", 3).words("ms") == "least at most +3 ms"
+    assert Goal("p99", 5).words("ms") == "p99 at most 5 ms"
+    assert Goal("value", 5).words("ns") == "at most 5 ns"
     assert Goal("ratio", 0.85, at_least=True).words("MB/s") == "ratio at least 0.85"
 
 
