@@ -1,4 +1,4 @@
-"""The rows of live migration: pages over a link from process to process, against a bare socket; an idle guest's hops."""
+"""The rows of live migration: pages over a link between processes, against a bare socket; an idle guest's hops."""
 
 from __future__ import annotations
 
