@@ -1,4 +1,5 @@
-"""Tests with this machine's /dev/kvm. Where there is none they are skipped, and say so."""
+"""Tests with this machine's /dev/kvm, and with the emulator. Where there is no KVM, those that need it are skipped, and
+say so."""
 
 from __future__ import annotations
 
@@ -18,10 +19,15 @@ from pyhv.cpu.host import Verdict
 from .named import assert_nothing_left, processes_of
 
 
+# What the emulator runs too; a test of them that compares it with KVM says so itself.
+WITHOUT_KVM = ("test_emulator", "test_emulator_steps", "test_cli_soak")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         for item in items:
-            item.add_marker(pytest.mark.skip(reason="/dev/kvm is missing or may not be opened by this user"))
+            if item.path.stem not in WITHOUT_KVM:
+                item.add_marker(pytest.mark.skip(reason="/dev/kvm is missing or may not be opened by this user"))
 
 
 @pytest.fixture(scope="session")
