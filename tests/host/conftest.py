@@ -18,7 +18,6 @@ from pyhv.cpu.host import Verdict
 
 from .named import assert_nothing_left, processes_of
 
-
 # What the emulator runs too; a test of them that compares it with KVM says so itself.
 WITHOUT_KVM = ("test_emulator", "test_emulator_steps", "test_cli_soak")
 
