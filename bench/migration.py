@@ -38,7 +38,7 @@ def _pairs(pairs: int, request: str) -> Pairs:
         with Peer([peers.build("peer_socket"), str(_SIZE)]) as peer:
 
             def bare() -> float:
-                _settle()
+                _borrow().close()
                 return _SIZE / peer.sample(request) * 1e3
 
             rates = alternate(lambda: _SIZE / _seconds(source) / 1e6, bare, pairs)
@@ -50,12 +50,15 @@ def _pairs(pairs: int, request: str) -> Pairs:
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of <asm-generic/mman-common.h>, Linux 5.14
 
 
-def _settle() -> None:
-    """Has this machine's kernel hold memory for a receiver. In a VM whose host takes back what is free, the first touch
-    of a page is the host's work otherwise, which takes ten times as long as all that is measured here."""
-    with mmap.mmap(-1, _SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as room, contextlib.suppress(OSError):
+def _borrow() -> mmap.mmap:
+    """As much memory as a receiver needs; close it just before. In a VM whose host takes back what is free, the first
+    touch of a page is the host's work otherwise, which takes ten times as long as all that is measured here."""
+    room = mmap.mmap(-1, _SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        room.madvise(mmap.MADV_DONTFORK)
         room.madvise(mmap.MADV_HUGEPAGE)
         room.madvise(_POPULATE_WRITE)
+    return room
 
 
 def _seconds(source: Memory) -> float:
@@ -63,7 +66,7 @@ def _seconds(source: Memory) -> float:
     from pyhv._native.link import Link
     from pyhv._native.memory import Memory
 
-    _settle()
+    room = _borrow()
     ours, theirs = socket.socketpair()
     target = Memory(_SIZE, anonymous=True)
     sender = os.fork()
@@ -80,6 +83,7 @@ def _seconds(source: Memory) -> float:
         ours.settimeout(60)
         if ours.recv(1) != b"r":
             raise Skip("the sender has ended")
+        room.close()
         start = time.perf_counter()
         link = Link(ours.fileno(), ours.fileno(), 0.1, 10)
         link.expect_pages(target)
