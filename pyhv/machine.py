@@ -86,7 +86,7 @@ class Machine:
     handed_over = ""
     """The side that this VM was handed over to by a migration; "" if it is here."""
 
-    _rehearsed = False
+    _rehearsed = _rehearsed_leaving = False  # once in the life of the process
     _arrival: Destination | None = None  # of a VM that was migrated to here and has not run yet
 
     on_arrival: Callable[[], None] = staticmethod(lambda: None)
@@ -366,6 +366,7 @@ class Machine:
         limits = limits or source.Limits()
         record = self._record()
         host = self.choice.accelerator.describe()
+        self._rehearse_leaving(record, host)
         hello = protocol.hello(self.vm, record, host, limits.heartbeat, limits.silence)
         hello = hello._replace(name=name, strict_tsc=strict_tsc, zstd=limits.compress)
 
@@ -374,6 +375,31 @@ class Machine:
 
         outgoing = source.Outgoing(self.vm, hello, lambda: capture.capture(self.vm, record, host), commit)
         return source.Source(outgoing, channel, limits, progress, may_stop).run()
+
+    def _rehearse_leaving(self, record: MachineRecord, host: HostDescription) -> None:
+        """Takes and encodes the state of a VM made for that, like this one but small, once in the life of the process,
+        for the reason that _rehearse() has: this one runs, and would have to stand for it."""
+        from pyhv.migration import protocol
+        from pyhv.state import capture
+
+        if Machine._rehearsed_leaving:
+            return
+        Machine._rehearsed_leaving = True
+        protocol.warm_up()
+        memory = GuestMemory(MIN_MEMORY)
+        try:
+            devices = Devices(memory.low_size, 0, pc=self.vm.devices.is_pc)
+        except BaseException:
+            memory.close()
+            raise
+        tables, irqchip = self.vm.tables[:1], self.vm.irqchip
+        vm = Vm(self.choice.accelerator, memory, devices, tables, irqchip=irqchip, quick=True)
+        try:
+            state = capture.capture(vm, record, host)
+            for part in (state.writer, *state.vcpus, state.platform, *state.devices):
+                protocol.encode_state(part)
+        finally:
+            vm.close()
 
     def save(self, path: str, progress: Callable[[int, int], None] | None = None) -> None:
         """Writes the VM's whole state to `path`, in place of a file that is there.

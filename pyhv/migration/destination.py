@@ -71,6 +71,7 @@ class Destination:
         self._silence = _SILENCE
         self._hello: Hello | None = None
         self._greeted = time.monotonic_ns()
+        self._boot_id = protocol.boot_id()  # now, and not when a guest stands
 
     def greet(self) -> Hello:
         """What is to come; may be asked again."""
@@ -159,7 +160,7 @@ class Destination:
     def announce(self, since: int) -> None:
         """The VM runs, since that CLOCK_MONOTONIC in ns. Where that cannot be told any more it runs nevertheless."""
         try:
-            self._send(Running(protocol.boot_id(), since))
+            self._send(Running(self._boot_id, since))
         except HostError:
             pass
 

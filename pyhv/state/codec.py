@@ -89,6 +89,9 @@ def name_of(cls: type[tuple[Any, ...]]) -> str:
     return _kinds[cls].name
 
 
+_encoder: Any = None  # of JSON; made when it is first used, as is _decoder
+
+
 def prepare(classes: Iterable[type[tuple[Any, ...]]]) -> None:
     """Does for these records what else their first encode() or decode() does, which then takes ten times as long."""
     for cls in classes:
@@ -98,15 +101,18 @@ def prepare(classes: Iterable[type[tuple[Any, ...]]]) -> None:
 def encode(value: tuple[Any, ...], where: str = "") -> bytes:
     """The record as bytes. Raises BadInput about the field that does not fit its annotation; `where` is what it calls
     the record (default: the record's name)."""
-    import json
+    global _encoder
+    if _encoder is None:
+        import json
 
+        _encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
     kind = _kinds[type(value)]
     try:
         fields = _converter(type(value)).encode(value)
     except _Mismatch as mismatch:
         raise BadInput((where or kind.name) + mismatch.path, mismatch.problem) from None
     whole = {"record": kind.name, "version": kind.version, "fields": fields}
-    data = json.dumps(whole, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+    data: bytes = _encoder.encode(whole).encode("ascii")
     if len(data) > MAX_BYTES:
         raise BadInput(where or kind.name, f"has {len(data)} bytes, at most {MAX_BYTES} are possible")
     return data

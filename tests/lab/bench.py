@@ -68,13 +68,9 @@ class Bench:
         guest = {name: linux.guest(say) / name for name in ("vmlinux", "vmlinuz")} | {"initrd": initrd(say) / "initrd"}
         scripts = {"peer_qemu.py": code.HERE / "inside" / "peer_qemu.py", "qmp.py": code.HERE / "qmp.py"}
         needed: Mapping[str, Path | bytes] = {**qemu_files(), **scripts, **guest}
-        self.nodes = []
-        for number, host in enumerate(self.hosts):
+        for host in self.hosts:
             host.put(needed, INSIDE)
-            if two:
-                self.nodes.append(Node(host, number, files(say)))
-            else:
-                host.put(files(say), code.INSIDE)
+            host.put(files(say), code.INSIDE)
         if two:
             noise = ["dd", "if=/dev/urandom", f"of={INSIDE}/noise", "bs=1M", f"count={NOISE_MIB}"]
             self.hosts[0].run(noise, check=True)
@@ -109,7 +105,8 @@ class Bench:
 
     def move_pyhv(self, append: str | None) -> Facts:
         """append: of Linux' command line; None: the guest without a kernel."""
-        source, target = self.nodes
+        # New processes each time, as QEMU's are: much is slower when it is done first.
+        nodes = source, target = [Node(host, number, {}) for number, host in enumerate(self.hosts)]
         if append is None:
             source.ask("idle", memory=IDLE_MIB << 20, used=NOISE_MIB << 20)
         else:
@@ -122,8 +119,9 @@ class Bench:
         target.order("receive", lines=0)
         summary = source.ask("migrate", uri=f"tcp://{target.host.address}:{port}", limits={})["summary"]
         target.answer()
-        for node in self.nodes:
+        for node in nodes:
             node.ask("end")
+            node.stop()
         return {"total": summary["total_time"], "downtime": summary["downtime"]}
 
     def move_qemu(self, append: str | None) -> Facts:

@@ -54,6 +54,11 @@ class Node:
         self._read = 0
         self.answer()
 
+    def stop(self) -> None:
+        """Ends the process, which has nothing left to do."""
+        self._command.end_input()
+        self._command.wait()
+
     def order(self, do: str, **words: object) -> None:
         self._command.send(json.dumps({"do": do, **words}).encode() + b"\n")
 
