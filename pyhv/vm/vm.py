@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from pyhv.cpu.table import CpuidTable
 
 # How long a VM must look idle before it is asked whether it can ever wake up, in seconds; doubled after each "yes, it
-# can" so that a guest that sleeps properly is not disturbed.
-_FIRST_IDLE_CHECK, _LAST_IDLE_CHECK = 0.05, 2.0
+# can" so that a guest that sleeps properly is not disturbed. While it computes, the look takes processor time from it:
+# that becomes rarer too.
+_FIRST_IDLE_CHECK, _LAST_IDLE_CHECK, _LAST_BUSY_CHECK = 0.05, 2.0, 0.4
 
 _KICK_AGAIN = 0.005
 
@@ -162,7 +163,9 @@ class Vm:
                 return None
             if self._ended.wait(idle_check if left is None else min(idle_check, left)):
                 break
-            if self._sleeps() and not self._halted_for_good():
+            if not self._sleeps():
+                idle_check = min(2 * idle_check, _LAST_BUSY_CHECK)
+            elif not self._halted_for_good():
                 idle_check = min(2 * idle_check, _LAST_IDLE_CHECK)
         if self._interrupted and self.stopped is None and self._failure is None:
             self._interrupted = False
