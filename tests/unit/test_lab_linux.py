@@ -125,7 +125,7 @@ def test_the_judge_finds_each_fault_and_no_other(saved: bool) -> None:
 
 def test_the_judge_finds_a_feature_that_is_not_hidden() -> None:
     assert judge.shown_faults(ride(False).stays) == []
-    for name in ("popcnt", "sse4_2", "avx512f", "amx_tile", "constant_tsc"):
+    for name in ("popcnt", "sse4_2", "avx512f", "amx_tile", "nonstop_tsc"):
         one = ride(False)
         one.stays[0].end["console"] = one.stays[0].end["console"].replace(FLAGS, f"{FLAGS} {name}", 1)
         assert judge.shown_faults(one.stays) == [f"its /proc/cpuinfo shows {name}"]

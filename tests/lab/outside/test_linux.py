@@ -17,6 +17,7 @@ from tests.lab.lab import Lab
 
 from .conftest import of_vendor
 from .test_generations import SHOWN
+from .test_linux_ride import HIDDEN
 
 FOLDER = "/tmp/linux"
 #: Of a guest with 256 MiB. noxsave: QEMU does not intercept a nested guest's XSETBV (README.md).
@@ -61,9 +62,13 @@ def test_linux_boots_and_switches_itself_off(host: Host, image: str, cpus: int) 
     check_whole(boot(host, image, "", "--cpus", str(cpus)), cpus)
 
 
-def test_linux_boots_on_intel(intel_host: Host) -> None:
-    """With one vCPU. With four it takes minutes, which test_linux_ride.py spends."""
-    check_whole(boot(intel_host, "vmlinuz"), 1)
+@pytest.mark.parametrize(("cpus", "options"), [(1, ()), (4, ("--compat",))])
+def test_linux_boots_on_intel(intel_host: Host, cpus: int, options: tuple[str, ...]) -> None:
+    ran = boot(intel_host, "vmlinuz", "", "--cpus", str(cpus), *options)
+    check_whole(ran, cpus)
+    shown = set(ran[1]["flags"].split())
+    assert {"fpu", "sse2", "cx16"} <= shown
+    assert bool(shown & HIDDEN) != bool(options)
 
 
 def check_whole(ran: tuple[Any, dict[str, str]], cpus: int) -> None:
