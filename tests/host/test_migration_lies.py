@@ -546,7 +546,7 @@ def mutate(messages: Messages, changes: list[tuple[str, float, float, int]]) -> 
     return messages
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=mutations())
 def test_mutated_streams(recorded: list[Frame], changes: list[tuple[str, float, float, int]]) -> None:
     """With the right sums, so that they get past these: refused with a word, or a guest like any other."""
