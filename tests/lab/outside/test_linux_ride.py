@@ -57,6 +57,9 @@ BEYOND = re.compile("avx|evex|ssse3|sse3|sse4|fma|erms|movbe|popcnt|bmi|lzcnt")
 #: In what a kernel says that has lost its clock or a processor.
 WORDS = re.compile("clocksource|soft lockup|stall|oops|bug:|warning|hung|tsc|time jumped|nmi|lost", re.IGNORECASE)
 
+#: What it says where its processors wait for one another's: four of them share one, and that with the rest.
+SLOW = "hrtimer: interrupt took"
+
 
 class Stay(NamedTuple):
     """The guest on one host: what it said, and when."""
@@ -208,8 +211,8 @@ def parsed(answer: dict[str, Any]) -> Answer:
 
 def said(stays: list[Stay]) -> Iterator[list[str]]:
     """The words of each line of a guest, without its number."""
-    for line in "".join(stay.end["console"] for stay in stays).splitlines():
-        if found := re.fullmatch(r"ride: \d+ (.*)", line):
+    for line in "".join(stay.end["console"] for stay in stays).split("\n")[:-1]:
+        if found := re.fullmatch(r"ride: \d+ (.*?)\r?", line):
             yield found[1].split(" ")
 
 
@@ -218,7 +221,9 @@ def console_faults(stays: list[Stay]) -> list[str]:
     wrong = []
     console = "".join(stay.end["console"] for stay in stays).replace("\r", "")
     *lines, rest = console[max(console.find("ride: 1 "), 0) :].split("\n")
-    if rest and not "ride: ".startswith(rest[:6]):
+    if lines[-2:] and lines[-2].endswith(" off"):
+        lines.pop()  # the kernel's farewell
+    elif rest and not rest.startswith("ride: "[: len(rest)]):
         wrong.append(f"its last words were {rest!r}")
     for number, line in enumerate(lines, 1):
         if not line.startswith(f"ride: {number} "):
@@ -228,14 +233,14 @@ def console_faults(stays: list[Stay]) -> list[str]:
         text = " ".join(words)
         if words[0] in ("fault", "order"):
             wrong.append(text)
-        if words[0] == "kernel" and (int(words[1]) <= 4 or WORDS.search(text)):
+        if words[0] == "kernel" and (int(words[1]) <= 4 or WORDS.search(text)) and SLOW not in text:
             wrong.append(text)
         if words[0] == "timer":
             late = (int(words[3]) - int(words[2])) / 1e9
             if not 0 <= late <= LATE:
                 wrong.append(f"{text}: {late:+.3f} s too late")
     for stay in stays:
-        fired = {words[1] for words in said([stay]) if words[0] == "timer"}
+        fired = {words[1] for words in said([stay]) if words[0] == "timer" and len(words) == 4}
         if fired != {"monotonic", "realtime"}:
             wrong.append(f"on {stay.host}, of its timers only these have fired: {sorted(fired)}")
     return wrong
@@ -381,11 +386,12 @@ def test_its_programs_find_the_baseline(played: Mapping[str, Ride], one: str) ->
 
 
 def test_a_clock_that_was_set_back_is_noticed(played: Mapping[str, Ride]) -> None:
-    """A restore that does so, done on purpose at the end of the live ride: by the guest itself, and by faults()."""
+    """What a target might do wrong, done on purpose at the end of the live ride. (The guest's workers do not always
+    notice: Linux lets a clock stand rather than go back.)"""
     ride = played["amd-live"]
     assert ride.planted is not None
     wrong = faults(ride._replace(stays=[*ride.stays, ride.planted], moves=[*ride.moves, {"summary": {}}]))
-    for sign in ("CLOCK_MONOTONIC went back by", "its workers noticed", "its time of day is"):
+    for sign in (f"to {ride.planted.host}: CLOCK_MONOTONIC went", "its time of day is"):
         assert any(sign in text for text in wrong), (sign, wrong)
 
 
