@@ -6,7 +6,7 @@ it all once; each test looks at a part of it. The live hops are in the table at 
 
 Not among the hosts is the one whose TSC has another rate: its seconds are longer, so no clock that came from elsewhere
 can be right there. test_ring.py has a guest that can tell what it should be. Nor are Intel hosts: such a guest boots
-and is saved there, but to restore it on another kind has not ended within minutes, and it is not known why.
+and is saved there, but restored on another kind it hangs the host, and it is not known why (../README.md).
 """
 
 from __future__ import annotations
@@ -386,13 +386,12 @@ def test_its_programs_find_the_baseline(played: Mapping[str, Ride], one: str) ->
 
 
 def test_a_clock_that_was_set_back_is_noticed(played: Mapping[str, Ride]) -> None:
-    """What a target might do wrong, done on purpose at the end of the live ride. (The guest's workers do not always
-    notice: Linux lets a clock stand rather than go back.)"""
+    """What a target might do wrong, done on purpose at the end of the live ride. (Its workers, and those who look at
+    CLOCK_MONOTONIC, do not always notice: Linux lets a clock stand rather than go back.)"""
     ride = played["amd-live"]
     assert ride.planted is not None
     wrong = faults(ride._replace(stays=[*ride.stays, ride.planted], moves=[*ride.moves, {"summary": {}}]))
-    for sign in (f"to {ride.planted.host}: CLOCK_MONOTONIC went", "its time of day is"):
-        assert any(sign in text for text in wrong), (sign, wrong)
+    assert any(text.startswith(f"to {ride.planted.host}: its time of day is") for text in wrong), wrong
 
 
 @rides
