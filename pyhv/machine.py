@@ -86,7 +86,7 @@ class Machine:
     handed_over = ""
     """The side that this VM was handed over to by a migration; "" if it is here."""
 
-    _rehearsed = _rehearsed_leaving = False  # once in the life of the process
+    _rehearsed: tuple[str, ...] = ()  # accelerators, by this process
     _arrival: Destination | None = None  # of a VM that was migrated to here and has not run yet
 
     on_arrival: Callable[[], None] = staticmethod(lambda: None)
@@ -243,7 +243,7 @@ class Machine:
         from pyhv.migration.destination import Destination
 
         with transport.Listener(transport.parse(uri, insecure), tls) as listener:
-            choose.open_accelerator(accel).prepare()  # while nobody has come yet
+            cls.prepare_arrival(accel)  # while nobody has come yet
             channel = listener.accept(timeout)
         if channel is None:
             raise BadInput(uri, f"nobody came within {timeout:g} seconds", "start pyhv migrate at the source")
@@ -292,7 +292,7 @@ class Machine:
                 destination.refuse([str(error)])
                 raise
             protocol.warm_up()
-            machine._rehearse(hello.machine, where)
+            machine._rehearse(hello.machine)
             destination.accept(hello, memory.ram)
             received = destination.receive(hello, while_waiting)
             capture.apply(machine.vm, received.state, where, received.elapsed)
@@ -305,14 +305,39 @@ class Machine:
                 machine.close()
             raise
 
-    def _rehearse(self, record: MachineRecord, where: str) -> None:
-        """Takes and applies the state of the VM, which has none to lose yet, once in the life of the process: the first
-        time takes ten times as long, and then a guest would stand and wait."""
-        from pyhv.state import capture
+    @classmethod
+    def prepare_arrival(cls, accel: str = "auto") -> None:
+        """Does what arrive() needs and can be done while nobody has come yet. Raises what Machine() raises."""
+        with cls("hello", accel=accel, memory=MIN_MEMORY) as machine:
+            machine._rehearse(machine._record())
+        choose.open_accelerator(accel).prepare()
 
-        if not Machine._rehearsed:
-            capture.apply(self.vm, capture.capture(self.vm, record, self.host), where)
-            Machine._rehearsed = True
+    def _rehearse(self, record: MachineRecord) -> None:
+        """Moves the state of a VM made for that, like this one but small, all the way from it and back, once in the
+        life of the process: the first time takes ten times as long, and a guest would stand and wait."""
+        from pyhv.migration import protocol
+        from pyhv.state import capture, codec
+
+        accelerator = self.choice.accelerator
+        if accelerator.name in Machine._rehearsed:
+            return
+        Machine._rehearsed += (accelerator.name,)
+        protocol.warm_up()
+        memory = GuestMemory(MIN_MEMORY)
+        try:
+            devices = Devices(memory.low_size, 0, pc=self.vm.devices.is_pc)
+        except BaseException:
+            memory.close()
+            raise
+        vm = Vm(accelerator, memory, devices, self.vm.tables[:1], irqchip=self.vm.irqchip, quick=True)
+        try:
+            state = capture.capture(vm, record, self.host)
+            for part in (state.writer, *state.vcpus, state.platform, *state.devices):
+                _, payload = protocol.encode_state(part)
+                codec.decode(type(part), protocol.split_state(payload)[1], "")
+            capture.apply(vm, state, "")
+        finally:
+            vm.close()
 
     def migrate(
         self,
@@ -366,7 +391,7 @@ class Machine:
         limits = limits or source.Limits()
         record = self._record()
         host = self.choice.accelerator.describe()
-        self._rehearse_leaving(record, host)
+        self._rehearse(record)
         hello = protocol.hello(self.vm, record, host, limits.heartbeat, limits.silence)
         hello = hello._replace(name=name, strict_tsc=strict_tsc, zstd=limits.compress)
 
@@ -375,31 +400,6 @@ class Machine:
 
         outgoing = source.Outgoing(self.vm, hello, lambda: capture.capture(self.vm, record, host), commit)
         return source.Source(outgoing, channel, limits, progress, may_stop).run()
-
-    def _rehearse_leaving(self, record: MachineRecord, host: HostDescription) -> None:
-        """Takes and encodes the state of a VM made for that, like this one but small, once in the life of the process,
-        for the reason that _rehearse() has: this one runs, and would have to stand for it."""
-        from pyhv.migration import protocol
-        from pyhv.state import capture
-
-        if Machine._rehearsed_leaving:
-            return
-        Machine._rehearsed_leaving = True
-        protocol.warm_up()
-        memory = GuestMemory(MIN_MEMORY)
-        try:
-            devices = Devices(memory.low_size, 0, pc=self.vm.devices.is_pc)
-        except BaseException:
-            memory.close()
-            raise
-        tables, irqchip = self.vm.tables[:1], self.vm.irqchip
-        vm = Vm(self.choice.accelerator, memory, devices, tables, irqchip=irqchip, quick=True)
-        try:
-            state = capture.capture(vm, record, host)
-            for part in (state.writer, *state.vcpus, state.platform, *state.devices):
-                protocol.encode_state(part)
-        finally:
-            vm.close()
 
     def save(self, path: str, progress: Callable[[int, int], None] | None = None) -> None:
         """Writes the VM's whole state to `path`, in place of a file that is there.

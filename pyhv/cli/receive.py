@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from pyhv.accel.choose import ACCELERATORS, INTERCEPTS, open_accelerator
+from pyhv.accel.choose import ACCELERATORS, INTERCEPTS
 from pyhv.cli import complain, options, run
 from pyhv.cli.migrate import TLS_OPTIONS
 from pyhv.cli.options import Command, Option
@@ -84,7 +84,7 @@ def _receive(
     with transport.Listener(address, tls) as listener:
         if listener.where != address.text:
             complain(f"waiting at {listener.where}")  # the port was not known before
-        open_accelerator(given.accel).prepare()  # while nobody has come yet
+        Machine.prepare_arrival(given.accel)  # while nobody has come yet
         channel = listener.accept(given.wait)
     if channel is None:
         raise BadInput(given.uri, f"nobody came within {given.wait:g} seconds", "start pyhv migrate at the source")

@@ -292,8 +292,9 @@ class Source:
         vm.pause()
         self._check_guest()
         vm.take_dirty(pages)
-        self._tell(0, len(pages) * PAGE_SIZE)
-        self._send_all(pages)
+        if left := len(pages) * PAGE_SIZE:
+            self._tell(0, left)
+            self._send_all(pages)
         return stopped
 
     def _wait_for_leave(self) -> None:
