@@ -123,8 +123,9 @@ def decide(
         guest = make(host)
     except Incompatible as incompatible:
         if may_emulate:
+            why = f"this host's KVM cannot run this guest: {'; '.join(map(str, incompatible.reasons))}"
             try:
-                return _on_emulator(make, facts, vcpus, intercept, whole, "this host's KVM cannot run this guest")
+                return _on_emulator(make, facts, vcpus, intercept, whole, why)
             except BadInput:
                 pass  # the guest is KVM's: what KVM says of it is what counts
         raise incompatible

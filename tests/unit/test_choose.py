@@ -220,7 +220,8 @@ def test_a_guest_that_only_the_emulator_can_run(monkeypatch: pytest.MonkeyPatch)
             raise Incompatible("guest", "cannot run", ["no SSE3"])
         return Guest()
 
-    assert between(monkeypatch, FAITHFUL, make=make).choice.intercept == "emulator"
+    choice = between(monkeypatch, FAITHFUL, make=make).choice
+    assert choice.intercept == "emulator" and choice.note.endswith("this host's KVM cannot run this guest: no SSE3")
     for wish in ({"accel": "kvm"}, {"intercept": "trap"}, {"emulator": False}):
         with pytest.raises(Incompatible, match="no SSE3"):
             between(monkeypatch, FAITHFUL, make=make, **wish)  # type: ignore[arg-type]
