@@ -85,7 +85,8 @@ def _receive(
         if listener.where != address.text:
             complain(f"waiting at {listener.where}")  # the port was not known before
         Machine.prepare_arrival(given.accel)  # while nobody has come yet
-        channel = listener.accept(given.wait)
+        # Not for a stranger's sake: whoever looks at open ports would end it.
+        channel = listener.accept(given.wait, lambda error: complain(f"{error}; it waits on"))
     if channel is None:
         raise BadInput(given.uri, f"nobody came within {given.wait:g} seconds", "start pyhv migrate at the source")
     if address.scheme == "fd":

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pyhv.errors import BadInput, HostError
+from pyhv.errors import BadInput, HostError, PyhvError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def connect(address: Address, tls: Tls | None = None, timeout: float = 10.0) -> 
             return _open_tty(address)
         case "tls":
             context = _context(address, tls, server=False)  # before the other side, who takes one VM, is bothered
-            return _wrap_tls(_connect(address, timeout), context, address, timeout, server=False)
+            return _wrap_tls(_connect(address, timeout), context, address.text, timeout, address.host)
         case _:
             return _of_socket(_connect(address, timeout), address.text)
 
@@ -257,29 +257,38 @@ class Listener:
             return self.address.text
         return self.address.text.rpartition(":")[0] + f":{self._socket.getsockname()[1]}"
 
-    def accept(self, timeout: float | None = None) -> Channel | None:
-        """The connection; None when nobody has come within `timeout` seconds. Raises HostError, BadInput for a side
-        that has not the right certificate."""
+    def accept(
+        self, timeout: float | None = None, turned_away: Callable[[PyhvError], None] | None = None
+    ) -> Channel | None:
+        """The connection; None when nobody has come within `timeout` seconds. turned_away: is told why somebody was
+        who came to tls:// without the right certificate; then it waits on. Raises HostError, and without turned_away
+        BadInput for such a one."""
         if self.address.scheme == "tty":
             return self._wait_for_line(timeout)
         if self._socket is None:
             return Channel(*self.address.fds, self.address.text)
         deadline = None if timeout is None else time.monotonic() + timeout
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
         while True:
-            left = None if deadline is None else max(deadline - time.monotonic(), 0)
-            poll = select.poll()
-            poll.register(self._socket, select.POLLIN)
-            if not poll.poll(None if left is None else left * 1000):
+            left = None if deadline is None else max(deadline - time.monotonic(), 0) * 1000
+            if not poll.poll(left):
                 return None
-            with contextlib.suppress(BlockingIOError, ConnectionError):
+            try:
                 sock, peer = self._socket.accept()
-                break
-        if self.address.scheme != "unix":
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        name = f"{peer[0]}:{peer[1]}" if peer else self.address.text
-        if self._context is None:
-            return _of_socket(sock, name)
-        return _wrap_tls(sock, self._context, self.address, 10.0, server=True)
+            except (BlockingIOError, ConnectionError):
+                continue  # it has left already
+            if self.address.scheme != "unix":
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            name = f"{peer[0]}:{peer[1]}" if peer else self.address.text
+            if self._context is None:
+                return _of_socket(sock, name)
+            try:
+                return _wrap_tls(sock, self._context, name, 10.0)
+            except PyhvError as error:
+                if turned_away is None:
+                    raise
+                turned_away(error)
 
     def _wait_for_line(self, timeout: float | None) -> Channel | None:
         """A serial line connects nobody: somebody is there when a first byte comes."""
@@ -425,22 +434,23 @@ def _context(address: Address, tls: Tls | None, server: bool) -> ssl.SSLContext:
 
 
 def _wrap_tls(
-    sock: socket.socket, context: ssl.SSLContext, address: Address, timeout: float, server: bool
+    sock: socket.socket, context: ssl.SSLContext, peer: str, timeout: float, host: str | None = None
 ) -> Channel:
+    """host: the peer's, whom its certificate must be for; None at the side that was called."""
     import ssl
 
     sock.settimeout(timeout)
     try:
-        wrapped = context.wrap_socket(sock, server_side=server, server_hostname=None if server else address.host)
+        wrapped = context.wrap_socket(sock, server_side=host is None, server_hostname=host)
     except ssl.SSLError as error:
         sock.close()
         reason = getattr(error, "verify_message", "") or error.reason or str(error)
         problem = f"the two sides do not trust each other: {reason}"
-        raise BadInput(address.text, problem, "check the certificates") from None
+        raise BadInput(peer, problem, "check the certificates") from None
     except OSError as error:
         sock.close()
-        raise HostError(f"TLS with {address.text}", error.errno or errno.ETIMEDOUT) from None
+        raise HostError(f"TLS with {peer}", error.errno or errno.ETIMEDOUT) from None
     from pyhv.migration.tls import Pump
 
     pump = Pump(wrapped)
-    return Channel(pump.fd, pump.fd, address.text, pump.close)
+    return Channel(pump.fd, pump.fd, peer, pump.close)

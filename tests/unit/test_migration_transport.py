@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import stat
@@ -468,6 +469,26 @@ def test_who_speaks_no_tls_is_refused(certificates: dict[str, Tls]) -> None:
         sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
         with pytest.raises(BadInput, match="the two sides do not trust each other"):
             listener.accept(TIMEOUT)
+
+
+def test_a_stranger_does_not_keep_the_right_one_out(certificates: dict[str, Tls]) -> None:
+    away: list[PyhvError] = []
+    with Listener(transport.parse(URI), certificates["good"]) as listener:
+        found: list[Channel | None] = []
+        thread = threading.Thread(target=lambda: found.append(listener.accept(TIMEOUT, away.append)))
+        thread.start()
+        where = transport.parse(listener.where)
+        with socket.create_connection(("localhost", where.port)) as stranger:
+            stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                stranger.recv(100)
+            with transport.connect(where, certificates["good"], timeout=5.0) as near:
+                thread.join(TIMEOUT)
+                assert found[0] is not None
+                with found[0] as far:
+                    write(near, b"here")
+                    assert read(far, 4) == b"here"
+    assert len(away) == 1 and re.match(r"127\.0\.0\.1:\d+: the two sides do not trust each other", str(away[0]))
 
 
 def test_certificates_that_are_none(certificates: dict[str, Tls], tmp_path: Path) -> None:
