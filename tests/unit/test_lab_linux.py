@@ -60,7 +60,7 @@ class Guest:
         self.moves: list[dict[str, Any]] = []
         self.console = "linux: cpus 4\r\n"
         self.say("ifunc 1000=2000")
-        for _ in range(judge.CPUS):
+        for _ in range(judge.CPUS["amd"]):
             self.say(f"flags {FLAGS}")
         self.say("ready")
         self.arrive(host)
@@ -75,7 +75,7 @@ class Guest:
         self.round += 5
 
     def ask(self) -> dict[str, Any]:
-        rounds = ",".join([str(self.round)] * judge.CPUS)
+        rounds = ",".join([str(self.round)] * judge.CPUS["amd"])
         real = self.real - (7200 * SECOND if self.behind else 0)
         clocks = f"{self.monotonic} {real} {self.real // SECOND}"
         self.say(f"answer w {clocks} kvm-clock 12345678 {rounds} 0,0,0,0 100,200,300,400")
