@@ -117,10 +117,10 @@ def ride(saved: bool) -> judge.Ride:
 @pytest.mark.parametrize("saved", [False, True])
 def test_the_judge_finds_each_fault_and_no_other(saved: bool) -> None:
     assert judge.faults(ride(saved)) == []
-    for change, sign in (judge.CHANGES | (judge.SAVED if saved else {})).items():
+    for name, (change, sign) in (judge.CHANGES | (judge.SAVED if saved else {})).items():
         one = ride(saved)
         change(one)
-        assert any(sign in text for text in judge.faults(one)), (change.__name__, judge.faults(one))
+        assert any(sign in text for text in judge.faults(one)), (name, judge.faults(one))
 
 
 def test_the_judge_finds_a_feature_that_is_not_hidden() -> None:
