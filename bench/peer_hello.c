@@ -54,6 +54,7 @@ static int create_vm(uint8_t *ram)
 
 static void run(int vcpu, struct kvm_run *run, int console)
 {
+    need(ioctl(vcpu, KVM_GET_TSC_KHZ, 0), "KVM_GET_TSC_KHZ");
     for (;;) {
         need(ioctl(vcpu, KVM_RUN, 0), "KVM_RUN");
         if (run->exit_reason != KVM_EXIT_IO || run->io.direction != KVM_EXIT_IO_OUT) {
