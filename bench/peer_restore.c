@@ -175,8 +175,7 @@ static double sample(const char *request)
     int fd = need(open(path, O_RDONLY | O_CLOEXEC), path);
     if (pread(fd, head, memory_offset, 0) != (ssize_t)memory_offset)
         fatal(path);
-    uint8_t *ram =
-        mmap(NULL, ram_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd, (off_t)memory_offset);
+    uint8_t *ram = mmap(NULL, ram_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd, (off_t)memory_offset);
     if (ram == MAP_FAILED)
         fatal("mmap");
     struct vm vm = create_vm(ram);

@@ -679,8 +679,8 @@ int64_t pyhv_emulator_vcpu_get_xsave(struct pyhv_emulator_vcpu *vcpu, uint8_t *a
                                      struct pyhv_error *error);
 int pyhv_emulator_vcpu_set_xsave(struct pyhv_emulator_vcpu *vcpu, const uint8_t *area, size_t size,
                                  struct pyhv_error *error);
-int pyhv_emulator_vcpu_get_msrs(struct pyhv_emulator_vcpu *vcpu, const uint32_t *indices, uint64_t *values, size_t count,
-                                struct pyhv_error *error);
+int pyhv_emulator_vcpu_get_msrs(struct pyhv_emulator_vcpu *vcpu, const uint32_t *indices, uint64_t *values,
+                                size_t count, struct pyhv_error *error);
 int pyhv_emulator_vcpu_set_msrs(struct pyhv_emulator_vcpu *vcpu, const uint32_t *indices, const uint64_t *values,
                                 size_t count, struct pyhv_error *error);
 int pyhv_emulator_vcpu_get_mp_state(const struct pyhv_emulator_vcpu *vcpu);

@@ -45,21 +45,21 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SECOND        1000000000LL
-#define WORKERS_MAX   64
-#define PAGES         16 /* that a worker writes in each round */
-#define PAGE_WORDS    512
-#define SIZE          4096
-#define REPEAT        4
-#define SLEEP_NS      (20 * 1000000LL)
-#define MONOTONIC_NS  (SECOND / 2)
-#define REALTIME_NS   (SECOND * 7 / 10)
+#define SECOND       1000000000LL
+#define WORKERS_MAX  64
+#define PAGES        16 /* that a worker writes in each round */
+#define PAGE_WORDS   512
+#define SIZE         4096
+#define REPEAT       4
+#define SLEEP_NS     (20 * 1000000LL)
+#define MONOTONIC_NS (SECOND / 2)
+#define REALTIME_NS  (SECOND * 7 / 10)
 
 /* Of SIZE bytes of the sequence that fill() makes: tests/unit/test_lab_linux.py counts them again. */
-#define KNOWN_CRC32C  0x0879fa7aU
-#define KNOWN_ONES    16369U
-#define KNOWN_PAIRS   33491112U
-#define KNOWN_SUM     0x401df11f45f4e618ULL /* 1 + 1/2 + ... + 1/1000 in doubles, from the left */
+#define KNOWN_CRC32C 0x0879fa7aU
+#define KNOWN_ONES   16369U
+#define KNOWN_PAIRS  33491112U
+#define KNOWN_SUM    0x401df11f45f4e618ULL /* 1 + 1/2 + ... + 1/1000 in doubles, from the left */
 
 struct worker {
     _Atomic uint64_t rounds, faults;
@@ -72,7 +72,7 @@ struct worker {
 static struct shared {
     _Atomic int64_t newest; /* CLOCK_MONOTONIC, as late as anybody has seen it */
     struct worker workers[WORKERS_MAX];
-} *shared;
+} * shared;
 
 static int workers;
 
