@@ -316,7 +316,7 @@ class Machine:
         """Moves the state of a VM made for that, like this one but small, all the way from it and back, once in the
         life of the process: the first time takes ten times as long, and a guest would stand and wait."""
         from pyhv.migration import protocol
-        from pyhv.state import capture, codec
+        from pyhv.state import capture
 
         accelerator = self.choice.accelerator
         if accelerator.name in Machine._rehearsed:
@@ -331,10 +331,9 @@ class Machine:
             raise
         vm = Vm(accelerator, memory, devices, self.vm.tables[:1], irqchip=self.vm.irqchip, quick=True)
         try:
-            state = capture.capture(vm, record, self.host)
-            for part in (state.writer, *state.vcpus, state.platform, *state.devices):
-                _, payload = protocol.encode_state(part)
-                codec.decode(type(part), protocol.split_state(payload)[1], "")
+            state = capture.capture(vm, record)
+            for message in (*state.vcpus, protocol.end(state, 0, 0, 0)):
+                protocol.decode(type(message), protocol.encode(message)[1])
             capture.apply(vm, state, "")
         finally:
             vm.close()
@@ -398,7 +397,7 @@ class Machine:
         def commit() -> None:
             self.handed_over = channel.peer
 
-        outgoing = source.Outgoing(self.vm, hello, lambda: capture.capture(self.vm, record, host), commit)
+        outgoing = source.Outgoing(self.vm, hello, lambda: capture.capture(self.vm, record), commit)
         return source.Source(outgoing, channel, limits, progress, may_stop).run()
 
     def save(self, path: str, progress: Callable[[int, int], None] | None = None) -> None:
@@ -419,8 +418,8 @@ class Machine:
         try:
             if self.vm.stopped is not None:
                 raise BadInput("this VM", "has come to its end: there is nothing to save")
-            state = capture.capture(self.vm, self._record(), self.host)
-            writer = file.begin(path, state, self.vm.memory, progress)
+            state = capture.capture(self.vm, self._record())
+            writer = file.begin(path, capture.writer(self.host), state, self.vm.memory, progress)
         finally:
             if running:
                 self.vm.start()

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 def describe(snapshot: Snapshot) -> dict[str, Any]:
     """What --json prints."""
     state, reader, table = snapshot.state, snapshot.reader, snapshot.tables[0]
-    writer, machine = state.writer, state.machine
+    writer, machine = snapshot.writer, state.machine
     return {
         "file": reader.path,
         "bytes": reader.file_size,

@@ -16,8 +16,7 @@ from pyhv._native.link import Link, open_zstd
 from pyhv.errors import BadInput, HostError
 from pyhv.migration import protocol
 from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Type
-from pyhv.state import codec
-from pyhv.state.records import DeviceRecord, MachineState, PlatformRecord, VcpuRecord, WriterRecord
+from pyhv.state.records import MachineState, VcpuRecord
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,9 +34,6 @@ _LEAST_MS, _MOST_MS = 10, 3_600_000
 # With the guest standing the source has so long for what is due, in silences, while it gives signs of life.
 _PATIENCE = 10
 
-# What a guest's state is made of; each may come so often.
-_MOST_RECORDS = {WriterRecord: 1, VcpuRecord: 254, PlatformRecord: 1, DeviceRecord: 32}
-_RECORD_BY_NAME = {codec.name_of(cls): cls for cls in _MOST_RECORDS}
 
 
 class Received(NamedTuple):
@@ -104,8 +100,7 @@ class Destination:
 
     def receive(self, hello: Hello, while_waiting: Callable[[], None] = lambda: None) -> Received:
         """All of the guest. while_waiting: is called now and then, and may raise to give up."""
-        found: dict[type[tuple[Any, ...]], list[Any]] = {cls: [] for cls in _MOST_RECORDS}
-        count = 0
+        vcpus: list[VcpuRecord] = []
         limit: float | None = None
         while True:
             message = self._receive(0.1)
@@ -115,41 +110,32 @@ class Destination:
                     raise self._late("end")
                 continue
             kind, payload = message
-            # With the first record the guest stands there: it is not to stand for ever.
+            # With the first vCPU the guest stands there: it is not to stand for ever.
             limit = limit or time.monotonic() + self._silence * _PATIENCE
-            if kind == Type.RECORD:
-                self._add(found, payload)
-                count += 1
+            if kind == Type.VCPU:
+                vcpus.append(self._take_vcpu(payload, len(vcpus), hello))
                 continue
             end = self._take(End, kind, payload)
             landing = self._link.landing
-            if (end.pages, end.zero_pages, end.records) != (landing.pages, landing.zero_pages, count):
-                sent = f"{end.pages} pages, {end.zero_pages} pages of zeros and {end.records} records were sent"
-                came = f"{landing.pages}, {landing.zero_pages} and {count} came"
+            if (end.pages, end.zero_pages, end.vcpus) != (landing.pages, landing.zero_pages, len(vcpus)):
+                sent = f"{end.pages} pages, {end.zero_pages} pages of zeros and {end.vcpus} vCPUs were sent"
+                came = f"{landing.pages}, {landing.zero_pages} and {len(vcpus)} came"
                 raise BadInput("message end", f"{sent}, {came}")
+            if len(vcpus) != len(hello.tables):
+                raise BadInput("message end", f"came after {len(vcpus)} vCPUs of {len(hello.tables)}")
             # Hosts' clocks differ: the guest has not stood for longer than we have talked.
             now = time.monotonic_ns()
             elapsed = min(max(time.time_ns() - end.taken, 0), now - self._greeted)
-            return Received(self._join(found, hello), now - elapsed)
+            state = MachineState(hello.machine, tuple(vcpus), end.platform, end.devices)
+            return Received(state, now - elapsed)
 
-    def _add(self, found: dict[type[tuple[Any, ...]], list[Any]], payload: bytes) -> None:
-        name, data = protocol.split_state(payload)
-        cls = _RECORD_BY_NAME.get(name)
-        if cls is None:
-            raise BadInput("message record", f"holds the unknown record {name!a}")
-        if len(found[cls]) == _MOST_RECORDS[cls]:
-            raise BadInput("message record", f"comes too often with the record {name}")
-        found[cls].append(codec.decode(cls, data, f"message record: {name}"))
-
-    def _join(self, found: dict[type[tuple[Any, ...]], list[Any]], hello: Hello) -> MachineState:
-        if len(found[PlatformRecord]) != 1 or len(found[WriterRecord]) != 1:
-            raise BadInput("message end", "came before the records platform and writer")
-        vcpus = tuple(found[VcpuRecord])
-        if tuple(vcpu.cpuid for vcpu in vcpus) != hello.tables:
-            raise BadInput("message record: vcpu", "is not of the processors that message hello announced")
-        return MachineState(
-            found[WriterRecord][0], hello.machine, vcpus, found[PlatformRecord][0], tuple(found[DeviceRecord])
-        )
+    def _take_vcpu(self, payload: bytes, number: int, hello: Hello) -> VcpuRecord:
+        if number == len(hello.tables):
+            raise BadInput("message vcpu", f"comes once more than the {number} times that message hello announced")
+        vcpu = protocol.decode(VcpuRecord, payload)
+        if vcpu.cpuid != hello.tables[number]:
+            raise BadInput("message vcpu", "is not of the processor that message hello announced")
+        return vcpu
 
     def confirm(self, while_waiting: Callable[[], None] = lambda: None) -> None:
         """All is in place: says so, and waits for the word. After it the VM is this side's."""

@@ -6,7 +6,7 @@ A migration goes
     hello                      ->                     what the guest is and needs
                                <-   answer            no reasons: it can run here; else every one against it
     pages ...                  ->                     rounds of pre-copy, the guest runs
-    pages ..., record ..., end ->                     the guest stands: what is left of its memory, and its state
+    pages ..., vcpu ..., end   ->                     the guest stands: what is left of its memory, and its state
                                <-   ready             all has come and is in place
     commit                     ->                     from here on the source never runs it again
                                <-   running           the guest runs here
@@ -26,10 +26,10 @@ from pyhv._native.link import MAX_MESSAGE
 from pyhv.cpu import msrs
 from pyhv.cpu.table import CpuidTable
 from pyhv.errors import BadInput, HostError, PyhvError
-from pyhv.state import codec
+from pyhv.state import codec, packed
 from pyhv.state.codec import U32, U64, Length, record
 from pyhv.state.needs import Needs
-from pyhv.state.records import RECORDS, CpuidEntry, MachineRecord
+from pyhv.state.records import CpuidEntry, DeviceRecord, MachineRecord, MachineState, PlatformRecord, VcpuRecord
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Type(IntEnum):
     PAGES_ZSTD = 3
     HELLO = 16
     ANSWER = 17
-    RECORD = 18
+    VCPU = 18
     END = 19
     READY = 20
     COMMIT = 21
@@ -58,9 +58,10 @@ class Type(IntEnum):
     CANCEL = 23
 
 
-@record("hello", 2)
+@record("hello", 3)
 class Hello(NamedTuple):
-    """What the guest is and what it needs of a host. Its version is that of the protocol."""
+    """What the guest is and what it needs of a host. Its version is that of the protocol: of the messages, and of the
+    fields of all that is packed."""
 
     pyhv: str
     """The source's version, for people."""
@@ -125,16 +126,23 @@ class Answer(NamedTuple):
     """Whether it can decompress pages."""
 
 
-@record("end", 1)
+@record("end", 2)
 class End(NamedTuple):
-    """All was sent. What must have come by now, and when the state was taken."""
+    """The rest of the state, after which nothing comes. What must have come by now, and when the state was taken."""
 
     pages: U64
     """How often a page with content was sent."""
     zero_pages: U64
-    records: U32
+    vcpus: U32
     taken: U64
     """CLOCK_REALTIME in ns when the guest's clock was read: the destination adds what has passed since."""
+    platform: PlatformRecord
+    devices: Annotated[tuple[DeviceRecord, ...], Length(0, 32)]
+
+
+def end(state: MachineState, pages: int, zero_pages: int, taken: int) -> End:
+    """What ends the sending of this state."""
+    return End(pages, zero_pages, len(state.vcpus), taken, state.platform, state.devices)
 
 
 @record("ready", 1)
@@ -171,7 +179,10 @@ class Kind(NamedTuple):
     sender: str
     """ "source", "destination" or "both"."""
     carries: type[tuple[Any, ...]] | None
-    """Its record; None where the engine makes it, or where it is one of the state's records."""
+    """Its record; None where the engine makes it."""
+    packed: bool = False
+    """Whether the guest stands and waits for it: then it is packed (state/packed.py). The others can be read by every
+    version, which tells that it is another one."""
 
 
 KINDS = (
@@ -180,51 +191,38 @@ KINDS = (
     Kind(Type.PAGES_ZSTD, "source", None),
     Kind(Type.HELLO, "source", Hello),
     Kind(Type.ANSWER, "destination", Answer),
-    Kind(Type.RECORD, "source", None),
-    Kind(Type.END, "source", End),
-    Kind(Type.READY, "destination", Ready),
-    Kind(Type.COMMIT, "source", Commit),
-    Kind(Type.RUNNING, "destination", Running),
+    Kind(Type.VCPU, "source", VcpuRecord, packed=True),
+    Kind(Type.END, "source", End, packed=True),
+    Kind(Type.READY, "destination", Ready, packed=True),
+    Kind(Type.COMMIT, "source", Commit, packed=True),
+    Kind(Type.RUNNING, "destination", Running, packed=True),
     Kind(Type.CANCEL, "both", Cancel),
 )
 
 _BY_RECORD = {kind.carries: kind for kind in KINDS if kind.carries is not None}
 
-# A record of the state on the wire: 16 bytes of its name, padded with zeros, then the record's own bytes.
-_NAME_BYTES = 16
-
 
 def warm_up() -> None:
     """Prepares for all messages: what is done once is done before a guest stands and waits for it."""
-    codec.prepare([*_BY_RECORD, *RECORDS])
+    for is_packed, module in ((False, codec), (True, packed)):
+        module.prepare([cls for cls, kind in _BY_RECORD.items() if kind.packed == is_packed])
 
 
 def encode(message: tuple[Any, ...]) -> tuple[int, bytes]:
-    """Type and payload of a message that carries a record of its own. Raises BadInput for one that is too large."""
+    """Type and payload of a message that carries a record. Raises BadInput for one that is too large."""
     kind = _BY_RECORD[type(message)]
-    return kind.number, _checked_size(codec.encode(message), kind.number)
-
-
-def encode_state(message: tuple[Any, ...]) -> tuple[int, bytes]:
-    """Type and payload of a RECORD message."""
-    name = codec.name_of(type(message)).encode().ljust(_NAME_BYTES, b"\0")
-    return Type.RECORD, _checked_size(name + codec.encode(message), Type.RECORD)
-
-
-def _checked_size(payload: bytes, kind: Type) -> bytes:
+    payload = packed.encode(message) if kind.packed else codec.encode(message)
     if len(payload) > MAX_MESSAGE:
-        raise BadInput(f"message {kind.name.lower()}", f"has {len(payload)} bytes, at most {MAX_MESSAGE} are possible")
-    return payload
+        problem = f"has {len(payload)} bytes, at most {MAX_MESSAGE} are possible"
+        raise BadInput(f"message {kind.number.name.lower()}", problem)
+    return kind.number, payload
 
 
 def decode(cls: type[R], payload: bytes) -> R:
     """What a message carries, from bytes that need not be trusted. Raises BadInput."""
-    return codec.decode(cls, payload, f"message {_BY_RECORD[cls].number.name.lower()}")
-
-
-def split_state(payload: bytes) -> tuple[str, bytes]:
-    """The record's name and bytes in a RECORD message."""
-    return payload[:_NAME_BYTES].rstrip(b"\0").decode("ascii", "replace"), payload[_NAME_BYTES:]
+    kind = _BY_RECORD[cls]
+    where = f"message {kind.number.name.lower()}"
+    return packed.decode(cls, payload, where) if kind.packed else codec.decode(cls, payload, where)
 
 
 def type_of(cls: type[tuple[Any, ...]]) -> Type:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pyhv._native.link import PAGE_SIZE, Link, PageSet
 from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible
 from pyhv.migration import protocol
-from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Type
+from pyhv.migration.protocol import Answer, Cancel, Commit, Hello, Ready, Running, Type
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -404,12 +404,9 @@ class Source:
         """Sends the state of the VM, which stands, and gives it away."""
         taken = time.time_ns()
         state = self._out.capture()
-        records = [state.writer, *state.vcpus, state.platform, *state.devices]
-        self._channel.gather(True)
-        for record in records:
-            self._link.send(*protocol.encode_state(record))
-        self._send(End(self._sending.pages, self._sending.zero_pages, len(records), taken))
-        self._channel.gather(False)
+        for vcpu in state.vcpus:
+            self._send(vcpu)
+        self._send(protocol.end(state, self._sending.pages, self._sending.zero_pages, taken))
         self._expect(Ready)
         self._committed = True
         self._out.commit()

@@ -78,12 +78,6 @@ class Channel:
         """Once it is broken: what the program that made it said of that, in one line, or ""."""
         self._on_close: Callable[[], None] | None = on_close
 
-    def gather(self, on: bool) -> None:
-        """Between on and off, what is sent goes into as few TCP packets as it can (tcp(7), TCP_CORK); other ways have
-        none."""
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.out_fd)) as sock:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, on)
-
     def close(self) -> None:
         """Closing twice is allowed."""
         on_close, self._on_close = self._on_close, None

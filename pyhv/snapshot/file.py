@@ -26,6 +26,7 @@ class Snapshot(NamedTuple):
     """An open snapshot of which everything but the memory has been checked. A context manager; close() closes it."""
 
     reader: Reader
+    writer: WriterRecord
     state: MachineState
     tables: tuple[CpuidTable, ...]
     """The CPUID table of each vCPU."""
@@ -48,13 +49,17 @@ class Snapshot(NamedTuple):
 
 
 def begin(
-    path: str, state: MachineState, memory: GuestMemory, progress: Callable[[int, int], None] | None = None
+    path: str,
+    record: WriterRecord,
+    state: MachineState,
+    memory: GuestMemory,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Writer:
     """Writes state and memory of a paused VM to what will be the file at `path` when the caller commits the writer;
-    the VM may run on before that. Raises BadInput, HostError; nothing is left behind then."""
+    the VM may run on before that. record: who writes. Raises BadInput, HostError; nothing is left behind then."""
     writer = Writer(path)
     try:
-        writer.add(state.writer, mandatory=False)
+        writer.add(record, mandatory=False)
         writer.add(state.machine)
         for number, vcpu in enumerate(state.vcpus):
             writer.add(vcpu, number)
@@ -73,8 +78,8 @@ def open_snapshot(path: str) -> Snapshot:
     """Opens a snapshot and checks all of it but its memory's content. Raises BadInput."""
     reader = Reader(path, RECORDS)
     try:
+        writer = reader.optional(WriterRecord) or WriterRecord("", "", "", "", 0)
         state = MachineState(
-            writer=reader.optional(WriterRecord) or WriterRecord("", "", "", "", 0),
             machine=reader.record(MachineRecord),
             vcpus=reader.records(VcpuRecord),
             platform=reader.record(PlatformRecord),
@@ -85,7 +90,7 @@ def open_snapshot(path: str) -> Snapshot:
         if state.machine.memory != reader.memory_size:
             problem = f"says {state.machine.memory} bytes of memory and has {reader.memory_size}"
             raise BadInput(path, problem, "use another copy of it")
-        return Snapshot(reader, state, state.tables(path))
+        return Snapshot(reader, writer, state, state.tables(path))
     except BaseException:
         reader.close()
         raise

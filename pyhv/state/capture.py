@@ -11,7 +11,12 @@ from pyhv.state.records import DeviceRecord, MachineRecord, MachineState, Platfo
 from pyhv.vm.vm import Vm
 
 
-def capture(vm: Vm, machine: MachineRecord, host: HostDescription) -> MachineState:
+def writer(host: HostDescription) -> WriterRecord:
+    """This process, on this host, now."""
+    return WriterRecord(__version__, host.processor, host.kernel, host.accelerator, int(time.time()))
+
+
+def capture(vm: Vm, machine: MachineRecord) -> MachineState:
     """All of a paused VM's state but its memory. machine: what its owner knows of it. Raises HostError."""
     processors = vm.capture()
     vcpus = tuple(
@@ -19,7 +24,6 @@ def capture(vm: Vm, machine: MachineRecord, host: HostDescription) -> MachineSta
         for table, vcpu in zip(vm.tables, processors.vcpus, strict=True)
     )
     return MachineState(
-        WriterRecord(__version__, host.processor, host.kernel, host.accelerator, int(time.time())),
         machine,
         vcpus,
         PlatformRecord(*processors[1:]),

@@ -88,7 +88,6 @@ RECORDS = (WriterRecord, MachineRecord, VcpuRecord, PlatformRecord, DeviceRecord
 class MachineState(NamedTuple):
     """All of a VM's state but its memory."""
 
-    writer: WriterRecord
     machine: MachineRecord
     vcpus: tuple[VcpuRecord, ...]
     platform: PlatformRecord

@@ -491,5 +491,5 @@ class Migration:
 
 
 def occurrences(kind: protocol.Kind) -> range:
-    """Of what comes more than once also the second: pages and state, while the guest stands."""
-    return range(1, 3 if kind.number in (Type.PAGES, Type.PAGES_ZSTD, Type.RECORD) else 2)
+    """Of what comes more than once also the second: pages, while the guest stands."""
+    return range(1, 3 if kind.number in (Type.PAGES, Type.PAGES_ZSTD) else 2)

@@ -220,9 +220,10 @@ def test_inspect(saved: Path, capfd: Capture) -> None:
     found = json.loads(out)
     with file.open_snapshot(str(saved)) as snapshot:
         state, table, sections = snapshot.state, snapshot.tables[0], snapshot.reader.sections
+        writer = snapshot.writer
     assert found["written"]["pyhv"] == pyhv.__version__
     assert found["written"]["kernel"] == os.uname().release
-    assert found["written"]["processor"] == state.writer.processor != ""
+    assert found["written"]["processor"] == writer.processor != ""
     assert found["machine"]["image"] == "ticker" and found["machine"]["command_line"] == "every=1"
     assert (found["machine"]["memory"], found["machine"]["vcpus"]) == (4 << 20, 1)
     assert found["bytes"] == saved.stat().st_size >= found["bytes_on_disk"] > 0

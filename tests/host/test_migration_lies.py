@@ -27,6 +27,7 @@ from pyhv.migration.destination import Destination
 from pyhv.migration.protocol import Answer, Cancel, End, Ready, Running, Type
 from pyhv.migration.transport import Channel
 from pyhv.state import codec
+from pyhv.state.records import VcpuRecord
 
 from .cli import IN_THE_LAB, LAB_REASON
 from .frames import Frame, Sealer, Speaker, Splitter, pages, sum_of
@@ -188,8 +189,8 @@ RECEIVERS: dict[str, tuple[Lie, str]] = {
     "commit comes, running does not, but alive": (
         all_taken(say(Ready(), then=stay_alive)), r"HandoverUnknown.*no running within",
     ),
-    "running of another version": (
-        all_taken(say(Ready(), then=version_2(RUNNING))), r"HandoverUnknown.*message running: version 2",
+    "running of nobody": (
+        all_taken(say(Ready(), then=message(Type.RUNNING))), r"HandoverUnknown.*message running\.host: is cut short",
     ),
     "cancel after the commit": (
         all_taken(say(Ready(), Cancel("oh"))), r"HandoverUnknown.*gave the migration up: oh",
@@ -336,11 +337,12 @@ def other_tables(messages: Messages) -> Messages:
     """The vCPU's record has another CPUID table than the hello."""
     changed = []
     for kind, payload in messages:
-        name, data = protocol.split_state(payload) if kind == Type.RECORD else ("", b"")
-        if name == "vcpu":
-            value = json.loads(data)
-            value["fields"]["cpuid"][1][3] ^= 1
-            payload = payload[:16] + json.dumps(value).encode()
+        if kind == Type.VCPU:
+            vcpu = protocol.decode(VcpuRecord, payload)
+            first, second, *rest = vcpu.cpuid
+            kind, payload = protocol.encode(
+                vcpu._replace(cpuid=(first, (*second[:3], second[3] ^ 1, *second[4:]), *rest))
+            )
         changed.append((kind, payload))
     return changed
 
@@ -357,26 +359,23 @@ def without(what: Type) -> Callable[[Messages], Messages]:
     return lambda messages: [message for message in messages if message[0] != what]
 
 
-def only_record(name: str, times: int) -> Callable[[Messages], Messages]:
-    """One of the records comes so often."""
+def repeat(what: Type, times: int) -> Callable[[Messages], Messages]:
+    """The first of these messages comes so often."""
 
     def change(messages: Messages) -> Messages:
-        place = next(
-            i for i, (kind, data) in enumerate(messages)
-            if kind == Type.RECORD and protocol.split_state(data)[0] == name
-        )
+        place = next(i for i, (kind, _) in enumerate(messages) if kind == what)
         return [*messages[:place], *[messages[place]] * (times - 1), *messages[place:]]
 
     return change
 
 
-def end_with(**counts: Callable[[int], int]) -> Callable[[Messages], Messages]:
+def end_with(**fields: Callable[[Any], Any]) -> Callable[[Messages], Messages]:
     def change(messages: Messages) -> Messages:
         changed = []
         for kind, payload in messages:
             if kind == Type.END:
                 end = protocol.decode(End, payload)
-                end = end._replace(**{name: count(getattr(end, name)) for name, count in counts.items()})
+                end = end._replace(**{name: field(getattr(end, name)) for name, field in fields.items()})
                 kind, payload = protocol.encode(end)
             changed.append((kind, payload))
         return changed
@@ -388,7 +387,7 @@ PAGE = pages([(0, 1, False)], bytes(4096))
 
 SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "hello of another version": (
-        lambda m: [(m[0][0], m[0][1].replace(b'"version":2}', b'"version":9}')), *m[1:]], "version 9 of this record",
+        lambda m: [(m[0][0], m[0][1].replace(b'"version":3}', b'"version":9}')), *m[1:]], "version 9 of this record",
     ),
     "hello of another vendor": (hello_with(tables=other_vendor), "vendor"),
     "tables that make no sense": (hello_with(tables=lambda t: [[[1, 0, 0, 0, 0, 0, 0]]]), ""),
@@ -407,42 +406,36 @@ SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "pages at once": (lambda m: [(Type.PAGES, PAGE), *m], "pages were not expected"),
     "hello twice": (lambda m: [m[0], *m], "a message hello came where end was due"),
     "no hello": (lambda m: without(Type.PAGES)(m[1:]), "came where hello was due"),
-    "pages beyond the RAM": (insert(Type.RECORD, (Type.PAGES, pages([(1 << 39, 1, True)]))), "of 768"),
-    "one page beyond the RAM": (insert(Type.RECORD, (Type.PAGES, pages([(767, 2, True)]))), "of 768"),
-    "no runs": (insert(Type.RECORD, (Type.PAGES, pages([]))), "with 0 runs"),
-    "runs that do not ascend": (insert(Type.RECORD, (Type.PAGES, pages([(5, 1, True), (5, 1, True)]))), "after page 6"),
-    "fewer sums than pages": (insert(Type.RECORD, (Type.PAGES, pages([(5, 2, False)], bytes(4096)))), "of 2 pages"),
-    "more sums than pages": (insert(Type.RECORD, (Type.PAGES, pages([(5, 1, False)], bytes(8192)))), "of 1 pages"),
-    "other content than was summed": (insert(Type.RECORD, (Type.PAGES, PAGE[:-1] + b"x")), "page 0 was changed on the"),
-    "messages instead of content": (insert(Type.RECORD, (Type.PAGES, PAGE[:-4096])), "page 0 was changed on the way"),
+    "pages beyond the RAM": (insert(Type.VCPU, (Type.PAGES, pages([(1 << 39, 1, True)]))), "of 768"),
+    "one page beyond the RAM": (insert(Type.VCPU, (Type.PAGES, pages([(767, 2, True)]))), "of 768"),
+    "no runs": (insert(Type.VCPU, (Type.PAGES, pages([]))), "with 0 runs"),
+    "runs that do not ascend": (insert(Type.VCPU, (Type.PAGES, pages([(5, 1, True), (5, 1, True)]))), "after page 6"),
+    "fewer sums than pages": (insert(Type.VCPU, (Type.PAGES, pages([(5, 2, False)], bytes(4096)))), "of 2 pages"),
+    "more sums than pages": (insert(Type.VCPU, (Type.PAGES, pages([(5, 1, False)], bytes(8192)))), "of 1 pages"),
+    "other content than was summed": (insert(Type.VCPU, (Type.PAGES, PAGE[:-1] + b"x")), "page 0 was changed on the"),
+    "messages instead of content": (insert(Type.VCPU, (Type.PAGES, PAGE[:-4096])), "page 0 was changed on the way"),
     "no content": (lambda m: [m[0], (Type.PAGES, PAGE[:-4096])], "has closed the link within a message"),
-    "pages that are no zstd": (insert(Type.RECORD, (Type.PAGES_ZSTD, os.urandom(500))), "zstd|compressed"),
+    "pages that are no zstd": (insert(Type.VCPU, (Type.PAGES_ZSTD, os.urandom(500))), "zstd|compressed"),
     "a page more than was counted": (insert(Type.END, (Type.PAGES, PAGE)), "pages, .* were sent, .* came"),
     "pages of zeros that did not come": (end_with(zero_pages=lambda n: n + 1), "were sent, .* came"),
-    "records that did not come": (end_with(records=lambda n: n + 1), "were sent, .* came"),
-    "no records": (
-        lambda m: end_with(records=lambda n: 0)(without(Type.RECORD)(m)), "came before the records platform and writer",
-    ),
-    "two platforms": (only_record("platform", 2), "comes too often with the record platform"),
-    "40 of one device": (only_record("device", 40), "comes too often with the record device"),
-    "300 vCPUs": (only_record("vcpu", 300), "comes too often with the record vcpu"),
+    "vCPUs that did not come": (end_with(vcpus=lambda n: n + 1), "were sent, .* came"),
+    "no vCPUs": (lambda m: end_with(vcpus=lambda n: 0)(without(Type.VCPU)(m)), "came after 0 vCPUs of 1"),
     "a vCPU more than announced": (
-        lambda m: end_with(records=lambda n: n + 1)(only_record("vcpu", 2)(m)), "that message hello announced",
+        lambda m: end_with(vcpus=lambda n: n + 1)(repeat(Type.VCPU, 2)(m)), "once more than the 1 times that message",
     ),
-    "other tables than announced": (other_tables, "is not of the processors that message hello announced"),
-    "a record of no VM": (insert(Type.END, (Type.RECORD, b"gpu".ljust(16, b"\0") + b"{}")), "unknown record 'gpu'"),
-    "a record without a name": (insert(Type.END, (Type.RECORD, b"")), "unknown record ''"),
-    "a record that is the hello's": (
-        insert(Type.END, (Type.RECORD, b"machine".ljust(16, b"\0") + b"{}")), "unknown record 'machine'",
+    "300 vCPUs": (repeat(Type.VCPU, 300), "comes once more than the 1 times that message hello announced"),
+    "30 of one device": (end_with(devices=lambda d: d[:1] * 30), "has two states of one device"),
+    "a device that is not announced": (
+        end_with(devices=lambda d: (d[0]._replace(name="gpu"), *d[1:])), "the state has .*gpu",
     ),
-    "a record of garbage": (
-        insert(Type.RECORD, (Type.RECORD, b"vcpu".ljust(16, b"\0") + b"[" * 100000)), "message record: vcpu",
-    ),
-    "commit before the end": (insert(Type.RECORD, protocol.encode(protocol.Commit())), "commit came where end was due"),
+    "other tables than announced": (other_tables, "is not of the processor that message hello announced"),
+    "a vCPU of nothing": (insert(Type.VCPU, (Type.VCPU, b"")), "message vcpu.cpuid: is cut short"),
+    "a vCPU of garbage": (insert(Type.VCPU, (Type.VCPU, b"[" * 100000)), "message vcpu.cpuid: is cut short"),
+    "commit before the end": (insert(Type.VCPU, protocol.encode(protocol.Commit())), "commit came where end was due"),
     "end twice": (insert(Type.COMMIT, (Type.END, b"")), "a message end came where commit was due"),
     "running from the source": (insert(Type.COMMIT, protocol.encode(RUNNING)), "a message running came where commit"),
-    "an unknown message": (insert(Type.RECORD, (99, b"")), "a message of the unknown type 99 came where end was due"),
-    "a heartbeat with a payload": (insert(Type.RECORD, (Type.HEARTBEAT, b"x")), "too long for a message of type 1"),
+    "an unknown message": (insert(Type.VCPU, (99, b"")), "a message of the unknown type 99 came where end was due"),
+    "a heartbeat with a payload": (insert(Type.VCPU, (Type.HEARTBEAT, b"x")), "too long for a message of type 1"),
     "no commit": (without(Type.COMMIT), "the other side has closed the link"),
     "nothing": (lambda m: [], "the other side has closed the link"),
     "a cancel that drives terminals": (
@@ -470,7 +463,7 @@ def test_what_was_recorded_is_taken(recorded: list[Frame]) -> None:
 )
 def test_a_source_that_says_nothing_but_is_alive(recorded: list[Frame], until: int | None, words: str) -> None:
     messages = [(frame.kind, frame.payload) for frame in recorded]
-    first = next(i for i, (kind, _) in enumerate(messages) if kind == Type.RECORD)
+    first = next(i for i, (kind, _) in enumerate(messages) if kind == Type.VCPU)
     end = {0: 0, 3: first + 1, None: len(messages) - 1}[until]
     error = take(messages[:end], then=stay_alive)
     assert error is not None and words in str(error), error
@@ -530,7 +523,7 @@ def mutate(messages: Messages, changes: list[tuple[str, float, float, int]]) -> 
                 payload = payload[:at] + payload[: value % 5000] + payload[at:]
             case "kind":
                 kind = 1 + value % 25
-            case "number":  # of the JSON: what is checked is not only how it is written
+            case "number":  # where it is JSON: what is checked is not only how it is written
                 numbers = [m.span() for m in re.finditer(rb"-?\d+", payload)]
                 if numbers:
                     begin, end = numbers[int(place * len(numbers))]
@@ -567,8 +560,7 @@ def test_the_fuzzer_gets_past_the_sums(recorded: list[Frame]) -> None:
 def test_the_clock_of_a_source_that_lives_in_another_time(recorded: list[Frame], taken: int) -> None:
     """The guest's clock goes on by no more than the time that the two sides have talked."""
     messages = end_with(taken=lambda t: taken)([(frame.kind, frame.payload) for frame in recorded])
-    platform = next(data for kind, data in messages if kind == Type.RECORD and data.startswith(b"platform"))
-    before = json.loads(platform[16:])["fields"]["clock"]
+    before = protocol.decode(End, next(data for kind, data in messages if kind == Type.END)).platform.clock
     ours, theirs = socket.socketpair()
 
     def lie(speaker: Speaker) -> None:

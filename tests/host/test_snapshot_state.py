@@ -39,7 +39,7 @@ def forge(source: Path, target: Path, change: Callable[[MachineState], MachineSt
         try:
             for address, content in pages.items():
                 memory.write(int(address.lstrip("_"), 16), content)
-            file.begin(str(target), change(snapshot.state), memory).commit()
+            file.begin(str(target), snapshot.writer, change(snapshot.state), memory).commit()
         finally:
             memory.close()
 
@@ -173,7 +173,7 @@ def test_who_wrote_it(tmp_path: Path) -> None:
         machine.save(str(path))
         host, uuid, accelerator = machine.host, machine.uuid, machine.choice.accelerator.name
     with file.open_snapshot(str(path)) as snapshot:
-        writer, saved = snapshot.state.writer, snapshot.state.machine
+        writer, saved = snapshot.writer, snapshot.state.machine
     assert (writer.pyhv, writer.kernel, writer.accelerator) == (pyhv.__version__, os.uname().release, accelerator)
     assert writer.processor == host.processor and writer.time > 1_700_000_000
     assert (saved.profile, saved.hides, saved.uuid) == ("hyperv-r2", True, uuid)
