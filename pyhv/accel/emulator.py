@@ -55,6 +55,8 @@ class EmulatorVcpu:
     def __init__(self, vm: EmulatorVm, index: int, tsc_khz: int) -> None:
         self.index = index
         error = new_error()
+        self.msrs: tuple[int, ...] = ()
+        """Those of its state; emulator_state.py looks them up once."""
         self.handle: Any = check(lib.pyhv_emulator_vcpu_create(vm.handle, index, tsc_khz, error), error)
         self._exit: Any = ffi.new("struct pyhv_exit *")
 
@@ -147,8 +149,10 @@ class EmulatorVm:
     def create_vcpu(self, index: int) -> EmulatorVcpu:
         return EmulatorVcpu(self, index, self._tsc_khz)
 
-    def warm_up(self) -> None:
-        from pyhv.accel import emulator_state  # noqa: F401
+    def warm_up(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> None:
+        from pyhv.accel import emulator_state
+
+        emulator_state.warm_up(cast("Sequence[EmulatorVcpu]", vcpus), tables)
 
     def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
         from pyhv.accel import emulator_state

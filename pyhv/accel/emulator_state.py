@@ -27,13 +27,26 @@ _XSTATE_BV = slice(512, 520)
 _LEGACY_COMPONENTS = 3
 
 
+def warm_up(vcpus: Sequence[EmulatorVcpu], tables: Sequence[CpuidTable]) -> None:
+    """Looks up what capture() needs to know of the tables."""
+    for vcpu, table in zip(vcpus, tables, strict=True):
+        _msrs(vcpu, table)
+
+
+def _msrs(vcpu: EmulatorVcpu, table: CpuidTable) -> tuple[int, ...]:
+    """The MSRs that the table grants and the emulator has."""
+    if not vcpu.msrs:
+        has = msr_list()
+        vcpu.msrs = tuple(index for index in msrs.granted(table) if index in has)
+    return vcpu.msrs
+
+
 def capture(vm: EmulatorVm, vcpus: Sequence[EmulatorVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
     """The state of a VM whose vCPU stands. tables: what its CPUID answers. Raises HostError."""
     (vcpu,), (table,) = vcpus, tables
     handle, error = vcpu.handle, new_error()
     clock = lib.pyhv_emulator_vm_get_clock(vm.handle)
-    has = msr_list()
-    wanted = [index for index in msrs.granted(table) if index in has]
+    wanted = _msrs(vcpu, table)
     values = ffi.new("uint64_t[]", len(wanted))
     check(lib.pyhv_emulator_vcpu_get_msrs(handle, wanted, values, len(wanted), error), error)
     area = ffi.new("uint8_t[]", _XSAVE_MAX)

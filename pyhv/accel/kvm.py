@@ -14,6 +14,7 @@ from pyhv.errors import HostError, NotAvailable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyhv.accel.kvm_state import Shown
     from pyhv.accel.protocol import AccelVcpu
     from pyhv.accel.state import ProcessorsState
     from pyhv.cpu.host import HostDescription
@@ -43,6 +44,8 @@ class KvmVcpu:
         self.handle: Any = check(lib.pyhv_vcpu_create(vm.handle, index, error), error)
         self._exit: Any = ffi.new("struct pyhv_exit *")
         self._table: Any = None  # the trap's table, which must live as long as the vCPU
+        self.shown: Shown | None = None
+        """What its table lets the guest have; kvm_state.py looks it up once."""
 
     def set_cpuid(self, table: CpuidTable) -> None:
         entries = table.as_entries()
@@ -144,8 +147,10 @@ class KvmVm:
     def create_vcpu(self, index: int) -> KvmVcpu:
         return KvmVcpu(self, index)
 
-    def warm_up(self) -> None:
-        from pyhv.accel import kvm_state  # noqa: F401
+    def warm_up(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> None:
+        from pyhv.accel import kvm_state
+
+        kvm_state.warm_up(cast("Sequence[KvmVcpu]", vcpus), tables)
 
     def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
         from pyhv.accel import kvm_state

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from pyhv._native import check, ffi, lib, new_error
 from pyhv.accel import structs
@@ -32,6 +33,27 @@ _LEGACY_COMPONENTS = 3
 _TIME_MSRS = (msrs.IA32_TSC, msrs.IA32_TSC_DEADLINE)
 
 
+class Shown(NamedTuple):
+    """What a guest can have, by its CPUID table."""
+
+    msrs: tuple[int, ...]
+    components: int
+    """Those of the XSAVE area, a bit each."""
+
+
+def warm_up(vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable]) -> None:
+    """Looks up what capture() and apply() need to know of the tables."""
+    for vcpu, table in zip(vcpus, tables, strict=True):
+        _shown(vcpu, table)
+
+
+def _shown(vcpu: KvmVcpu, table: CpuidTable) -> Shown:
+    if vcpu.shown is None:
+        components = table.xcr0_mask | table.xss_mask | _LEGACY_COMPONENTS
+        vcpu.shown = Shown(msrs.granted(table), components)
+    return vcpu.shown
+
+
 def capture(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
     """The state of a VM whose vCPUs all stand. tables: what their CPUID answers. Raises HostError."""
     error = new_error()
@@ -45,6 +67,7 @@ def capture(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable]) -
 
 def _capture_vcpu(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable) -> VcpuState:
     handle, error = vcpu.handle, new_error()
+    shown = _shown(vcpu, table)
     # First: the call itself settles INIT and SIPI that are pending, which changes registers and events.
     mp_state = check(lib.pyhv_vcpu_get_mp_state(handle, error), error)
     regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
@@ -57,7 +80,7 @@ def _capture_vcpu(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable) -> VcpuState:
         check(lib.pyhv_vcpu_get_lapic(handle, lapic, error), error)
     debugregs = ffi.new("struct pyhv_debugregs *")
     check(lib.pyhv_vcpu_get_debugregs(handle, debugregs, error), error)
-    values = read_msrs(vcpu, msrs.granted(table))
+    values = read_msrs(vcpu, shown.msrs)
     # Last: what the calls before have settled or injected is in there.
     events = ffi.new("struct pyhv_events *")
     check(lib.pyhv_vcpu_get_events(handle, events, error), error)
@@ -66,7 +89,7 @@ def _capture_vcpu(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable) -> VcpuState:
         regs=regs,
         sregs=sregs,
         xcr0=xcr0[0],
-        xsave=_shown_components(bytes(ffi.buffer(area, size)), table).rstrip(b"\0"),
+        xsave=_shown_components(bytes(ffi.buffer(area, size)), shown).rstrip(b"\0"),
         msrs=values,
         lapic=bytes(ffi.buffer(lapic)) if vm.irqchip else b"",
         events=structs.record(Events, events),
@@ -86,7 +109,8 @@ def apply(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable], sta
         vcpu.set_sregs(saved.sregs)
         # CR4.OSXSAVE, which SREGS brings, decides whether XCR0 may be set; XCR0 which components XSAVE may set.
         check(lib.pyhv_vcpu_set_xcr0(vcpu.handle, saved.xcr0, error), error)
-        area = _shown_components(saved.xsave.ljust(_XSTATE_BV.stop, b"\0"), tables[vcpu.index])
+        shown = _shown(vcpu, tables[vcpu.index])
+        area = _shown_components(saved.xsave.ljust(_XSTATE_BV.stop, b"\0"), shown)
         # Never KVM_SET_FPU: it loses MXCSR.
         check(lib.pyhv_vcpu_set_xsave(vcpu.handle, area, len(area), error), error)
         # The rate before the counter: a new rate rescales what the counter holds.
@@ -181,11 +205,10 @@ def write_msrs(vcpu: KvmVcpu, values: Mapping[int, int]) -> None:
         raise HostError("KVM_SET_MSRS", 0, f"vCPU {vcpu.index}: {name} (0x{index:x}) refuses 0x{numbers[taken]:x}")
 
 
-def _shown_components(area: bytes, table: CpuidTable) -> bytes:
+def _shown_components(area: bytes, shown: Shown) -> bytes:
     """An XSAVE area in which only components are marked present that the guest's table shows: KVM before Linux 6.7
     hands out what the host has, and a lesser host would refuse it."""
-    shown = table.xcr0_mask | table.xss_mask | _LEGACY_COMPONENTS
-    present = int.from_bytes(area[_XSTATE_BV], "little") & shown
+    present = int.from_bytes(area[_XSTATE_BV], "little") & shown.components
     return area[: _XSTATE_BV.start] + present.to_bytes(8, "little") + area[_XSTATE_BV.stop :]
 
 

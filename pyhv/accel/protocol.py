@@ -79,8 +79,9 @@ class AccelVm(Protocol):
         """ORs the pages written since log_dirty(True), or since the last call, into `bitmap` (uint64_t *): a bit a
         page, in the order in which memory was mapped. Also while it runs. Raises HostError."""
 
-    def warm_up(self) -> None:
-        """Loads what capture() and apply() need, so that they are quick when a guest stands and waits for them."""
+    def warm_up(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> None:
+        """Loads and looks up what capture() and apply() need, so that they are quick when a guest stands and waits for
+        them."""
 
     def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
         """The state of all its vCPUs, which stand, and of what they share. tables: what their CPUID answers. Raises

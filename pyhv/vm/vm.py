@@ -190,7 +190,7 @@ class Vm:
     def warm_up(self) -> None:
         """Loads what capture() and apply() need; also while it runs."""
         assert self._vm is not None
-        self._vm.warm_up()
+        self._vm.warm_up(self.vcpus, self.tables)
 
     def capture(self) -> ProcessorsState:
         """The state of the processors of a paused VM. Raises HostError."""

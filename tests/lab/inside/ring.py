@@ -113,6 +113,7 @@ class Node:
 
     def listen(self, uri: str) -> dict[str, Any]:
         self.listener = transport.Listener(address_of(uri), TLS if uri.startswith("tls:") else None)
+        pyhv.Machine.prepare_arrival()  # as pyhv receive does
         return {}
 
     def receive(self, lines: int) -> dict[str, Any]:
