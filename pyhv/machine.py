@@ -293,10 +293,12 @@ class Machine:
                 raise
             protocol.warm_up()
             machine._rehearse(hello.machine)
+            machine.vm.prepare_start()
             destination.accept(hello, memory.ram)
-            received = destination.receive(hello, while_waiting)
-            capture.apply(machine.vm, received.state, where, received.elapsed)
-            destination.confirm(while_waiting)
+            with protocol.no_collection():
+                received = destination.receive(hello, while_waiting)
+                capture.apply(machine.vm, received.state, where, received.elapsed)
+                destination.confirm(while_waiting)
             machine._arrival = destination
             return machine
         except BaseException as error:

@@ -17,7 +17,10 @@ guest and the destination forgets it. How messages are framed, checked and timed
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -206,6 +209,18 @@ def warm_up() -> None:
     """Prepares for all messages: what is done once is done before a guest stands and waits for it."""
     for is_packed, module in ((False, codec), (True, packed)):
         module.prepare([cls for cls, kind in _BY_RECORD.items() if kind.packed == is_packed])
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """While a guest stands there is no time to look for garbage: it is as much work as taking the guest's state."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def encode(message: tuple[Any, ...]) -> tuple[int, bytes]:

@@ -179,8 +179,10 @@ class Source:
         try:
             try:
                 self._handshake()
-                stopped = self._copy()
-                running = self._hand_over()
+                self._copy()
+                with protocol.no_collection():
+                    stopped = self._stop()
+                    running = self._hand_over()
             except BaseException as error:
                 if self._committed:
                     raise
@@ -259,12 +261,11 @@ class Source:
 
     # ---------------------------------------------------------------------------------------------- pre-copy
 
-    def _copy(self) -> int:
-        """Sends the memory in rounds until the rest fits into the downtime, stops the VM and sends the rest. Returns
-        the CLOCK_MONOTONIC in ns of its last instruction."""
+    def _copy(self) -> None:
+        """Sends the memory in rounds until the rest fits into the downtime."""
         vm, limits = self._vm, self._limits
         ram = vm.memory.ram
-        pages = PageSet(vm.memory.size)
+        pages = self._pages = PageSet(vm.memory.size)
         # First the log, then the look at what is there: a page that is written in between is in both.
         vm.log_dirty(True)
         pages.add_content(ram)
@@ -280,21 +281,24 @@ class Source:
                 left = self._look(pages, since)  # the guest went on writing
             if self._downtime(left) <= limits.downtime and self._round >= limits.least_rounds:
                 if self._may_stop():
-                    break
+                    return
                 self._wait_for_leave()
                 self._look(pages, since)
                 continue  # with what it has written meanwhile
             if self._is_late(begin) or self._round >= max(limits.rounds, limits.least_rounds):
                 if limits.on_timeout == "stop":
-                    break
+                    return
                 raise self._no_end(left)
+
+    def _stop(self) -> int:
+        """Stops the VM and sends the rest of its memory. Returns the CLOCK_MONOTONIC in ns of its last instruction."""
         stopped = time.monotonic_ns()
-        vm.pause()
+        self._vm.pause()
         self._check_guest()
-        vm.take_dirty(pages)
-        if left := len(pages) * PAGE_SIZE:
+        self._vm.take_dirty(self._pages)
+        if left := len(self._pages) * PAGE_SIZE:
             self._tell(0, left)
-            self._send_all(pages)
+            self._send_all(self._pages)
         return stopped
 
     def _wait_for_leave(self) -> None:

@@ -44,6 +44,59 @@ class Stopped(NamedTuple):
     exit: Exit
 
 
+class _VcpuThread:
+    """The thread of a vCPU. It waits between the runs and is there until the VM ends: a guest that is paused for a
+    moment, or has just been migrated to here, need not wait until a thread has ended or begun."""
+
+    def __init__(self, vcpu: AccelVcpu, run: Callable[[AccelVcpu], None]) -> None:
+        self.vcpu = vcpu
+        self._run = run
+        self._runs = False
+        # Each is released for the side that waits for it.
+        self._go, self._stood = threading.Lock(), threading.Lock()
+        self._go.acquire()
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._loop, name=f"vcpu-{vcpu.index}", daemon=True
+        )
+        self._thread.start()
+
+    def _loop(self) -> None:
+        while self._go.acquire() and self._thread is not None:
+            self._run(self.vcpu)
+            self._runs = False
+            if self._stood.locked():  # else nobody has waited the last time
+                self._stood.release()
+
+    def go(self) -> None:
+        """Lets it run; it stands."""
+        self._stood.acquire(blocking=False)
+        self._runs = True
+        self._go.release()
+
+    def stop(self) -> None:
+        """Waits until it stands, after a kick. Once more, if Ctrl-C comes meanwhile."""
+        while self._runs:
+            # Again while it runs: the kick's signal may have come just before a blocking write to the console.
+            if not self._stood.acquire(timeout=_KICK_AGAIN):
+                self.vcpu.kick()
+
+    def sleeps(self) -> bool:
+        """Whether it is not using a processor right now."""
+        assert self._thread is not None
+        try:
+            with open(f"/proc/self/task/{self._thread.native_id}/stat", "rb") as stat:
+                return stat.read().rpartition(b") ")[2][:1] == b"S"
+        except OSError:
+            return False
+
+    def end(self) -> None:
+        """Ends it; it stands."""
+        thread, self._thread = self._thread, None
+        self._go.release()
+        if thread is not None:
+            thread.join()
+
+
 class Vm:
     """A VM that is paused until start(). Several threads may start, pause and wait; close() is the last call.
 
@@ -73,7 +126,8 @@ class Vm:
         self.stopped: Stopped | None = None
         self._trap = trap
         self._vm: AccelVm | None = None
-        self._threads: list[threading.Thread] = []
+        self._threads: list[_VcpuThread] = []
+        self.running = False
         self._control = threading.RLock()  # one start, pause or close at a time
         self._result = threading.Lock()
         self._ended = threading.Event()
@@ -82,8 +136,8 @@ class Vm:
         self._failure: BaseException | None = None
         self._tsc_khz = 0
         self.processors: tuple[int, ...] = ()
-        """Host processors that the vCPUs' threads are bound to, one after the other and from the first again; of each
-        thread that start() makes from then on. Empty: the host's scheduler decides."""
+        """Host processors that the vCPUs' threads are bound to, one after the other and from the first again; from the
+        next start() on. Empty: the host's scheduler decides, or stays with what it was told."""
         self.entered: int | None = None
         """CLOCK_MONOTONIC in ns when the first vCPU was about to be entered for the first time."""
         try:
@@ -101,10 +155,6 @@ class Vm:
             raise
 
     @property
-    def running(self) -> bool:
-        return bool(self._threads)
-
-    @property
     def tsc_khz(self) -> int:
         """Rate of the TSC, of a VM that runs or has run. A running vCPU cannot be asked: it answers when it stands."""
         return self._tsc_khz
@@ -112,17 +162,20 @@ class Vm:
     def start(self) -> None:
         """Lets the vCPUs run, or run on after pause(). No effect on a running VM or one that came to its end."""
         with self._control:
-            if self._threads or self.stopped is not None:
+            if self.running or self.stopped is not None:
                 return
             self._pausing = False
             self._tsc_khz = self._tsc_khz or self.vcpus[0].read_tsc_khz()
             self.devices.start_input()
-            self._threads = [
-                threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu-{vcpu.index}", daemon=True)
-                for vcpu in self.vcpus
-            ]
+            self.prepare_start()
+            self.running = True
             for thread in self._threads:
-                thread.start()
+                thread.go()
+
+    def prepare_start(self) -> None:
+        """Does what else the first start() would take longer for."""
+        for vcpu in self.vcpus[len(self._threads) :]:
+            self._threads.append(_VcpuThread(vcpu, self._run_vcpu))
 
     def wait_for_entry(self) -> int:
         """Waits until the first vCPU of a VM that was started is entered; the CLOCK_MONOTONIC in ns of that."""
@@ -135,17 +188,13 @@ class Vm:
         VM."""
         with self._control:
             self._pausing = True
-            for vcpu in self.vcpus if self._threads else ():
-                vcpu.kick()
-            for vcpu, thread in zip(self.vcpus, self._threads, strict=False):
-                # Again while it runs: the kick's signal may have come just before a blocking write to the console.
-                thread.join(_KICK_AGAIN)
-                while thread.is_alive():
+            if self.running:
+                for vcpu in self.vcpus:
                     vcpu.kick()
-                    thread.join(_KICK_AGAIN)
-            if self._threads:
+                for thread in self._threads:
+                    thread.stop()
                 self.devices.stop_input()  # or bytes would get into a VM whose state is saved already
-            self._threads = []
+                self.running = False
             failure, self._failure = self._failure, None
             if failure is not None:
                 raise failure
@@ -194,13 +243,13 @@ class Vm:
 
     def capture(self) -> ProcessorsState:
         """The state of the processors of a paused VM. Raises HostError."""
-        assert self._vm is not None and not self._threads
+        assert self._vm is not None and not self.running
         return self._vm.capture(self.vcpus, self.tables)
 
     def apply(self, state: ProcessorsState) -> None:
         """Puts a state into a VM that has never run and whose memory is complete. Raises HostError; the VM is then
         good for nothing but close()."""
-        assert self._vm is not None and not self._threads
+        assert self._vm is not None and not self.running
         self._vm.apply(self.vcpus, self.tables, state)
 
     def interrupt(self) -> None:
@@ -214,6 +263,9 @@ class Vm:
             try:
                 self.pause()
             finally:
+                for thread in self._threads:
+                    thread.end()
+                self._threads = []
                 for vcpu in self.vcpus:
                     vcpu.close()
                 self.vcpus = []
@@ -252,21 +304,13 @@ class Vm:
         self._ended.set()
 
     def _sleeps(self) -> bool:
-        """Whether no vCPU's thread is using a processor right now."""
-        for thread in self._threads:
-            try:
-                with open(f"/proc/self/task/{thread.native_id}/stat", "rb") as stat:
-                    state = stat.read().rpartition(b") ")[2][:1]
-            except OSError:
-                return False
-            if state != b"S":
-                return False
-        return True
+        """Whether no vCPU is using a processor right now."""
+        return all(thread.sleeps() for thread in self._threads)
 
     def _halted_for_good(self) -> bool:
         """Looks, with the VM paused for a moment, whether any vCPU can ever run again; if none can, that is the end."""
         with self._control:
-            if not self._threads:
+            if not self.running:
                 return False
             self.pause()
             if self.stopped is None and all(vcpu.waits_for_ever() for vcpu in self.vcpus):
