@@ -61,7 +61,7 @@ class KvmVcpu:
     def get_regs(self) -> Regs:
         regs, error = ffi.new("struct pyhv_regs *"), new_error()
         check(lib.pyhv_vcpu_get_regs(self.handle, regs, error), error)
-        return structs.to_regs(regs)
+        return structs.record(Regs, regs)
 
     def set_regs(self, regs: Regs) -> None:
         error = new_error()

@@ -3,52 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from struct import Struct
 from typing import Any, TypeVar
 
 from pyhv._native import ffi, to_exception
-from pyhv.accel.data import CpuidRecord, Exit, Regs, Segment, Sregs, Stop
+from pyhv.accel.data import CpuidRecord, Exit, Segment, Sregs, Stop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyhv.accel.state import Irqchip
     from pyhv.cpu.table import CpuidTable
 
-_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+# struct pyhv_sregs: eight segments, the tables' bases and limits, CR0 to APIC base, PDPTRs, whether these are valid.
+_SREGS = Struct("<" + 8 * "Q3I4x" + "2Q2I7Q4QI4x")
 _LOG_PIECE = 256  # records that are taken out of a log at once
 
 T = TypeVar("T", bound=tuple[Any, ...])
 
 
+_CODES = {"uint8_t": "B", "uint32_t": "I", "uint64_t": "Q", "int64_t": "q"}
+
+
+# Of a record: the numbers of its C structure, and how many of them, from the first on, are its own.
+_known: dict[type, tuple[Struct, int]] = {}
+
+
+def _layout(cls: type[tuple[Any, ...]], ctype: Any) -> tuple[Struct, int]:
+    if cls not in _known:
+        names: tuple[str, ...] = cls._fields  # type: ignore[attr-defined]
+        assert [name for name, _ in ctype.fields][: len(names)] == list(names), ctype
+        codes, end = "<", 0
+        for _, field in ctype.fields:
+            item, count = (field.type.item, field.type.length) if field.type.kind == "array" else (field.type, 1)
+            codes += f"{field.offset - end}x{count}{_CODES[item.cname]}"
+            end = field.offset + ffi.sizeof(field.type)
+        _known[cls] = Struct(f"{codes}{ffi.sizeof(ctype) - end}x"), len(names)
+    return _known[cls]
+
+
 def record(cls: type[T], struct: Any) -> T:
-    """A record from a C structure that has fields of the same names."""
-    return cls(*(getattr(struct, name) for name in cls._fields))  # type: ignore[attr-defined]
+    """A record of numbers from a pointer to a C structure that begins with fields of the same names."""
+    layout, count = _layout(cls, ffi.typeof(struct).item)
+    return cls(*layout.unpack(ffi.buffer(struct))[:count])
 
 
-def struct(name: str, values: Any) -> Any:
+def records(cls: type[T], structs: Any) -> tuple[T, ...]:
+    """Likewise from an array."""
+    layout, count = _layout(cls, ffi.typeof(structs).item)
+    return tuple([cls(*values[:count]) for values in layout.iter_unpack(ffi.buffer(structs))])
+
+
+def struct(name: str, values: tuple[Any, ...]) -> Any:
     """And back: a new struct NAME with a record's values."""
-    return ffi.new(f"struct {name} *", values._asdict())
-
-
-def to_regs(struct: Any) -> Regs:
-    return record(Regs, struct)
+    return ffi.new(f"struct {name} *", values)
 
 
 def to_sregs(struct: Any) -> Sregs:
-    values: list[Any] = []
-    for name in Sregs._fields:
-        value = getattr(struct, name)
-        if name in _SEGMENTS:
-            value = Segment(value.selector, value.base, value.limit, value.attributes)
-        elif name == "pdptrs":
-            value = tuple(value)
-        values.append(value)
-    return Sregs(*values)
+    # A segment is base, limit, attributes, selector, reserved; then the other fields in C's order.
+    n = _SREGS.unpack(ffi.buffer(struct))
+    segments = [Segment(n[i + 3], n[i], n[i + 1], n[i + 2]) for i in range(0, 32, 4)]
+    gdt_base, idt_base, gdt_limit, idt_limit, *control = n[32:43]
+    return Sregs._make((*segments, gdt_base, gdt_limit, idt_base, idt_limit, *control, n[43:47], n[47]))
 
 
 def from_sregs(sregs: Sregs) -> Any:
     """A new struct pyhv_sregs."""
-    values = {n: v._asdict() if isinstance(v, Segment) else v for n, v in sregs._asdict().items()}
-    return ffi.new("struct pyhv_sregs *", values)
+    segments = [(s.base, s.limit, s.attributes, s.selector) for s in sregs[:8]]
+    tables = (sregs.gdt_base, sregs.idt_base, sregs.gdt_limit, sregs.idt_limit)
+    return ffi.new("struct pyhv_sregs *", (*segments, *tables, *sregs[12:]))
 
 
 def to_table(entries: Iterable[Any]) -> CpuidTable:
@@ -92,10 +114,11 @@ def to_irqchip(chip: Any, pit: bool) -> Irqchip:
     """pit: whether the VM has one."""
     from pyhv.accel.state import Ioapic, Irqchip, Pic, PitChannel
 
+    ioapic = chip.ioapic
     return Irqchip(
-        pic=tuple(record(Pic, pic) for pic in chip.pic),
-        ioapic=record(Ioapic, chip.ioapic)._replace(redirection=tuple(chip.ioapic.redirection)),
-        pit=tuple(record(PitChannel, channel) for channel in chip.pit) if pit else (),
+        pic=records(Pic, chip.pic),
+        ioapic=Ioapic(ioapic.base_address, ioapic.ioregsel, ioapic.id, ioapic.irr, tuple(ioapic.redirection)),
+        pit=records(PitChannel, chip.pit) if pit else (),
         pit_flags=chip.pit_flags,
     )
 
@@ -105,9 +128,9 @@ def from_irqchip(irqchip: Irqchip) -> Any:
     return ffi.new(
         "struct pyhv_irqchip *",
         {
-            "pic": [pic._asdict() for pic in irqchip.pic],
+            "pic": irqchip.pic,
             "ioapic": irqchip.ioapic._asdict(),
-            "pit": [channel._asdict() for channel in irqchip.pit],
+            "pit": irqchip.pit,
             "pit_flags": irqchip.pit_flags,
         },
     )

@@ -44,6 +44,6 @@ def apply(vm: Vm, state: MachineState, where: str, elapsed: int = 0) -> None:
     vm.devices.load(devices, elapsed)
     try:
         vm.apply(state.processors().later(elapsed))
-    except (OverflowError, IndexError, TypeError) as error:
+    except (OverflowError, IndexError, TypeError, ValueError) as error:
         # The codec knows types and ranges; that a field of the C engine is narrower still shows here.
         raise BadInput(where, f"holds a state that no VM can have: {error}") from None

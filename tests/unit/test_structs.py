@@ -1,0 +1,79 @@
+"""Records and the C engine's structures: every field stands where the other side looks for it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from pyhv._native import ffi
+from pyhv.accel import structs
+from pyhv.accel.data import Regs, Segment, Sregs
+from pyhv.accel.state import DebugRegs, Events, Ioapic, Irqchip, Pic, PitChannel
+
+FLAT = {"pyhv_regs": Regs, "pyhv_events": Events}
+
+
+def noise(name: str) -> Any:
+    """A structure full of different bytes."""
+    struct = ffi.new(f"struct {name} *")
+    ffi.buffer(struct)[:] = random.Random(name).randbytes(ffi.sizeof(struct[0]))
+    return struct
+
+
+def fields(struct: Any, names: tuple[str, ...]) -> list[Any]:
+    """By name, as C has them; a list for an array."""
+    values = [getattr(struct, name) for name in names]
+    return [tuple(v) if isinstance(v, ffi.CData) else v for v in values]
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_flat_records(name: str) -> None:
+    struct, cls = noise(name), FLAT[name]
+    record: Any = structs.record(cls, struct)
+    assert list(record) == fields(struct, cls._fields)
+    again = structs.struct(name, record)
+    assert fields(again, cls._fields) == list(record)
+
+
+def test_debug_registers() -> None:
+    record = DebugRegs((1, 2, 3, 4), 5, 6)
+    assert fields(structs.struct("pyhv_debugregs", record), DebugRegs._fields) == list(record)
+
+
+def test_segments_and_control_registers() -> None:
+    struct = noise("pyhv_sregs")
+    sregs = structs.to_sregs(struct)
+    for name in Sregs._fields:
+        found, value = getattr(struct, name), getattr(sregs, name)
+        if isinstance(value, Segment):
+            assert fields(found, Segment._fields) == list(value), name
+        else:
+            assert (tuple(found) if name == "pdptrs" else found) == value, name
+    assert structs.to_sregs(structs.from_sregs(sregs)) == sregs
+    with pytest.raises((OverflowError, IndexError)):
+        structs.from_sregs(sregs._replace(pdptrs=(1, 2, 3, 4, 5)))
+    with pytest.raises(OverflowError):
+        structs.from_sregs(sregs._replace(cs=Segment(1 << 32, 0, 0, 0)))
+
+
+def test_interrupt_controllers_and_timer() -> None:
+    struct = noise("pyhv_irqchip")
+    chip = structs.to_irqchip(struct, True)
+    for pic, found in zip(chip.pic, struct.pic, strict=True):
+        assert list(pic) == fields(found, Pic._fields)
+    for channel, found in zip(chip.pit, struct.pit, strict=True):
+        assert list(channel) == fields(found, PitChannel._fields)
+    assert list(chip.ioapic) == fields(struct.ioapic, Ioapic._fields)
+    assert chip.pit_flags == struct.pit_flags
+    assert structs.to_irqchip(structs.from_irqchip(chip), True) == chip
+    assert structs.to_irqchip(struct, False) == chip._replace(pit=())
+    for wrong in (chip._replace(pic=chip.pic * 2), chip._replace(pit_flags=1 << 32)):
+        with pytest.raises((OverflowError, IndexError)):
+            structs.from_irqchip(wrong)
+
+
+def test_a_structure_whose_fields_are_others_is_noticed() -> None:
+    with pytest.raises(AssertionError):
+        structs.record(Irqchip, ffi.new("struct pyhv_debugregs *"))
