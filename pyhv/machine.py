@@ -35,6 +35,8 @@ MAX_MEMORY = 16 << 40  # no host has more; a number beyond it is a slip of the h
 # Causes that memory which is gone can have.
 _FAULTS = ("triple-fault", "not-executable", "internal-error")
 
+_REHEARSALS = 10
+
 # Each CPUID is handed over before the next one is answered: a trace is read while it happens.
 _LOG_CAPACITY = 1
 
@@ -294,11 +296,11 @@ class Machine:
             protocol.warm_up()
             machine._rehearse(hello.machine)
             machine.vm.prepare_start()
+            capture.apply(machine.vm, capture.capture(machine.vm, hello.machine), where)
             destination.accept(hello, memory.ram)
-            with protocol.no_collection():
-                received = destination.receive(hello, while_waiting)
-                capture.apply(machine.vm, received.state, where, received.elapsed)
-                destination.confirm(while_waiting)
+            received = destination.receive(hello, while_waiting)
+            capture.apply(machine.vm, received.state, where, received.elapsed)
+            destination.confirm(while_waiting)
             machine._arrival = destination
             return machine
         except BaseException as error:
@@ -312,11 +314,13 @@ class Machine:
         """Does what arrive() needs and can be done while nobody has come yet. Raises what Machine() raises."""
         with cls("hello", accel=accel, memory=MIN_MEMORY) as machine:
             machine._rehearse(machine._record())
+        choose.look_ahead(accel)
         choose.open_accelerator(accel).prepare()
 
     def _rehearse(self, record: MachineRecord) -> None:
-        """Moves the state of a VM made for that, like this one but small, all the way from it and back, once in the
-        life of the process: the first time takes ten times as long, and a guest would stand and wait."""
+        """Moves the state of a VM made for that, like this one but small, all the way from it and back, in the life of
+        the process once: the first time takes ten times as long, the first times (Python then knows which types there
+        are) half as long again, and a guest would stand and wait."""
         from pyhv.migration import protocol
         from pyhv.state import capture
 
@@ -333,10 +337,11 @@ class Machine:
             raise
         vm = Vm(accelerator, memory, devices, self.vm.tables[:1], irqchip=self.vm.irqchip, quick=True)
         try:
-            state = capture.capture(vm, record)
-            for message in (*state.vcpus, protocol.end(state, 0, 0, 0)):
-                protocol.decode(type(message), protocol.encode(message)[1])
-            capture.apply(vm, state, "")
+            for _ in range(_REHEARSALS):
+                state = capture.capture(vm, record)
+                for message in (*state.vcpus, protocol.end(state, 0, 0, 0)):
+                    protocol.decode(type(message), protocol.encode(message)[1])
+                capture.apply(vm, state, "")
         finally:
             vm.close()
 

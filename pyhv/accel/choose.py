@@ -147,6 +147,17 @@ def decide(
     return Decision(choice, host, guest)
 
 
+def look_ahead(accel: str = "auto") -> None:
+    """Finds out all that decide() may need to know of this host, before the guest is known. Raises NotAvailable,
+    HostError."""
+    accelerator = open_accelerator(accel)
+    accelerator.describe()
+    if accelerator.name == "kvm":
+        from pyhv.accel import probe
+
+        probe.verdict(accelerator)
+
+
 def _check_vcpus(accelerator: Accelerator, vcpus: int) -> None:
     if 1 <= vcpus <= min(MAX_VCPUS, accelerator.max_vcpus):
         return

@@ -7,6 +7,7 @@ size of which is known, and was refused where the host cannot map it, before a p
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Callable
@@ -68,6 +69,7 @@ class Destination:
         self._hello: Hello | None = None
         self._greeted = time.monotonic_ns()
         self._boot_id = protocol.boot_id()  # now, and not when a guest stands
+        self._at_the_end = contextlib.ExitStack()
 
     def greet(self) -> Hello:
         """What is to come; may be asked again."""
@@ -85,7 +87,9 @@ class Destination:
         self._send(Answer(tuple(reasons), False))
 
     def accept(self, hello: Hello, memory: Memory) -> None:
-        """The guest can run here: its pages go to `memory`, which is all zeros."""
+        """The guest can run here: its pages go to `memory`, which is all zeros. Until close() no garbage is collected:
+        the guest is to run before that."""
+        self._at_the_end.enter_context(protocol.no_collection())
         self._link.expect_pages(memory)
         self._silence = hello.silence / 1000
         self._link.set_times(hello.heartbeat / 1000, self._silence)
@@ -158,6 +162,7 @@ class Destination:
             self._link.send_last(*protocol.encode(Cancel(protocol.reason_of(error))), protocol.LAST_WORD)
         self._link.close()
         self._channel.close()
+        self._at_the_end.close()
 
     # ------------------------------------------------------------------------------------------------ messages
 
