@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pyhv._native.link import Link, open_zstd
 from pyhv.errors import BadInput, HostError
 from pyhv.migration import protocol
-from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Type
+from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Pause, Ready, Running, Type
 from pyhv.state.records import MachineState, VcpuRecord
 
 TYPE_CHECKING = False
@@ -102,8 +102,14 @@ class Destination:
                 pass
         self._send(Answer((), zstd))
 
-    def receive(self, hello: Hello, while_waiting: Callable[[], None] = lambda: None) -> Received:
-        """All of the guest. while_waiting: is called now and then, and may raise to give up."""
+    def receive(
+        self,
+        hello: Hello,
+        while_waiting: Callable[[], None] = lambda: None,
+        on_pause: Callable[[], None] = lambda: None,
+    ) -> Received:
+        """All of the guest. while_waiting: is called now and then, and may raise to give up. on_pause: is called when
+        the state is about to come."""
         vcpus: list[VcpuRecord] = []
         limit: float | None = None
         while True:
@@ -114,8 +120,12 @@ class Destination:
                     raise self._late("end")
                 continue
             kind, payload = message
-            # With the first vCPU the guest stands there: it is not to stand for ever.
-            limit = limit or time.monotonic() + self._silence * _PATIENCE
+            if limit is None:
+                self._take(Pause, kind, payload)
+                # The guest is not to stand for ever.
+                limit = time.monotonic() + self._silence * _PATIENCE
+                on_pause()
+                continue
             if kind == Type.VCPU:
                 vcpus.append(self._take_vcpu(payload, len(vcpus), hello))
                 continue

@@ -6,6 +6,7 @@ A migration goes
     hello                      ->                     what the guest is and needs
                                <-   answer            no reasons: it can run here; else every one against it
     pages ...                  ->                     rounds of pre-copy, the guest runs
+    pause                      ->                     the guest is about to stand
     pages ..., vcpu ..., end   ->                     the guest stands: what is left of its memory, and its state
                                <-   ready             all has come and is in place
     commit                     ->                     from here on the source never runs it again
@@ -53,12 +54,13 @@ class Type(IntEnum):
     PAGES_ZSTD = 3
     HELLO = 16
     ANSWER = 17
-    VCPU = 18
-    END = 19
-    READY = 20
-    COMMIT = 21
-    RUNNING = 22
-    CANCEL = 23
+    PAUSE = 18
+    VCPU = 19
+    END = 20
+    READY = 21
+    COMMIT = 22
+    RUNNING = 23
+    CANCEL = 24
 
 
 @record("hello", 3)
@@ -129,6 +131,11 @@ class Answer(NamedTuple):
     """Whether it can decompress pages."""
 
 
+@record("pause", 1)
+class Pause(NamedTuple):
+    """The guest is about to stand, and what comes from now on is not to take long."""
+
+
 @record("end", 2)
 class End(NamedTuple):
     """The rest of the state, after which nothing comes. What must have come by now, and when the state was taken."""
@@ -194,6 +201,7 @@ KINDS = (
     Kind(Type.PAGES_ZSTD, "source", None),
     Kind(Type.HELLO, "source", Hello),
     Kind(Type.ANSWER, "destination", Answer),
+    Kind(Type.PAUSE, "source", Pause, packed=True),
     Kind(Type.VCPU, "source", VcpuRecord, packed=True),
     Kind(Type.END, "source", End, packed=True),
     Kind(Type.READY, "destination", Ready, packed=True),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pyhv._native.link import PAGE_SIZE, Link, PageSet
 from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible
 from pyhv.migration import protocol
-from pyhv.migration.protocol import Answer, Cancel, Commit, Hello, Ready, Running, Type
+from pyhv.migration.protocol import Answer, Cancel, Commit, Hello, Pause, Ready, Running, Type
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -292,6 +292,7 @@ class Source:
 
     def _stop(self) -> int:
         """Stops the VM and sends the rest of its memory. Returns the CLOCK_MONOTONIC in ns of its last instruction."""
+        self._send(Pause())
         stopped = time.monotonic_ns()
         self._vm.pause()
         self._check_guest()

@@ -404,7 +404,7 @@ SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "an endless silence": (hello_with(silence=4_000_000_000), "has the time limits"),
     "MSRs that nobody has": (hello_with(msrs=[1, 2, 0x12345678]), "MSR"),
     "pages at once": (lambda m: [(Type.PAGES, PAGE), *m], "pages were not expected"),
-    "hello twice": (lambda m: [m[0], *m], "a message hello came where end was due"),
+    "hello twice": (lambda m: [m[0], *m], "a message hello came where pause was due"),
     "no hello": (lambda m: without(Type.PAGES)(m[1:]), "came where hello was due"),
     "pages beyond the RAM": (insert(Type.VCPU, (Type.PAGES, pages([(1 << 39, 1, True)]))), "of 768"),
     "one page beyond the RAM": (insert(Type.VCPU, (Type.PAGES, pages([(767, 2, True)]))), "of 768"),
@@ -419,6 +419,8 @@ SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "a page more than was counted": (insert(Type.END, (Type.PAGES, PAGE)), "pages, .* were sent, .* came"),
     "pages of zeros that did not come": (end_with(zero_pages=lambda n: n + 1), "were sent, .* came"),
     "vCPUs that did not come": (end_with(vcpus=lambda n: n + 1), "were sent, .* came"),
+    "a vCPU of a guest that runs": (without(Type.PAUSE), "a message vcpu came where pause was due"),
+    "pause twice": (repeat(Type.PAUSE, 2), "a message pause came where end was due"),
     "no vCPUs": (lambda m: end_with(vcpus=lambda n: 0)(without(Type.VCPU)(m)), "came after 0 vCPUs of 1"),
     "a vCPU more than announced": (
         lambda m: end_with(vcpus=lambda n: n + 1)(repeat(Type.VCPU, 2)(m)), "once more than the 1 times that message",

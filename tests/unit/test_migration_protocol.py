@@ -24,7 +24,7 @@ from pyhv.state.codec import U32, U64, Bits, Length
 from pyhv.state.records import DeviceRecord, MachineRecord, PlatformRecord, VcpuRecord
 
 # Of the shapes of all that is packed, in protocol version 3.
-PACKED = 0xF33AF609
+PACKED = 0xA09AB54B
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
