@@ -6,8 +6,8 @@
  * wait for each other for ever, and a side that is kept from sending would miss that the other one is gone, or has
  * said why it does not read any more. So bytes that cannot be sent yet stay in the buffer, also across calls, and one
  * message that comes in meanwhile is kept for pyhv_link_receive(). While it lies there nothing more is read; the limit
- * of silence then counts from the last byte that moved either way. Only what a message says of pages is received so:
- * their content goes from the descriptor to where transfer.c wants it.
+ * of silence then counts from the last byte that moved either way. Only what a message says of pages is sent and
+ * received so: their content goes between the descriptor and the places that transfer.c names.
  */
 #include "link.h"
 #include "sigpipe.h"
@@ -177,7 +177,7 @@ int link_leave(struct pyhv_link *link, int result)
 
 /* --------------------------------------------------------------------------------------------- bytes out -- */
 
-void link_seal(struct pyhv_link *link, uint32_t type, size_t at, size_t length, size_t content)
+void link_seal(struct pyhv_link *link, uint32_t type, size_t at, size_t length, size_t pieces)
 {
     struct link_out *out = &link->out;
     uint8_t *header = out->buffer + at - LINK_HEADER;
@@ -185,21 +185,37 @@ void link_seal(struct pyhv_link *link, uint32_t type, size_t at, size_t length, 
     store32(header + 4, (uint32_t)length);
     out->sum = sum_of(header, header + LINK_HEADER, out->sum);
     memcpy(header + 8, &out->sum, sizeof out->sum);
-    out->at = at - LINK_HEADER;
-    out->end = at + length + content;
+    out->pieces.at[0] = (struct iovec){header, LINK_HEADER + length};
+    out->pieces.next = 0;
+    out->pieces.count = 1 + pieces;
     link->counters.messages_sent++;
 }
 
-static ssize_t write_some(struct pyhv_link *link, const uint8_t *data, size_t size)
+/* What of the pieces has been moved. */
+static void advance(struct link_pieces *pieces, size_t size)
 {
+    while (size) {
+        struct iovec *piece = &pieces->at[pieces->next];
+        size_t part = size < piece->iov_len ? size : piece->iov_len;
+        piece->iov_base = (uint8_t *)piece->iov_base + part;
+        piece->iov_len -= part;
+        size -= part;
+        if (piece->iov_len == 0)
+            pieces->next++;
+    }
+}
+
+static ssize_t write_some(struct pyhv_link *link, struct link_pieces *pieces)
+{
+    struct msghdr message = {.msg_iov = pieces->at + pieces->next, .msg_iovlen = pieces->count - pieces->next};
     if (link->out_is_socket)
-        return send(link->out_fd, data, size, MSG_NOSIGNAL);
+        return sendmsg(link->out_fd, &message, MSG_NOSIGNAL);
     if (!link->guard_sigpipe)
-        return write(link->out_fd, data, size);
+        return writev(link->out_fd, message.msg_iov, (int)message.msg_iovlen);
 
     struct pyhv_sigpipe guard;
     pyhv_sigpipe_block(&guard);
-    ssize_t written = write(link->out_fd, data, size);
+    ssize_t written = writev(link->out_fd, message.msg_iov, (int)message.msg_iovlen);
     pyhv_sigpipe_restore(&guard, written < 0 && errno == EPIPE);
     return written;
 }
@@ -215,27 +231,33 @@ static bool means_closed(int errnum)
     return errnum == EPIPE || errnum == ECONNRESET || errnum == EIO;
 }
 
+/* Whether something is to be sent still. */
+static bool is_sending(const struct link_out *out)
+{
+    return out->pieces.next < out->pieces.count;
+}
+
 /* Sends what can be sent at once. Returns whether anything was. What fails is left in out_errnum: the other side may
  * have said why, and that must still be read. */
 static bool push(struct pyhv_link *link, uint64_t now)
 {
-    struct link_out *out = &link->out;
-    size_t before = out->at;
-    while (out->at < out->end) {
-        ssize_t put = write_some(link, out->buffer + out->at, out->end - out->at);
+    struct link_pieces *pieces = &link->out.pieces;
+    uint64_t before = link->counters.bytes_sent;
+    while (is_sending(&link->out)) {
+        ssize_t put = write_some(link, pieces);
         if (put < 0 && errno == EINTR)
             continue;
         if (put < 0 && !would_block(errno)) {
             link->out_errnum = means_closed(errno) ? EPIPE : errno;
-            out->at = out->end;
+            pieces->next = pieces->count;
             return false;
         }
         if (put <= 0)
             break;
-        out->at += (size_t)put;
+        advance(pieces, (size_t)put);
         link->counters.bytes_sent += (size_t)put;
     }
-    if (out->at == before)
+    if (link->counters.bytes_sent == before)
         return false;
     link->said = now;
     return true;
@@ -320,33 +342,28 @@ static int came(struct pyhv_link *link, ssize_t got, uint64_t now, struct pyhv_e
 static int pull_content(struct pyhv_link *link, uint64_t now, struct pyhv_error *error)
 {
     struct link_in *in = &link->in;
-    ssize_t got = readv(link->in_fd, in->pieces + in->piece, (int)(in->piece_count - in->piece));
+    struct link_pieces *pieces = &in->pieces;
+    const struct iovec *header = &pieces->at[pieces->count - 1]; /* of the next message */
+    size_t room = header->iov_len;
+    ssize_t got = readv(link->in_fd, pieces->at + pieces->next, (int)(pieces->count - pieces->next));
     int result = came(link, got, now, error);
-    for (size_t left = got > 0 ? (size_t)got : 0; left;) {
-        struct iovec *piece = &in->pieces[in->piece];
-        size_t part = left < piece->iov_len ? left : piece->iov_len;
-        piece->iov_base = (uint8_t *)piece->iov_base + part;
-        piece->iov_len -= part;
-        left -= part;
-        if (in->piece == in->piece_count - 1)
-            in->end += part; /* the next header */
-        else
-            in->landed += part;
-        if (piece->iov_len == 0)
-            in->piece++;
-    }
+    if (got <= 0)
+        return result;
+    advance(pieces, (size_t)got);
+    in->end += room - header->iov_len;
+    in->landed += (size_t)got - (room - header->iov_len);
     return result;
 }
 
 /* Whether something is wanted from the other side now. */
 static bool is_reading(const struct link_in *in)
 {
-    return !in->closed && (!in->ready || in->piece_count);
+    return !in->closed && (!in->ready || in->pieces.count);
 }
 
 static bool has_content(const struct link_in *in)
 {
-    return in->piece + 1 >= in->piece_count;
+    return in->pieces.next + 1 >= in->pieces.count;
 }
 
 /* Reads some of what is there, unless a message is ready. Returns as came() does. */
@@ -393,7 +410,7 @@ static int sleep_until(struct pyhv_link *link, uint64_t now, uint64_t until, str
 {
     struct pollfd fds[3] = {{.fd = link->wake, .events = POLLIN},
                             {.fd = is_reading(&link->in) ? link->in_fd : -1, .events = POLLIN},
-                            {.fd = link->out.at < link->out.end ? link->out_fd : -1, .events = POLLOUT}};
+                            {.fd = is_sending(&link->out) ? link->out_fd : -1, .events = POLLOUT}};
     uint64_t left = until > now ? until - now : 0;
     struct timespec timeout = {.tv_sec = (time_t)(left / NS_PER_S), .tv_nsec = (long)(left % NS_PER_S)};
     if (ppoll(fds, 3, until == UINT64_MAX ? NULL : &timeout, NULL) < 0 && errno != EINTR)
@@ -413,7 +430,7 @@ int link_wait(struct pyhv_link *link, int what, uint64_t deadline, struct pyhv_e
         if ((what & LINK_SENT) && link->out_errnum)
             return pyhv_fail(error, link->out_errnum, "write",
                              link->out_errnum == EPIPE ? "the other side has closed the link" : "to the link");
-        bool sent = out->at == out->end;
+        bool sent = !is_sending(out);
         int pulled = (what & (LINK_MESSAGE | LINK_CONTENT)) || !sent ? pull(link, now, error) : 0;
         if (pulled < 0)
             return -1;

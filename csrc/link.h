@@ -23,11 +23,17 @@ enum {
     LINK_FRONT = 2 * PYHV_PAGE_SIZE,
 };
 
+/* Where bytes on their way are, or go: pieces from `next` on, of `count`. */
+struct link_pieces {
+    struct iovec at[PYHV_PAGES_MAX + 1];
+    size_t next, count;
+};
+
 /* Bytes on their way out. */
 struct link_out {
-    uint8_t *buffer; /* LINK_FRONT + PYHV_MESSAGE_MAX bytes */
-    size_t at, end;  /* what of it is to be sent */
-    uint64_t sum;    /* of the message before */
+    uint8_t *buffer;           /* LINK_FRONT + PYHV_MESSAGE_MAX bytes */
+    struct link_pieces pieces; /* what is to be sent: a message in the buffer, and behind it content of pages */
+    uint64_t sum;              /* of the message before */
 };
 
 /* Bytes that have come in. */
@@ -41,8 +47,7 @@ struct link_in {
     uint64_t sum;
     size_t landed; /* bytes of the ready message's content that are where they belong */
     /* Where the rest of it goes, and behind it the next header, for link_wait(); else there is none. */
-    struct iovec pieces[PYHV_PAGES_MAX + 1];
-    size_t piece, piece_count;
+    struct link_pieces pieces;
 };
 
 struct zstd; /* what one link needs of libzstd; transfer.c */
@@ -67,7 +72,7 @@ struct pyhv_link {
 enum {
     LINK_SENT = 1,    /* all that was to be sent is */
     LINK_MESSAGE = 2, /* in.ready */
-    LINK_CONTENT = 4, /* all of in.pieces but the last is full */
+    LINK_CONTENT = 4, /* all of in.pieces but the last are full */
 };
 
 uint64_t link_now(void); /* CLOCK_MONOTONIC in ns */
@@ -82,8 +87,9 @@ int link_leave(struct pyhv_link *link, int result);
 int link_wait(struct pyhv_link *link, int what, uint64_t deadline, struct pyhv_error *error);
 
 /* Makes a message of the payload that is in out.buffer from `at` on, behind LINK_HEADER bytes of room; the one before
- * must have been sent. It goes out with the next link_wait(), and `content` bytes that stand behind it. */
-void link_seal(struct pyhv_link *link, uint32_t type, size_t at, size_t length, size_t content);
+ * must have been sent. It goes out with the next link_wait(), and behind it the content in the `pieces` pieces from
+ * out.pieces.at[1] on. */
+void link_seal(struct pyhv_link *link, uint32_t type, size_t at, size_t length, size_t pieces);
 
 /* The message that is ready. */
 struct pyhv_message link_message(const struct pyhv_link *link);

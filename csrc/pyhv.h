@@ -274,7 +274,9 @@ uint64_t pyhv_pages_count(const uint64_t *bitmap, uint64_t pages);
 /* Pages: u32 number of runs (1 to PYHV_RUNS_MAX), u32 zero; then a u64 a run: bits 0 to 39 the first page, 40 to 62 how
  * many, at least 1, 63: they are zeros, and have no content; then a u64 a page of the others: the XXH64 of its content,
  * seed 0. Runs ascend. Behind the payload, and counted neither in its length nor in its sum, follows the content of
- * these pages: whoever has checked the payload knows where it belongs, and reads it there. */
+ * these pages: whoever has checked the payload knows where it belongs, and reads it there. A running guest may write to
+ * a page after it was summed, until it is sent: such a page comes again. One whose content has another sum is therefore
+ * no error yet, but it is if it has not come once more, right or as zeros, when all have; see pyhv_landing_check(). */
 #define PYHV_MESSAGE_PAGES 2
 /* The same as one zstd frame: number, zero, runs and the content, without sums, for the payload has one. */
 #define PYHV_MESSAGE_PAGES_ZSTD 3
@@ -315,20 +317,25 @@ struct pyhv_message {
 struct pyhv_landing {
     struct pyhv_memory *ram; /* anonymous */
     uint64_t *written;       /* a bit a page: content was put there, so that zeros must be too; all others are zeros */
+    uint64_t *unsettled;     /* a bit a page: what came last had another sum; all clear at first */
     uint64_t pages, zero_pages; /* so many came: added to */
 };
 
 /* Waits, for timeout_ms at most (0: takes only what is there), for a message that is neither heartbeat nor pages; pages
  * land meanwhile (landing NULL: they are an EBADMSG). Returns 1 with *message, 0 when the time is over, or -1. Content
- * is checked when it is in its place: after an error a page may be there that was never sent. Call without the GIL. */
+ * is checked when it is in its place, and stays there, right or not. Call without the GIL. */
 int pyhv_link_receive(struct pyhv_link *link, struct pyhv_landing *landing, uint32_t timeout_ms,
                       struct pyhv_message *message, struct pyhv_error *error);
+
+/* To be asked when all pages have come: fails, with EBADMSG, while the content of one, which it names, is not what was
+ * summed. */
+int pyhv_landing_check(const struct pyhv_landing *landing, struct pyhv_error *error);
 
 /* Pages on their way out. */
 struct pyhv_sending {
     const struct pyhv_memory
         *ram;                   /* memfd, or private mapping of a file: one that was cut short is an error, no signal */
-    uint64_t *bitmap;           /* pages to send; a page's bit is cleared before the page is read */
+    uint64_t *bitmap;           /* pages to send; a page's bit is cleared before the page is looked at */
     uint64_t next;              /* the page to go on at; 0 at first, and when all are sent */
     uint64_t max_bytes;         /* return after about so many bytes on the wire (whole messages); 0: no limit */
     uint32_t max_ms;            /* return after so long; 0: no limit */
@@ -339,8 +346,10 @@ struct pyhv_sending {
 
 /* Sends pages until all are sent: returns 0; or 1 when a limit is reached or a message has come in that
  * pyhv_link_receive() should take: call again afterwards. The end of a message may still wait in the link then; the
- * next call of whatever kind sends it first. The guest may write meanwhile: each page is copied once, and checked,
- * summed and sent from the copy. Call without the GIL. */
+ * next call of whatever kind sends it first, from guest memory, which must stay for so long. The guest may write
+ * meanwhile: pages are checked for zeros, summed and sent where they stand. So whatever is written to a page after its
+ * bit was cleared must set it again, and when all is done nobody may have written since the last look at who did. Call
+ * without the GIL. */
 int pyhv_link_send_pages(struct pyhv_link *link, struct pyhv_sending *sending, struct pyhv_error *error);
 
 /* Since the link was created, heartbeats included. */

@@ -123,19 +123,20 @@ void link_zstd_destroy(struct zstd *own)
 
 /* ------------------------------------------------------------------------------------------------ sending -- */
 
-/* A PAGES message that is being put together: its content stands in the link's buffer, behind room for the rest. */
+/* A PAGES message that is being put together. Its content is named in the link's outgoing pieces, behind the first; it
+ * stands where the guest has it, or if it is a copy in the link's buffer, behind room for the rest. */
 struct parcel {
-    uint32_t runs, pages;
+    uint32_t runs, pages, pieces;
     uint64_t zero_pages;
-    uint64_t scanned;
     uint64_t run[PYHV_RUNS_MAX];
 };
 
 /* A message is sent, full or not, after a look at so many pages: so that the link gets its turn. */
 #define SCAN_MAX 32768
 
-/* Pages that are copied at once: they stay in the processor's first cache, and a call to the kernel is worth it. */
-#define COPY_PAGES 8
+/* Pages that are looked at, or copied, at once: they stay in the processor's first cache, and a call to the kernel is
+ * worth it. */
+#define LOOK_PAGES 8
 
 static uint64_t first_of(uint64_t run)
 {
@@ -187,22 +188,30 @@ static uint64_t take_bits(uint64_t *bitmap, uint64_t page, uint64_t most)
     return count;
 }
 
-/* Copies pages out of guest memory. */
-static int copy_pages(const struct pyhv_memory *ram, uint64_t page, uint64_t count, uint8_t *to,
-                      struct pyhv_error *error)
+/* Adds a page's content to the last piece, or a new one; there is room. */
+static void add_content(struct parcel *parcel, struct iovec *pieces, const uint8_t *data)
 {
-    const uint8_t *from = ram->host + page * PYHV_PAGE_SIZE;
-    if (ram->of_a_file && !ram->anonymous)
-        return pyhv_memory_read(from, to, count * PYHV_PAGE_SIZE, error);
-    memcpy(to, from, count * PYHV_PAGE_SIZE);
-    return 0;
+    struct iovec *last = &pieces[parcel->pieces];
+    parcel->pages++;
+    if (parcel->pieces && (const uint8_t *)last->iov_base + last->iov_len == data) {
+        last->iov_len += PYHV_PAGE_SIZE;
+        return;
+    }
+    pieces[++parcel->pieces] = (struct iovec){(uint8_t *)(uintptr_t)data, PYHV_PAGE_SIZE};
 }
 
-/* Fills a parcel, beginning at sending->next, with content at `content`. */
-static int collect(struct pyhv_sending *sending, struct parcel *parcel, uint8_t *content, struct pyhv_error *error)
+/* Fills a parcel, beginning at sending->next.
+ *
+ * Pages are summed and sent where they stand, though the guest may write to them in between: then it writes after the
+ * page's bit was cleared, so that the page is in the dirty log and comes once more. Pages of a file, which may be cut
+ * short, are copied by a call that fails then; and so are those that go into one frame. */
+static int collect(struct pyhv_link *link, struct pyhv_sending *sending, struct parcel *parcel,
+                   struct pyhv_error *error)
 {
-    uint64_t total = sending->ram->size / PYHV_PAGE_SIZE, start = sending->next;
-    parcel->runs = parcel->pages = 0;
+    const struct pyhv_memory *ram = sending->ram;
+    bool of_a_file = ram->of_a_file && !ram->anonymous, copies = of_a_file || sending->zstd_level;
+    uint64_t total = ram->size / PYHV_PAGE_SIZE, start = sending->next;
+    parcel->runs = parcel->pages = parcel->pieces = 0;
     parcel->zero_pages = 0;
     while (parcel->pages < PYHV_PAGES_MAX) {
         uint64_t page = find_bit(sending->bitmap, sending->next, total);
@@ -214,25 +223,29 @@ static int collect(struct pyhv_sending *sending, struct parcel *parcel, uint8_t 
         most = room < most ? room : most;
         if (most > total - page)
             most = total - page;
-        if (most > COPY_PAGES)
-            most = COPY_PAGES;
+        if (most > LOOK_PAGES)
+            most = LOOK_PAGES;
         if (most == 0)
             return 0;
         uint64_t count = take_bits(sending->bitmap, page, most);
-        uint8_t *copy = content + (size_t)parcel->pages * PYHV_PAGE_SIZE;
-        if (copy_pages(sending->ram, page, count, copy, error) < 0)
+        size_t size = (size_t)count * PYHV_PAGE_SIZE;
+        const uint8_t *data = ram->host + page * PYHV_PAGE_SIZE;
+        uint8_t *copy = link->out.buffer + LINK_FRONT + (size_t)parcel->pages * PYHV_PAGE_SIZE;
+        if (of_a_file && pyhv_memory_read(data, copy, size, error) < 0)
             return -1;
-        for (uint64_t i = 0; i < count; i++) {
-            const uint8_t *data = copy + i * PYHV_PAGE_SIZE;
+        if (copies)
+            data = of_a_file ? copy : memcpy(copy, data, size);
+        for (uint64_t i = 0; i < count; i++, data += PYHV_PAGE_SIZE) {
             bool is_zero = pyhv_is_zero(data, PYHV_PAGE_SIZE);
             add_page(parcel, page + i, is_zero);
             if (is_zero) {
                 parcel->zero_pages++;
                 continue;
             }
-            uint8_t *place = content + (size_t)parcel->pages++ * PYHV_PAGE_SIZE;
-            if (place != data)
-                memcpy(place, data, PYHV_PAGE_SIZE);
+            if (copies && copy != data) /* behind one of zeros */
+                memcpy(copy, data, PYHV_PAGE_SIZE);
+            add_content(parcel, link->out.pieces.at, copies ? copy : data);
+            copy += PYHV_PAGE_SIZE;
         }
         sending->next = page + count;
     }
@@ -263,8 +276,13 @@ static int64_t dispatch(struct pyhv_link *link, const struct parcel *parcel, int
     }
     memcpy(content - front, head, sizeof head);
     memcpy(content - front + sizeof head, parcel->run, runs);
-    pyhv_page_sums(content, parcel->pages, (uint64_t *)(void *)(content - sums));
-    link_seal(link, PYHV_MESSAGE_PAGES, LINK_FRONT - front, front, size);
+    uint64_t *sum = (uint64_t *)(void *)(content - sums);
+    for (uint32_t i = 1; i <= parcel->pieces; i++) {
+        const struct iovec *piece = &link->out.pieces.at[i];
+        pyhv_page_sums(piece->iov_base, piece->iov_len / PYHV_PAGE_SIZE, sum);
+        sum += piece->iov_len / PYHV_PAGE_SIZE;
+    }
+    link_seal(link, PYHV_MESSAGE_PAGES, LINK_FRONT - front, front, parcel->pieces);
     return (int64_t)(LINK_HEADER + front + size);
 }
 
@@ -287,7 +305,7 @@ static int send_pages(struct pyhv_link *link, struct pyhv_sending *sending, stru
         if (!(found & LINK_SENT) || (found & LINK_MESSAGE) || (sending->max_bytes && bytes >= sending->max_bytes) ||
             link_now() >= deadline)
             return 1;
-        if (collect(sending, &parcel, link->out.buffer + LINK_FRONT, error) < 0)
+        if (collect(link, sending, &parcel, error) < 0)
             return -1;
         if (parcel.runs == 0)
             continue;
@@ -315,10 +333,18 @@ static void set_bits(uint64_t *bitmap, uint64_t page, uint64_t count)
         bitmap[page / 64] |= UINT64_C(1) << page % 64;
 }
 
+/* The other bits' words are passed over. */
+static void clear_bits(uint64_t *bitmap, uint64_t page, uint64_t count)
+{
+    for (uint64_t end = page + count; (page = find_bit(bitmap, page, end)) < end;)
+        page += take_bits(bitmap, page, end - page);
+}
+
 /* Makes pages zero that had content; their memory is given back. */
 static int land_zeros(struct pyhv_landing *landing, uint64_t page, uint64_t count, struct pyhv_error *error)
 {
     uint64_t end = page + count;
+    clear_bits(landing->unsettled, page, count);
     while ((page = find_bit(landing->written, page, end)) < end) {
         uint64_t some = take_bits(landing->written, page, end - page);
         if (madvise(landing->ram->host + page * PYHV_PAGE_SIZE, some * PYHV_PAGE_SIZE, MADV_DONTNEED) < 0)
@@ -382,6 +408,7 @@ static void land_copies(struct pyhv_landing *landing, const struct runs *runs, c
         if (run & RUN_ZERO)
             continue;
         memcpy(landing->ram->host + first_of(run) * PYHV_PAGE_SIZE, data, size);
+        clear_bits(landing->unsettled, first_of(run), pages_of(run));
         data += size;
     }
 }
@@ -399,16 +426,18 @@ static void name_pieces(struct link_in *in, const struct pyhv_landing *landing, 
             skip -= size;
             continue;
         }
-        in->pieces[count++] = (struct iovec){landing->ram->host + first_of(run) * PYHV_PAGE_SIZE + skip, size - skip};
+        in->pieces.at[count++] =
+            (struct iovec){landing->ram->host + first_of(run) * PYHV_PAGE_SIZE + skip, size - skip};
         skip = 0;
     }
-    in->pieces[count] = (struct iovec){in->buffer + in->end, LINK_HEADER};
-    in->piece = 0;
-    in->piece_count = count + 1;
+    in->pieces.at[count] = (struct iovec){in->buffer + in->end, LINK_HEADER};
+    in->pieces.next = 0;
+    in->pieces.count = count + 1;
 }
 
-/* Compares the content with its sums. */
-static int check_content(const struct pyhv_landing *landing, const struct runs *runs, struct pyhv_error *error)
+/* Compares the content with its sums. Where it is another the page was changed on the way, most likely by the guest,
+ * which could write to it until it was sent; then it comes again. */
+static void check_content(struct pyhv_landing *landing, const struct runs *runs)
 {
     const uint8_t *expected = runs->at + (size_t)runs->count * 8;
     for (uint32_t i = 0; i < runs->count; i++) {
@@ -417,11 +446,19 @@ static int check_content(const struct pyhv_landing *landing, const struct runs *
         if (run & RUN_ZERO)
             continue;
         pyhv_page_sums(landing->ram->host + first * PYHV_PAGE_SIZE, pages, sums);
+        clear_bits(landing->unsettled, first, pages);
         for (uint64_t page = 0; page < pages; page++, expected += sizeof *sums)
             if (sums[page] != load64(expected))
-                return link_bad(error, "page %llu was changed on the way", (unsigned long long)(first + page));
+                set_bits(landing->unsettled, first + page, 1);
     }
-    return 0;
+}
+
+int pyhv_landing_check(const struct pyhv_landing *landing, struct pyhv_error *error)
+{
+    uint64_t total = landing->ram->size / PYHV_PAGE_SIZE, page = find_bit(landing->unsettled, 0, total);
+    if (page == total)
+        return 0;
+    return link_bad(error, "page %llu was changed on the way, and did not come again", (unsigned long long)page);
 }
 
 static int land_content(struct pyhv_link *link, struct pyhv_landing *landing, const struct runs *runs,
@@ -429,10 +466,11 @@ static int land_content(struct pyhv_link *link, struct pyhv_landing *landing, co
 {
     name_pieces(&link->in, landing, runs);
     int found = link_wait(link, LINK_CONTENT, deadline, error);
-    link->in.piece = link->in.piece_count = 0;
+    link->in.pieces.next = link->in.pieces.count = 0;
     if (found <= 0)
         return found;
-    return check_content(landing, runs, error) < 0 ? -1 : 1;
+    check_content(landing, runs);
+    return 1;
 }
 
 int link_land(struct pyhv_link *link, struct pyhv_landing *landing, uint64_t deadline, struct pyhv_error *error)

@@ -89,10 +89,16 @@ class Link:
 
     def expect_pages(self, memory: Memory) -> None:
         """From now on pages that come in go to `memory`."""
-        written = PageSet(memory.size)
-        landing = ffi.new("struct pyhv_landing *", {"ram": memory.handle, "written": written.words})
-        self._kept = (memory, written)
-        self.landing = landing
+        written, unsettled = PageSet(memory.size), PageSet(memory.size)
+        places = {"ram": memory.handle, "written": written.words, "unsettled": unsettled.words}
+        self.landing = ffi.new("struct pyhv_landing *", places)
+        self._kept = (memory, written, unsettled)
+
+    def check_pages(self) -> None:
+        """To be asked when all pages have come: fails with EBADMSG if one of them was changed on the way, and did not
+        come again."""
+        error = new_error()
+        check(lib.pyhv_landing_check(self.landing, error), error)
 
     def sending(self, memory: Memory, pages: PageSet, zstd_level: int) -> Any:
         """What send_pages() works on (struct pyhv_sending *): it keeps count in there."""

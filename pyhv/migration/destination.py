@@ -137,6 +137,10 @@ class Destination:
                 raise BadInput("message end", f"{sent}, {came}")
             if len(vcpus) != len(hello.tables):
                 raise BadInput("message end", f"came after {len(vcpus)} vCPUs of {len(hello.tables)}")
+            try:
+                self._link.check_pages()
+            except HostError as error:
+                raise self._about(error) from None
             # Hosts' clocks differ: the guest has not stood for longer than we have talked.
             now = time.monotonic_ns()
             elapsed = min(max(time.time_ns() - end.taken, 0), now - self._greeted)

@@ -8,7 +8,8 @@
  * What must hold, besides that nothing crashes:
  *  - a message that is delivered is one that was sent, no longer than allowed, and no pages or heartbeat;
  *  - what is refused says why;
- *  - memory has content only where the landing's bitmap says so, and grows no further than the RAM.
+ *  - memory has content only where the landing's bitmap says so, and grows no further than the RAM;
+ *  - a page that is not what was summed is one of these, and the check at the end tells of it.
  *
  * How it is built and run is in fuzz.h.
  */
@@ -82,8 +83,8 @@ static int was_sent(const struct pyhv_message *message)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static struct pyhv_memory ram;
-    uint64_t written[RAM_PAGES / 64 + 1] = {0}, content[RAM_PAGES / 64 + 1] = {0};
-    struct pyhv_landing landing = {.ram = &ram, .written = written};
+    uint64_t written[RAM_PAGES / 64 + 1] = {0}, content[RAM_PAGES / 64 + 1] = {0}, unsettled[RAM_PAGES / 64 + 1] = {0};
+    struct pyhv_landing landing = {.ram = &ram, .written = written, .unsettled = unsettled};
     struct pyhv_error error = {0};
     struct pyhv_message message;
     struct stat file;
@@ -122,7 +123,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     REQUIRE(fstat(ram.fd, &file) == 0 && (uint64_t)file.st_size == ram.size);
     REQUIRE(pyhv_pages_find(&ram, content, &error) == 0);
     for (size_t i = 0; i < sizeof content / sizeof content[0]; i++)
-        REQUIRE((content[i] & ~written[i]) == 0);
+        REQUIRE((content[i] & ~written[i]) == 0 && (unsettled[i] & ~written[i]) == 0);
+    REQUIRE(pyhv_landing_check(&landing, &error) == (pyhv_pages_count(unsettled, RAM_PAGES) ? -1 : 0));
     return 0;
 }
 

@@ -384,6 +384,14 @@ def end_with(**fields: Callable[[Any], Any]) -> Callable[[Messages], Messages]:
 
 
 PAGE = pages([(0, 1, False)], bytes(4096))
+CHANGED = (Type.PAGES, PAGE[:-1] + b"x")  # after it was summed
+
+
+def changed_page(*then: tuple[int, bytes], zeros: int = 0) -> Callable[[Messages], Messages]:
+    """A page whose content is not what was summed comes, and after it these messages with it, so many as zeros."""
+    counted = end_with(pages=lambda n: n + 1 + len(then) - zeros, zero_pages=lambda n: n + zeros)
+    return lambda messages: counted(insert(Type.VCPU, CHANGED, *then)(messages))
+
 
 SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "hello of another version": (
@@ -412,8 +420,10 @@ SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "runs that do not ascend": (insert(Type.VCPU, (Type.PAGES, pages([(5, 1, True), (5, 1, True)]))), "after page 6"),
     "fewer sums than pages": (insert(Type.VCPU, (Type.PAGES, pages([(5, 2, False)], bytes(4096)))), "of 2 pages"),
     "more sums than pages": (insert(Type.VCPU, (Type.PAGES, pages([(5, 1, False)], bytes(8192)))), "of 1 pages"),
-    "other content than was summed": (insert(Type.VCPU, (Type.PAGES, PAGE[:-1] + b"x")), "page 0 was changed on the"),
-    "messages instead of content": (insert(Type.VCPU, (Type.PAGES, PAGE[:-4096])), "page 0 was changed on the way"),
+    "other content than was summed": (changed_page(), "page 0 was changed on the way, and did not come again"),
+    "other content twice": (changed_page(CHANGED), "page 0 was changed on the way, and did not come again"),
+    "other content after the right one": (changed_page((Type.PAGES, PAGE), CHANGED), "page 0 was changed on the way"),
+    "messages instead of content": (insert(Type.VCPU, (Type.PAGES, PAGE[:-4096])), "too long for a message of type"),
     "no content": (lambda m: [m[0], (Type.PAGES, PAGE[:-4096])], "has closed the link within a message"),
     "pages that are no zstd": (insert(Type.VCPU, (Type.PAGES_ZSTD, os.urandom(500))), "zstd|compressed"),
     "a page more than was counted": (insert(Type.END, (Type.PAGES, PAGE)), "pages, .* were sent, .* came"),
@@ -458,6 +468,13 @@ def test_a_source_that_lies(recorded: list[Frame], name: str) -> None:
 def test_what_was_recorded_is_taken(recorded: list[Frame]) -> None:
     """The lies above are lies only because of what they change."""
     assert take([(frame.kind, frame.payload) for frame in recorded]) is None
+
+
+@pytest.mark.parametrize("zeros", [False, True], ids=["right", "as zeros"])
+def test_a_page_that_was_changed_and_comes_again(recorded: list[Frame], zeros: bool) -> None:
+    again = (Type.PAGES, pages([(0, 1, True)]) if zeros else PAGE)
+    messages = [(frame.kind, frame.payload) for frame in recorded]
+    assert take(changed_page(again, zeros=zeros)(messages)) is None
 
 
 @pytest.mark.parametrize(
