@@ -347,9 +347,9 @@ struct pyhv_sending {
 /* Sends pages until all are sent: returns 0; or 1 when a limit is reached or a message has come in that
  * pyhv_link_receive() should take: call again afterwards. The end of a message may still wait in the link then; the
  * next call of whatever kind sends it first, from guest memory, which must stay for so long. The guest may write
- * meanwhile: pages are checked for zeros, summed and sent where they stand. So whatever is written to a page after its
- * bit was cleared must set it again, and when all is done nobody may have written since the last look at who did. Call
- * without the GIL. */
+ * meanwhile: pages are checked for zeros, summed and sent where they stand, and a UNIX socket does not copy them before
+ * the other side reads. So whatever is written to a page after its bit was cleared must set it again; and once the last
+ * pages are sent nobody may write to them until the other side has them. Call without the GIL. */
 int pyhv_link_send_pages(struct pyhv_link *link, struct pyhv_sending *sending, struct pyhv_error *error);
 
 /* Since the link was created, heartbeats included. */

@@ -127,6 +127,7 @@ void link_zstd_destroy(struct zstd *own)
  * stands where the guest has it, or if it is a copy in the link's buffer, behind room for the rest. */
 struct parcel {
     uint32_t runs, pages, pieces;
+    bool copies;
     uint64_t zero_pages;
     uint64_t run[PYHV_RUNS_MAX];
 };
@@ -203,13 +204,15 @@ static void add_content(struct parcel *parcel, struct iovec *pieces, const uint8
 /* Fills a parcel, beginning at sending->next.
  *
  * Pages are summed and sent where they stand, though the guest may write to them in between: then it writes after the
- * page's bit was cleared, so that the page is in the dirty log and comes once more. Pages of a file, which may be cut
- * short, are copied by a call that fails then; and so are those that go into one frame. */
+ * page's bit was cleared, so that the page is in the dirty log and comes once more. Therefore they may also be sent by
+ * reference, and be read by the other side later. Pages of a file, which may be cut short, are copied by a call that
+ * fails then; and so are those that go into one frame: copies are not by reference, for the next take their place. */
 static int collect(struct pyhv_link *link, struct pyhv_sending *sending, struct parcel *parcel,
                    struct pyhv_error *error)
 {
     const struct pyhv_memory *ram = sending->ram;
     bool of_a_file = ram->of_a_file && !ram->anonymous, copies = of_a_file || sending->zstd_level;
+    parcel->copies = copies;
     uint64_t total = ram->size / PYHV_PAGE_SIZE, start = sending->next;
     parcel->runs = parcel->pages = parcel->pieces = 0;
     parcel->zero_pages = 0;
@@ -282,6 +285,7 @@ static int64_t dispatch(struct pyhv_link *link, const struct parcel *parcel, int
         pyhv_page_sums(piece->iov_base, piece->iov_len / PYHV_PAGE_SIZE, sum);
         sum += piece->iov_len / PYHV_PAGE_SIZE;
     }
+    link->out.by_reference = !parcel->copies;
     link_seal(link, PYHV_MESSAGE_PAGES, LINK_FRONT - front, front, parcel->pieces);
     return (int64_t)(LINK_HEADER + front + size);
 }

@@ -1062,6 +1062,50 @@ static void a_page_that_is_changed_on_the_way(bool pipes)
     }
 }
 
+/* The other side closes while content is on its way to it: an error and no signal. */
+static void closed_within_content(bool pipes)
+{
+    struct transfer transfer;
+    signal(SIGPIPE, on_signal);
+    signals = 0;
+    transfer_begin(&transfer, pipes, 4096);
+    fill_random(transfer.from.host, transfer.from.size);
+    set_bits(transfer.bitmap, 0, 4096);
+    transfer.sending.max_ms = 30;
+    do { /* until it is content that is stuck */
+        static uint8_t some[100000];
+        CHECK_EQUAL(pyhv_link_send_pages(transfer.links[0], &transfer.sending, &error), 1);
+        CHECK(read(transfer.ends.in[1], some, sizeof some) > 0);
+        CHECK_EQUAL(pyhv_link_send_pages(transfer.links[0], &transfer.sending, &error), 1);
+    } while (transfer.links[0]->out.pieces.next == 0);
+    pyhv_link_destroy(transfer.links[1]);
+    close_side(&transfer.ends, 1);
+    CHECK_FAILS(pyhv_link_send_pages(transfer.links[0], &transfer.sending, &error), EPIPE);
+    CHECK_EQUAL(signals, 0);
+    signal(SIGPIPE, SIG_IGN);
+    finish(transfer.links[0], &transfer.ends);
+    pyhv_memory_destroy(&transfer.from);
+    pyhv_memory_destroy(&transfer.to.ram);
+}
+
+/* Where pages cannot be sent by reference they are copied. */
+static void no_references(void)
+{
+    struct transfer transfer;
+    transfer_begin(&transfer, false, 1024);
+    fill_random(transfer.from.host, transfer.from.size);
+    set_bits(transfer.bitmap, 0, 512);
+    transfer_round(&transfer);
+    CHECK(transfer.links[0]->out.pipe[1] >= 0);
+    int none = open("/dev/null", O_WRONLY);
+    CHECK_EQUAL(dup2(none, transfer.links[0]->out.pipe[1]), transfer.links[0]->out.pipe[1]);
+    close(none);
+    set_bits(transfer.bitmap, 0, 1024);
+    transfer_round(&transfer);
+    CHECK_EQUAL(transfer.links[0]->out.pipe[1], -1);
+    transfer_end(&transfer);
+}
+
 /* Limits of bytes and time, and a message from the other side, end the call; the next one goes on. */
 static void limits_of_sending(bool pipes)
 {
@@ -1247,6 +1291,7 @@ int main(void)
         slow_reader(pipes);
         random_rounds(pipes, 0);
         a_page_that_is_changed_on_the_way(pipes);
+        closed_within_content(pipes);
         limits_of_sending(pipes);
     }
     both_send_at_once();
@@ -1261,6 +1306,7 @@ int main(void)
     runs_that_are_refused();
     content_in_pieces(&stream);
     pages_that_were_not_expected(&stream);
+    no_references();
     zeros_are_elided();
     a_guest_that_writes();
     arguments_of_sending();
