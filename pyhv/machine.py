@@ -295,12 +295,12 @@ class Machine:
                 raise
             protocol.warm_up()
             machine._rehearse(hello.machine)
+            destination.accept(hello, memory.ram)
+            # The first pages are on their way meanwhile.
             machine.vm.prepare_start()
             rehearsal = _rehearsal(machine.vm, hello.machine)
-            rehearsal()
-            destination.accept(hello, memory.ram)
-            # Again while the guest there comes to stand: the pages have driven all of that out of the caches. Of many
-            # vCPUs the first does it for the others.
+            # While the guest comes to stand there: the pages have driven all of that out of the caches. Of many vCPUs
+            # the first does it for the others.
             received = destination.receive(hello, while_waiting, rehearsal if len(needs.tables) <= 4 else _nothing)
             capture.apply(machine.vm, received.state, where, received.elapsed)
             destination.confirm(while_waiting)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyhv.vm.vm import Vm
 
 # A piece of work between two looks at the clock, at what the other side says, and at who waits for progress; seconds.
-_SLICE_MS = 50
+_SLICE_MS = 100
 
 # The same while it waits for something; in seconds.
 _LOOK = 0.1

@@ -423,7 +423,9 @@ SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "other content than was summed": (changed_page(), "page 0 was changed on the way, and did not come again"),
     "other content twice": (changed_page(CHANGED), "page 0 was changed on the way, and did not come again"),
     "other content after the right one": (changed_page((Type.PAGES, PAGE), CHANGED), "page 0 was changed on the way"),
-    "messages instead of content": (insert(Type.VCPU, (Type.PAGES, PAGE[:-4096])), "too long for a message of type"),
+    "messages instead of content": (  # and then the middle of one instead of a message: what stands there is its sum
+        insert(Type.VCPU, (Type.PAGES, PAGE[:-4096])), "too long for a message of type|changed on the way|is none",
+    ),
     "no content": (lambda m: [m[0], (Type.PAGES, PAGE[:-4096])], "has closed the link within a message"),
     "pages that are no zstd": (insert(Type.VCPU, (Type.PAGES_ZSTD, os.urandom(500))), "zstd|compressed"),
     "a page more than was counted": (insert(Type.END, (Type.PAGES, PAGE)), "pages, .* were sent, .* came"),
