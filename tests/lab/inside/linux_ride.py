@@ -164,7 +164,7 @@ class Rider(ring.Node):
 
 def _set_back(state: ProcessorsState, elapsed: int, later: Any = ProcessorsState.later) -> ProcessorsState:
     after: ProcessorsState = later(state, elapsed)
-    return after._replace(clock=after.clock - BACK)
+    return after._replace(clock=max(after.clock - BACK, 0))  # a rehearsal's state has hardly begun to count
 
 
 if __name__ == "__main__":
