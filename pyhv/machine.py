@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import NamedTuple
 
 from pyhv import outcome
 from pyhv.accel import choose
@@ -14,12 +11,16 @@ from pyhv.boot import image as boot_image
 from pyhv.boot import start64
 from pyhv.cpu import policy, profiles
 from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible, PyhvError
+from pyhv.tuples import NamedTuple
 from pyhv.vm.devices import Devices, is_pc
 from pyhv.vm.memory import HIGH_RAM_BASE, LOW_RAM_LIMIT, PAGE_SIZE, GuestMemory
 from pyhv.vm.vm import Stopped, Trap, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
     from pyhv.cpu.host import HostDescription
     from pyhv.cpu.table import CpuidTable
     from pyhv.migration.destination import Destination

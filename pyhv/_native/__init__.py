@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pyhv.errors import HostError
 
 from ._pyhv import ffi as _ffi
 from ._pyhv import lib as _lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # cffi's objects have no static types; every use of them is in the modules that wrap one C object each.
 ffi: Any = _ffi

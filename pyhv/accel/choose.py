@@ -10,13 +10,13 @@ trap      KVM runs the guest and the engine answers, stopping the vCPU in front 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
 from pyhv.errors import BadInput, Incompatible, NotAvailable, NotFaithful
+from pyhv.tuples import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from pyhv.accel.protocol import Accelerator
     from pyhv.cpu.host import HostDescription, Verdict
     from pyhv.cpu.policy import GuestCpu

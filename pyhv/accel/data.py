@@ -6,7 +6,8 @@ Under each accelerator these look the same, and so do devices, memory, results a
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+
+from pyhv.tuples import NamedTuple
 
 
 class Stop(IntEnum):

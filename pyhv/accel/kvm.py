@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Sequence
-from typing import Any, cast
 
 from pyhv._native import check, cpuid, ffi, lib, new_error
 from pyhv.accel import structs
@@ -14,6 +12,9 @@ from pyhv.errors import HostError, NotAvailable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
     from pyhv.accel.kvm_state import Shown
     from pyhv.accel.protocol import AccelVcpu
     from pyhv.accel.state import ProcessorsState
@@ -155,12 +156,12 @@ class KvmVm:
     def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
         from pyhv.accel import kvm_state
 
-        return kvm_state.capture(self, cast("Sequence[KvmVcpu]", vcpus), tables)
+        return kvm_state.capture(self, vcpus, tables)  # type: ignore[arg-type]  # they are this VM's
 
     def apply(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable], state: ProcessorsState) -> None:
         from pyhv.accel import kvm_state
 
-        kvm_state.apply(self, cast("Sequence[KvmVcpu]", vcpus), tables, state)
+        kvm_state.apply(self, vcpus, tables, state)  # type: ignore[arg-type]
 
     def close(self) -> None:
         lib.pyhv_vm_destroy(self.handle)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from struct import Struct
-from typing import Any, TypeVar
 
 from pyhv._native import ffi, to_exception
 from pyhv.accel.data import CpuidRecord, Exit, Segment, Sregs, Stop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any, TypeVar
+
     from pyhv.accel.state import Irqchip
     from pyhv.cpu.table import CpuidTable
+
+    T = TypeVar("T", bound=tuple[Any, ...])
 
 # struct pyhv_sregs: eight segments, the tables' bases and limits, CR0 to APIC base, PDPTRs, whether these are valid.
 _SREGS = Struct("<" + 8 * "Q3I4x" + "2Q2I7Q4QI4x")
 _LOG_PIECE = 256  # records that are taken out of a log at once
-
-T = TypeVar("T", bound=tuple[Any, ...])
 
 
 _CODES = {"uint8_t": "B", "uint32_t": "I", "uint64_t": "Q", "int64_t": "q"}

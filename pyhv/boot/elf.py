@@ -7,11 +7,11 @@ in the file is checked before it is used.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from pyhv.boot.image import Image, Segment
 from pyhv.boot.start64 import LOAD_BASE
 from pyhv.errors import BadInput
+from pyhv.tuples import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

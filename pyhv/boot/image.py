@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
-from typing import NamedTuple
 
 from pyhv.errors import BadInput
+from pyhv.tuples import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from mmap import mmap
 
     from pyhv.accel.data import Regs, Sregs

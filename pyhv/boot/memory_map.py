@@ -6,9 +6,9 @@ The map is a PC's: RAM up to 639 KiB, tables below 1 MiB (pc.py), RAM again from
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from pyhv.errors import BadInput
+from pyhv.tuples import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

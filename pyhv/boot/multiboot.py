@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import NamedTuple
 
 from pyhv.accel.data import Regs, Sregs
 from pyhv.boot import elf as elf_file
@@ -17,6 +16,7 @@ from pyhv.boot.image import Image, Module, Segment
 from pyhv.boot.memory_map import LOW_END, RAM, TABLES_END, LowMemory, areas
 from pyhv.boot.start64 import encode_command_line, write_segments
 from pyhv.errors import BadInput
+from pyhv.tuples import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

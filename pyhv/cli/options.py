@@ -6,11 +6,15 @@ argparse would do most of this, but it takes 8 ms to be imported and set up, a f
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 from pyhv.errors import BadInput
+from pyhv.tuples import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 
 class Option(NamedTuple):

@@ -15,11 +15,12 @@ import select
 import signal
 import stat
 import threading
-from types import FrameType, TracebackType
-from typing import Any
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+    from typing import Any
+
     from pyhv.machine import Machine, RunResult
 
 ESCAPE = 0x01  # Ctrl-A, as QEMU has it

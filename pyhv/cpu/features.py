@@ -6,11 +6,14 @@ unless a function says that it takes any name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, cast
-
 from pyhv.cpu import _features
 from pyhv.errors import BadInput
+from pyhv.tuples import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any
 
 
 class Word(NamedTuple):
@@ -71,7 +74,8 @@ class Closure(NamedTuple):
 
 def _read_words() -> dict[Word, tuple[Feature, ...]]:
     words = {}
-    for (leaf, subleaf, register), rows in cast("Any", _features.WORDS):
+    table: Any = _features.WORDS
+    for (leaf, subleaf, register), rows in table:
         word = Word(leaf, subleaf, register)
         words[word] = tuple([Feature._make((*row[:3], word, *row[3:])) for row in rows])
     return words

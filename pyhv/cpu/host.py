@@ -6,9 +6,6 @@ processor dump, so that a move can be judged without the machine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
-
 from pyhv.cpu.features import FEATURES, WORDS, Word, find
 from pyhv.cpu.table import (
     EXTENDED,
@@ -23,6 +20,12 @@ from pyhv.cpu.table import (
     xsave_leaf,
 )
 from pyhv.errors import BadInput
+from pyhv.tuples import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
 
 _FORMAT = "pyhv-host/1"
 _U32 = 0xFFFFFFFF

@@ -52,14 +52,16 @@ a guest without XSAVE a piece of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
-
 from pyhv.cpu.features import BY_NAME, FEATURES, Feature, closure, pack
 from pyhv.cpu.host import KVM_SIGNATURE, HostDescription
 from pyhv.cpu.profiles import Limits, Profile
 from pyhv.cpu.table import EXTENDED, HYPERVISOR, NAME_LEAVES, ZEROS, CpuidTable, Registers, XsaveArea, xsave_leaf
 from pyhv.errors import BadInput
+from pyhv.tuples import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 #: APIC ids have 8 bits, and 255 is the broadcast.
 MAX_VCPUS = 255

@@ -6,12 +6,16 @@ There are no hardware semantics here: get() returns what is stored or zeros. Wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
 
 from pyhv.cpu.features import WORDS, Feature, Word, lineage
 from pyhv.errors import BadInput
+from pyhv.tuples import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any
 
 #: KVM takes no more entries than this (KVM_MAX_CPUID_ENTRIES; PYHV_CPUID_MAX_ENTRIES in csrc/pyhv.h).
 MAX_ENTRIES = 256

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
-from typing import Any
 
 from pyhv._native import check, ffi, lib, new_error, to_exception
 from pyhv.errors import BadInput
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
 
 UART_PORT, UART_IRQ = 0x3F8, 4
 DEBUG_EXIT_PORT = 0xF4

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from pyhv.accel.data import CpuidRecord, Exit, Stop
 from pyhv.errors import HostError
+from pyhv.tuples import NamedTuple
 from pyhv.vm.devices import Devices
 from pyhv.vm.memory import GuestMemory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from pyhv._native.link import PageSet
     from pyhv.accel.protocol import Accelerator, AccelVcpu, AccelVm
     from pyhv.accel.state import ProcessorsState

@@ -31,13 +31,15 @@ VMX, SVM or a PMU. generate.py compiles the built-in files into literals, by the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
-
 from pyhv.cpu import _features
 from pyhv.cpu.features import BY_NAME, FEATURES, closure, lineage
 from pyhv.errors import BadInput
+from pyhv.tuples import NamedTuple
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pyhv.cpu.generate import Problem
 
 # A user's file that is larger than this is something else. The built-in ones are under 8 KiB.
@@ -147,8 +149,8 @@ def load(name_or_path: str) -> Profile:
     return _from_literal("built in", literal)
 
 
-def _from_literal(source: str, literal: object) -> Profile:
-    *fields, limits_intel, limits_amd = cast("Any", literal)
+def _from_literal(source: str, literal: Any) -> Profile:
+    *fields, limits_intel, limits_amd = literal
     return Profile._make((source, *fields, Limits._make(limits_intel), Limits._make(limits_amd)))
 
 
