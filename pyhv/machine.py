@@ -11,7 +11,7 @@ from pyhv.boot import image as boot_image
 from pyhv.boot import start64
 from pyhv.cpu import policy, profiles
 from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible, PyhvError
-from pyhv.tuples import NamedTuple
+from pyhv.light import NamedTuple
 from pyhv.vm.devices import Devices, is_pc
 from pyhv.vm.memory import HIGH_RAM_BASE, LOW_RAM_LIMIT, PAGE_SIZE, GuestMemory
 from pyhv.vm.vm import Stopped, Trap, Vm

@@ -11,7 +11,7 @@ trap      KVM runs the guest and the engine answers, stopping the vCPU in front 
 from __future__ import annotations
 
 from pyhv.errors import BadInput, Incompatible, NotAvailable, NotFaithful
-from pyhv.tuples import NamedTuple
+from pyhv.light import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

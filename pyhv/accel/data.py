@@ -5,9 +5,7 @@ Under each accelerator these look the same, and so do devices, memory, results a
 
 from __future__ import annotations
 
-from enum import IntEnum
-
-from pyhv.tuples import NamedTuple
+from pyhv.light import IntEnum, NamedTuple
 
 
 class Stop(IntEnum):

@@ -11,7 +11,7 @@ import struct
 from pyhv.boot.image import Image, Segment
 from pyhv.boot.start64 import LOAD_BASE
 from pyhv.errors import BadInput
-from pyhv.tuples import NamedTuple
+from pyhv.light import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

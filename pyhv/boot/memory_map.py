@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 
 from pyhv.errors import BadInput
-from pyhv.tuples import NamedTuple
+from pyhv.light import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from pyhv.boot.image import Image, Module, Segment
 from pyhv.boot.memory_map import LOW_END, RAM, TABLES_END, LowMemory, areas
 from pyhv.boot.start64 import encode_command_line, write_segments
 from pyhv.errors import BadInput
-from pyhv.tuples import NamedTuple
+from pyhv.light import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ authors of guests; these numbers are that page's."""
 from __future__ import annotations
 
 import struct
-from array import array
 
 from pyhv.accel import long_mode
 from pyhv.accel.data import Regs, Sregs
@@ -69,4 +68,4 @@ def write_page_tables(memory: GuestMemory) -> None:
     memory.write(PML4, struct.pack("<Q", _PDPT | table))
     memory.write(_PDPT, struct.pack("<4Q", *(_PAGE_DIRECTORIES + 0x1000 * i | table for i in range(4))))
     first = table | long_mode.LARGE_PAGE
-    memory.write(_PAGE_DIRECTORIES, array("Q", range(first, first + (4 << 30), 2 << 20)).tobytes())
+    memory.write(_PAGE_DIRECTORIES, struct.pack("<2048Q", *range(first, first + (4 << 30), 2 << 20)))

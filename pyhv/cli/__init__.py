@@ -134,10 +134,9 @@ def _command(arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}; see pyhv --help"
         raise BadInput(name, "is no option of pyhv" if name.startswith("-") else "is no command", advice)
-    import importlib
-
     try:
-        status: int = importlib.import_module(f"pyhv.cli.{name}").main(rest)
+        # As importlib.import_module() does; importlib itself would have to be imported.
+        status: int = __import__(f"pyhv.cli.{name}", fromlist=["main"]).main(rest)
     except SystemExit:  # after --help
         status = 0
     return status

@@ -9,7 +9,7 @@ import sys
 from types import SimpleNamespace
 
 from pyhv.errors import BadInput
-from pyhv.tuples import NamedTuple
+from pyhv.light import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

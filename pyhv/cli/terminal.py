@@ -12,16 +12,19 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import signal
 import stat
 import threading
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from types import FrameType, TracebackType
     from typing import Any
 
     from pyhv.machine import Machine, RunResult
+else:
+    # The half of signal that is in C: the other one makes an enumeration of all that is in it, 5 ms at every start.
+    import _signal as signal
 
 ESCAPE = 0x01  # Ctrl-A, as QEMU has it
 INTERRUPT = 0x03  # Ctrl-C

@@ -20,7 +20,7 @@ from pyhv.cpu.table import (
     xsave_leaf,
 )
 from pyhv.errors import BadInput
-from pyhv.tuples import NamedTuple
+from pyhv.light import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -57,7 +57,7 @@ from pyhv.cpu.host import KVM_SIGNATURE, HostDescription
 from pyhv.cpu.profiles import Limits, Profile
 from pyhv.cpu.table import EXTENDED, HYPERVISOR, NAME_LEAVES, ZEROS, CpuidTable, Registers, XsaveArea, xsave_leaf
 from pyhv.errors import BadInput
-from pyhv.tuples import NamedTuple
+from pyhv.light import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from pyhv.cpu.features import WORDS, Feature, Word, lineage
 from pyhv.errors import BadInput
-from pyhv.tuples import NamedTuple
+from pyhv.light import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import time
 
 from pyhv.accel.data import CpuidRecord, Exit, Stop
 from pyhv.errors import HostError
-from pyhv.tuples import NamedTuple
+from pyhv.light import NamedTuple
 from pyhv.vm.devices import Devices
 from pyhv.vm.memory import GuestMemory
 

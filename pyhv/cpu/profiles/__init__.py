@@ -34,7 +34,7 @@ from __future__ import annotations
 from pyhv.cpu import _features
 from pyhv.cpu.features import BY_NAME, FEATURES, closure, lineage
 from pyhv.errors import BadInput
-from pyhv.tuples import NamedTuple
+from pyhv.light import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -1,8 +1,9 @@
-"""pyhv.tuples.NamedTuple beside typing's: whatever the one gives or refuses, the other does."""
+"""pyhv.light beside typing and enum: whatever the one gives or refuses, the other does."""
 
 from __future__ import annotations
 
 import copy
+import enum
 import pickle
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pyhv.tuples import NamedTuple
+from pyhv.light import IntEnum, NamedTuple
 
 
 class Point(NamedTuple):
@@ -37,6 +38,20 @@ class Model(typing.NamedTuple):
     @property
     def sum(self) -> int:
         return self.x + self.y
+
+
+class Colour(IntEnum):
+    """Two numbers."""
+
+    RED = 1
+    BLUE = 5
+
+
+class ModelColour(enum.IntEnum):
+    """The same."""
+
+    RED = 1
+    BLUE = 5
 
 
 def of(kind: Any, make: Callable[[Any], Any]) -> object:
@@ -87,6 +102,25 @@ def test_it_does_what_typing_does(make: Callable[[Any], Any]) -> None:
     assert of(Point, make) == of(Model, make)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda kind: kind.BLUE == 5 and isinstance(kind.BLUE, int) and isinstance(kind.BLUE, kind),
+        lambda kind: kind(5) is kind.BLUE,
+        lambda kind: kind(2),
+        lambda kind: kind("RED"),
+        lambda kind: kind.GREEN,
+        lambda kind: [(member.name, int(member)) for member in kind],
+        lambda kind: {kind.RED: 1}[1],
+        lambda kind: (str(kind.RED), f"{kind.RED}", f"{kind.RED:#x}", repr(kind.RED).partition(".")[2]),
+        lambda kind: pickle.loads(pickle.dumps(kind.RED)) is kind.RED,
+        lambda kind: copy.deepcopy(kind.RED) is kind.RED,
+    ],
+)
+def test_numbers_are_as_enum_has_them(make: Callable[[Any], Any]) -> None:
+    assert of(Colour, make) == of(ModelColour, make)
+
+
 def test_errors_name_the_fields() -> None:
     with pytest.raises(TypeError, match="Point needs y"):
         Point(1)  # type: ignore[call-arg]
@@ -95,8 +129,11 @@ def test_errors_name_the_fields() -> None:
 
 
 def test_a_start_of_pyhv_imports_nothing_that_is_slow() -> None:
-    code = "import sys, pyhv.cli.run, pyhv.machine, pyhv.accel.kvm, pyhv.boot.linux, pyhv.boot.pc; print(*sys.modules)"
+    code = "import pyhv.cli.run, pyhv.machine, pyhv.accel.kvm, pyhv.boot.linux, pyhv.boot.pc; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"],
                           capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
-    slow = "typing re enum dataclasses inspect pathlib tempfile json tomllib subprocess logging argparse difflib ast"
-    assert set(slow.split()) & set(done.stdout.split()) <= {"enum"}
+    slow = (
+        "typing re enum signal array collections.abc importlib dataclasses inspect pathlib tempfile json tomllib "
+        "subprocess logging argparse difflib ast"
+    )
+    assert set(slow.split()) & set(done.stdout.split()) == set()
