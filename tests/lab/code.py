@@ -108,7 +108,7 @@ def engine_tests(say: image.Say = image.say_nothing) -> Path:
 
 def files(say: image.Say = image.say_nothing) -> dict[str, Path | bytes]:
     """What Host.put() takes to bring pyhv and the tests for it into a host, under INSIDE."""
-    start = b"#!/usr/bin/python3\nimport sys\nfrom pyhv.cli import main\nsys.exit(main())\n"
+    start = b"#!/usr/bin/python3\nfrom pyhv.cli import program\nprogram()\n"  # what pyproject.toml names
     return {
         "site": pyhv(say) / "site",
         "bin/pyhv": start,
