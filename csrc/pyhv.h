@@ -465,6 +465,8 @@ struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, 
                                struct pyhv_error *error);
 /* Connects the bus of a VM that was created without one; before its first vCPU is created. */
 void pyhv_vm_set_bus(struct pyhv_vm *vm, struct pyhv_bus *bus);
+/* Gives a VM that was created with an irqchip and neither `pit` nor `late` a PIT; before its first vCPU is created. */
+int pyhv_vm_add_pit(struct pyhv_vm *vm, struct pyhv_error *error);
 void pyhv_vm_destroy(struct pyhv_vm *vm); /* after its vCPUs and before its bus, which stays the caller's */
 int pyhv_vm_fd(const struct pyhv_vm *vm);
 

@@ -125,17 +125,32 @@ fail:
     return NULL;
 }
 
+static int create_pit(struct pyhv_vm *vm, struct pyhv_error *error)
+{
+    /* The kernel takes port 0x61 too: guests calibrate the TSC with the PIT's second channel there. */
+    struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
+    return ioctl(vm->fd, KVM_CREATE_PIT2, &pit) < 0 ? pyhv_fail_errno(error, "KVM_CREATE_PIT2") : 0;
+}
+
 int pyhv_vm_complete(struct pyhv_vm *vm, struct pyhv_error *error)
 {
     if (!vm->irqchip || vm->complete)
         return 0;
     if (ioctl(vm->fd, KVM_CREATE_IRQCHIP, 0) < 0)
         return pyhv_fail_errno(error, "KVM_CREATE_IRQCHIP");
-    /* The kernel takes port 0x61 too: guests calibrate the TSC with the PIT's second channel there. */
-    struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
-    if (vm->pit && ioctl(vm->fd, KVM_CREATE_PIT2, &pit) < 0)
-        return pyhv_fail_errno(error, "KVM_CREATE_PIT2");
+    if (vm->pit && create_pit(vm, error) < 0)
+        return -1;
     vm->complete = true;
+    return 0;
+}
+
+int pyhv_vm_add_pit(struct pyhv_vm *vm, struct pyhv_error *error)
+{
+    if (!vm->complete || vm->pit)
+        return pyhv_fail(error, EINVAL, "pyhv_vm_add_pit", "the VM has no irqchip yet, or a PIT already");
+    if (create_pit(vm, error) < 0)
+        return -1;
+    vm->pit = true;
     return 0;
 }
 

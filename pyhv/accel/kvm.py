@@ -133,6 +133,18 @@ class KvmVm:
         error = new_error()
         self.handle: Any = check(lib.pyhv_vm_create(kvm_fd, config, bus or ffi.NULL, error), error)
 
+    def adopt(self, bus: Any, pit: bool) -> None:
+        """Makes of a VM with an irqchip, and with neither bus nor PIT, what the caller of create_vm() wants."""
+        lib.pyhv_vm_set_bus(self.handle, bus)
+        if pit:
+            error = new_error()
+            try:
+                check(lib.pyhv_vm_add_pit(self.handle, error), error)
+            except HostError:
+                self.close()
+                raise
+            self.pit = True
+
     def map(self, gpa: int, size: int, host: Any) -> None:
         error = new_error()
         check(lib.pyhv_vm_map(self.handle, gpa, size, host, error), error)
@@ -253,10 +265,10 @@ class Kvm:
             self._spares.append(KvmVm(self.fd, None, True, False, False))
 
     def create_vm(self, bus: Any = None, irqchip: bool = True, pit: bool = False, quick: bool = False) -> KvmVm:
-        if bus and irqchip and not pit:
+        if bus and irqchip:
             with contextlib.suppress(IndexError):
                 vm = self._spares.pop()
-                lib.pyhv_vm_set_bus(vm.handle, bus)
+                vm.adopt(bus, pit)
                 return vm
         return KvmVm(self.fd, bus, irqchip, pit, quick)
 

@@ -106,7 +106,7 @@ class Accelerator(Protocol):
         which no guest's table depends on. Raises HostError."""
 
     def prepare(self) -> None:
-        """Begins with the next VM, one with irqchip and without PIT. The kernel goes on working on it for some
+        """Begins with the next VM, one with irqchip. The kernel goes on working on it for some
         milliseconds after the call, while the caller finds out what else the VM needs. Raises HostError."""
 
     def create_vm(self, bus: Any = None, irqchip: bool = True, pit: bool = False, quick: bool = False) -> AccelVm:

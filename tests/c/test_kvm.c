@@ -422,6 +422,28 @@ static void dirty_pages(void)
     pyhv_memory_destroy(&more);
 }
 
+/* A VM that was begun before it was known what it is for. */
+static void pit_later(void)
+{
+    struct pyhv_error error;
+    const struct pyhv_vm_config plain = {.irqchip = 1}, without = {0};
+    struct pyhv_vm *vm = pyhv_vm_create(kvm_fd, &plain, NULL, &error);
+    struct pyhv_irqchip state = {0};
+    CHECK_EQUAL(pyhv_vm_get_irqchip(vm, &state, &error), 0);
+    CHECK_EQUAL(state.pit[0].gate, 0); /* zeros without a PIT */
+    CHECK_EQUAL(pyhv_vm_add_pit(vm, &error), 0);
+    CHECK_EQUAL(pyhv_vm_get_irqchip(vm, &state, &error), 0);
+    CHECK_EQUAL(state.pit[0].gate, 1);
+    CHECK_EQUAL(pyhv_vm_add_pit(vm, &error), -1);
+    CHECK_EQUAL(error.errnum, EINVAL);
+    pyhv_vm_destroy(vm);
+
+    vm = pyhv_vm_create(kvm_fd, &without, NULL, &error);
+    CHECK_EQUAL(pyhv_vm_add_pit(vm, &error), -1);
+    CHECK_EQUAL(error.errnum, EINVAL);
+    pyhv_vm_destroy(vm);
+}
+
 static void system_questions(void)
 {
     struct pyhv_cpuid_entry entries[PYHV_CPUID_MAX_ENTRIES];
@@ -466,6 +488,7 @@ int main(void)
     state_written_back_is_unchanged();
     failures_are_named();
     dirty_pages();
+    pit_later();
     system_questions();
     close(kvm_fd);
     return check_report("test_kvm");

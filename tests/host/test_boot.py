@@ -81,6 +81,7 @@ def test_images_that_declare_themselves_get_no_pc() -> None:
     for image, is_pc in (("hello", False), ("acpi", True), ("pvh", True)):
         with pyhv.Machine(image, memory="4M") as machine:
             assert machine.vm.devices.is_pc == machine.vm.pit == is_pc
+            assert not vars(machine.choice.accelerator).get("_spares")  # the VM that was begun is the one that runs
             assert (machine.vm.memory.read(0xE0000, 8) == b"RSD PTR ") == is_pc
             assert {"acpi_pm", "chipset", "fw_cfg", "pvpanic", "vmgenid"}.isdisjoint(machine.vm.devices.names) != is_pc
 
