@@ -163,7 +163,7 @@ class KvmVm:
     def warm_up(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> None:
         from pyhv.accel import kvm_state
 
-        kvm_state.warm_up(cast("Sequence[KvmVcpu]", vcpus), tables)
+        kvm_state.warm_up(vcpus, tables)  # type: ignore[arg-type]  # they are this VM's
 
     def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
         from pyhv.accel import kvm_state

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 _SREGS = Struct("<" + 8 * "Q3I4x" + "2Q2I7Q4QI4x")
 _LOG_PIECE = 256  # records that are taken out of a log at once
 
-
 _CODES = {"uint8_t": "B", "uint32_t": "I", "uint64_t": "Q", "int64_t": "q"}
-
 
 # Of a record: the numbers of its C structure, and how many of them, from the first on, are its own.
 _known: dict[type, tuple[Struct, int]] = {}
