@@ -302,7 +302,8 @@ class Machine:
             rehearsal = _rehearsal(machine.vm, hello.machine)
             # While the guest comes to stand there: the pages have driven all of that out of the caches. Of many vCPUs
             # the first does it for the others.
-            received = destination.receive(hello, while_waiting, rehearsal if len(needs.tables) <= 4 else _nothing)
+            on_pause = rehearsal if len(needs.tables) <= 4 else lambda: None
+            received = destination.receive(hello, while_waiting, on_pause)
             capture.apply(machine.vm, received.state, where, received.elapsed)
             destination.confirm(while_waiting)
             machine._arrival = destination
@@ -602,10 +603,6 @@ class Machine:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _rehearsal(vm: Vm, record: MachineRecord) -> Callable[[], None]:

@@ -1,6 +1,6 @@
 """Records as packed bytes and back: what a migration sends while a guest stands and waits for it.
 
-The same records as in codec.py, by the same annotations, in a tenth of the time. There are no names in the bytes and no
+The same records as in codec.py, by the same annotations, in a fifth of the time. There are no names in the bytes and no
 version, so that both sides must have the same records: the migration's handshake sees to that.
 
     U8 ... U64, S64                 little-endian
