@@ -52,17 +52,15 @@ class _VcpuThread:
     def __init__(self, vcpu: AccelVcpu, run: Callable[[AccelVcpu], None]) -> None:
         self.vcpu = vcpu
         self._run = run
-        self._runs = False
+        self._runs = self._over = False
         # Each is released for the side that waits for it.
         self._go, self._stood = threading.Lock(), threading.Lock()
         self._go.acquire()
-        self._thread: threading.Thread | None = threading.Thread(
-            target=self._loop, name=f"vcpu-{vcpu.index}", daemon=True
-        )
+        self._thread = threading.Thread(target=self._loop, name=f"vcpu-{vcpu.index}", daemon=True)
         self._thread.start()
 
     def _loop(self) -> None:
-        while self._go.acquire() and self._thread is not None:
+        while self._go.acquire() and not self._over:
             self._run(self.vcpu)
             self._runs = False
             if self._stood.locked():  # else nobody has waited the last time
@@ -83,7 +81,6 @@ class _VcpuThread:
 
     def sleeps(self) -> bool:
         """Whether it is not using a processor right now."""
-        assert self._thread is not None
         try:
             with open(f"/proc/self/task/{self._thread.native_id}/stat", "rb") as stat:
                 return stat.read().rpartition(b") ")[2][:1] == b"S"
@@ -91,11 +88,12 @@ class _VcpuThread:
             return False
 
     def end(self) -> None:
-        """Ends it; it stands."""
-        thread, self._thread = self._thread, None
-        self._go.release()
-        if thread is not None:
-            thread.join()
+        """Ends it, after a kick. Once more, if Ctrl-C comes meanwhile."""
+        self.stop()
+        if not self._over:
+            self._over = True
+            self._go.release()
+        self._thread.join()
 
 
 class Vm:
@@ -167,8 +165,8 @@ class Vm:
                 return
             self._pausing = False
             self._tsc_khz = self._tsc_khz or self.vcpus[0].read_tsc_khz()
-            self.devices.start_input()
             self.prepare_start()
+            self.devices.start_input()
             self.running = True
             for thread in self._threads:
                 thread.go()

@@ -150,6 +150,25 @@ def test_many_machines_at_once() -> None:
             machine.close()
 
 
+def test_close_that_is_interrupted_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C before the kick: the vCPU is kicked nevertheless, and close() may be asked for once more."""
+    machine = pyhv.Machine("spin", append="cli")
+    machine.start()
+    vcpu = machine.vm.vcpus[0]
+    kicks, kick = [KeyboardInterrupt], vcpu.kick
+
+    def interrupted() -> None:
+        if kicks:
+            raise kicks.pop()
+        kick()
+
+    monkeypatch.setattr(vcpu, "kick", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        machine.close()
+    machine.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "vcpu-0"]
+
+
 def test_a_failure_on_a_vcpu_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def explode(record: object) -> None:
         raise RuntimeError("from the callback")
