@@ -38,6 +38,10 @@ _FAULTS = ("triple-fault", "not-executable", "internal-error")
 
 _REHEARSALS = 10
 
+# So many vCPUs at most are rehearsed once more while the guest comes to stand: the pages have driven all of that out of
+# the processor's caches. Of many the first does it for the others.
+_FEW_VCPUS = 4
+
 # Each CPUID is handed over before the next one is answered: a trace is read while it happens.
 _LOG_CAPACITY = 1
 
@@ -234,7 +238,8 @@ class Machine:
         console_out: int | None = None,
         on_cpuid: Callable[[CpuidRecord], None] | None = None,
     ) -> Machine:
-        """A VM that is migrated to here, paused: it is this side's now, and start() or run() lets it go on.
+        """A VM that is migrated to here, paused: it is this side's now, and start() or run() lets it go on. Do that
+        soon, for its guest stands and waits; until then, or close(), Python collects no garbage (gc.disable).
 
         uri: where to wait for it (migration/transport.py). insecure: tcp:// to other addresses than loopback. tls: for
         tls://. timeout: seconds to wait for somebody to come. The others as in Machine().
@@ -299,10 +304,8 @@ class Machine:
             destination.accept(hello, memory.ram)
             # The first pages are on their way meanwhile.
             machine.vm.prepare_start()
-            rehearsal = _rehearsal(machine.vm, hello.machine)
-            # While the guest comes to stand there: the pages have driven all of that out of the caches. Of many vCPUs
-            # the first does it for the others.
-            on_pause = rehearsal if len(needs.tables) <= 4 else lambda: None
+            few = len(needs.tables) <= _FEW_VCPUS
+            on_pause = _rehearsal(machine.vm, hello.machine) if few else None
             received = destination.receive(hello, while_waiting, on_pause)
             capture.apply(machine.vm, received.state, where, received.elapsed)
             destination.confirm(while_waiting)
@@ -535,10 +538,12 @@ class Machine:
         self.vm.start()
         arrival, self._arrival = self._arrival, None
         if arrival is not None:
-            since = self.vm.wait_for_entry()
-            self.on_arrival()
-            arrival.announce(since)
-            arrival.close()
+            try:
+                since = self.vm.wait_for_entry()
+                self.on_arrival()
+                arrival.announce(since)
+            finally:
+                arrival.close()
 
     def pause(self) -> None:
         """Stops the guest between two instructions."""

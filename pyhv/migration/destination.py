@@ -1,8 +1,8 @@
 """The side of a migration that takes a VM.
 
 What comes in is taken for hostile: a message is looked at only where it is due, its size is bounded by the engine and
-its content by the codec, and nothing that the other side says makes this side take more memory than the guest's, the
-size of which is known, and was refused where the host cannot map it, before a page comes.
+its content by the records' annotations, and nothing that the other side says makes this side take more memory than the
+guest's, the size of which is known, and was refused where the host cannot map it, before a page comes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ _LEAST_MS, _MOST_MS = 10, 3_600_000
 
 # With the guest standing the source has so long for what is due, in silences, while it gives signs of life.
 _PATIENCE = 10
-
 
 
 class Received(NamedTuple):
@@ -106,7 +105,7 @@ class Destination:
         self,
         hello: Hello,
         while_waiting: Callable[[], None] = lambda: None,
-        on_pause: Callable[[], None] = lambda: None,
+        on_pause: Callable[[], None] | None = None,
     ) -> Received:
         """All of the guest. while_waiting: is called now and then, and may raise to give up. on_pause: is called when
         the state is about to come."""
@@ -124,7 +123,8 @@ class Destination:
                 self._take(Pause, kind, payload)
                 # The guest is not to stand for ever.
                 limit = time.monotonic() + self._silence * _PATIENCE
-                on_pause()
+                if on_pause is not None:
+                    on_pause()
                 continue
             if kind == Type.VCPU:
                 vcpus.append(self._take_vcpu(payload, len(vcpus), hello))
@@ -171,12 +171,14 @@ class Destination:
     def close(self, error: BaseException | None = None) -> None:
         """Ends the conversation, with a word about the error that made this side give up. Closing twice is allowed."""
         broken = isinstance(error, HostError) and error.errnum in (errno.EPIPE, errno.ETIMEDOUT)
-        if error is not None and not self._over and not broken:
-            self._over = True
-            self._link.send_last(*protocol.encode(Cancel(protocol.reason_of(error))), protocol.LAST_WORD)
-        self._link.close()
-        self._channel.close()
-        self._at_the_end.close()
+        try:
+            if error is not None and not self._over and not broken:
+                self._over = True
+                self._link.send_last(*protocol.encode(Cancel(protocol.reason_of(error))), protocol.LAST_WORD)
+        finally:
+            self._at_the_end.close()
+            self._link.close()
+            self._channel.close()
 
     # ------------------------------------------------------------------------------------------------ messages
 

@@ -479,6 +479,28 @@ def test_a_page_that_was_changed_and_comes_again(recorded: list[Frame], zeros: b
     assert take(changed_page(again, zeros=zeros)(messages)) is None
 
 
+def test_a_guest_that_comes_where_its_owner_fails(recorded: list[Frame]) -> None:
+    """It runs here nevertheless; the link is closed and garbage is collected again."""
+    ours, theirs = socket.socketpair()
+
+    def lie(speaker: Speaker) -> None:
+        for frame in recorded:
+            speaker.say(frame.kind, frame.payload)
+        wait(speaker)
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    thread = in_background(theirs, lie)
+    with arrive(ours) as machine:
+        assert not gc.isenabled()
+        machine.on_arrival = fail
+        with pytest.raises(ZeroDivisionError):
+            machine.start()
+        assert gc.isenabled() and ours.fileno() < 0 and machine.vm.running
+    thread.join(TIMEOUT)
+
+
 @pytest.mark.parametrize(
     ("until", "words"), [(0, "hello did not come"), (3, "end did not come"), (None, "commit did not come")], ids=str
 )
