@@ -68,7 +68,8 @@ else:
         """Makes members of a class's numbers. Calling it looks one up, and iterating gives all of them."""
 
         def __new__(cls, name, bases, space):
-            numbers = {key: value for key, value in space.items() if type(value) is int}
+            # Not __firstlineno__, which Python 3.13 puts there.
+            numbers = {key: value for key, value in space.items() if type(value) is int and key[:2] != "__"}
             made = super().__new__(cls, name, bases, {key: space[key] for key in space if key not in numbers})
             made._members = {}
             for key, number in numbers.items():

@@ -137,3 +137,11 @@ def test_a_start_of_pyhv_imports_nothing_that_is_slow() -> None:
         "subprocess logging argparse difflib ast"
     )
     assert set(slow.split()) & set(done.stdout.split()) == set()
+
+
+def test_what_newer_pythons_note_in_a_class_is_no_member() -> None:
+    """Python 3.13 puts an int there."""
+    made: Any = type(IntEnum)("Made", (IntEnum,), {"__firstlineno__": 12, "ONE": 1})
+    assert list(made) == [1] and made(1).name == "ONE"
+    with pytest.raises(ValueError, match="12 is not a valid Made"):
+        made(12)
