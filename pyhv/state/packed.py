@@ -4,11 +4,11 @@ The same records as in codec.py, by the same annotations, in a fifth of the time
 version, so that both sides must have the same records: the migration's handshake sees to that.
 
     U8 ... U64, S64                 little-endian
-    bool                            a byte, 0 or 1
+    bool                            a byte, 0 or 1 (any other is read as 1)
     str, bytes                      the number of bytes, a U32, then these; text is UTF-8
     tuple[X, ...], dict             the number of items, a U32, then these; a dict's keys ascend
     tuple[X, Y], a NamedTuple       the fields one after the other
-    X | None                        a bool: whether there is one, then it
+    X | None                        a byte, 0 or 1: whether there is one, then it
 
 decode() believes nothing, as codec.py's does not: whatever does not fit is BadInput that names the field.
 """
@@ -325,7 +325,10 @@ def _optional(inner: _Packer) -> _Packer:
             inner.pack(value, out)
 
     def unpack(source: _Source) -> Any:
-        return inner.unpack(source) if source.take(1) != b"\0" else None
+        there = source.take(1)
+        if there not in (b"\0", b"\1"):
+            raise _Wrong("is neither there nor not")
+        return inner.unpack(source) if there == b"\1" else None
 
     return _Packer(pack, unpack)
 

@@ -74,6 +74,7 @@ def with_field(name: str, data: str) -> bytes:
     ("data", "words"),
     [
         (BYTES + b"\0\0", "tiny: has 2 bytes too many"),
+        (BYTES[:-3] + b"\x02" + BYTES[-2:], "tiny.maybe: is neither there nor not"),
         (with_field("name", "ffffffff"), "tiny.name: is cut short"),
         (with_field("name", "01000000 ff"), "tiny.name: is no text"),
         (with_field("parts", "ffffffff"), "tiny.parts: is cut short"),
@@ -82,7 +83,7 @@ def with_field(name: str, data: str) -> bytes:
         (with_field("few", "03000000" + "010000000000000000000000" * 3), "each key once, in ascending"),
         (with_field("few", "03000000" + "".join(f"0{i}000000 0000000000000000" for i in (0, 1, 2))), "0 to 2 long, is"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_what_means_nothing(data: bytes, words: str) -> None:
     with pytest.raises(BadInput, match=words):
