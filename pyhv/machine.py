@@ -518,10 +518,10 @@ class Machine:
         """Runs the guest until it ends, at most `timeout` seconds; then it is paused and can be run on."""
         self.start()
         try:
-            stopped = self.vm.wait(timeout)
+            self.vm.wait(timeout)
         finally:
             self.pause()
-        return self.result(stopped)
+        return self.result(self.vm.stopped)  # it may have come to its end just before it was paused
 
     def pin(self, processors: Sequence[int]) -> None:
         """Binds the vCPUs to host processors, vCPU 0 to the first of them and so on, from the first again where there
