@@ -32,7 +32,7 @@ _SILENCE = 10.0
 # The limits that a source may set for both sides, in ms.
 _LEAST_MS, _MOST_MS = 10, 3_600_000
 
-# With the guest standing the source has so long for what is due, in silences, while it gives signs of life.
+# With all of the guest's memory here the source has so long for what is due, in silences, while it gives signs of life.
 _PATIENCE = 10
 
 
@@ -110,7 +110,8 @@ class Destination:
         """All of the guest. while_waiting: is called now and then, and may raise to give up. on_pause: is called when
         the state is about to come."""
         vcpus: list[VcpuRecord] = []
-        limit: float | None = None
+        paused = False
+        limit: float | None = None  # not for the rest of the memory, which takes as long as the link needs
         while True:
             message = self._receive(0.1)
             while_waiting()
@@ -119,14 +120,14 @@ class Destination:
                     raise self._late("end")
                 continue
             kind, payload = message
-            if limit is None:
+            if not paused:
                 self._take(Pause, kind, payload)
-                # The guest is not to stand for ever.
-                limit = time.monotonic() + self._silence * _PATIENCE
+                paused = True
                 if on_pause is not None:
                     on_pause()
                 continue
             if kind == Type.VCPU:
+                limit = limit or time.monotonic() + self._silence * _PATIENCE
                 vcpus.append(self._take_vcpu(payload, len(vcpus), hello))
                 continue
             end = self._take(End, kind, payload)

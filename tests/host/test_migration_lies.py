@@ -512,6 +512,22 @@ def test_a_source_that_says_nothing_but_is_alive(recorded: list[Frame], until: i
     assert error is not None and words in str(error), error
 
 
+def test_the_rest_of_the_memory_may_take_long(recorded: list[Frame]) -> None:
+    """As it does with --on-timeout stop: longer than a source that has the guest's state to send may take."""
+    messages = [(frame.kind, frame.payload) for frame in recorded]
+    paused = next(i for i, (kind, _) in enumerate(messages) if kind == Type.PAUSE) + 1
+
+    def more(speaker: Speaker) -> None:
+        end = time.monotonic() + LIMITS.silence * (PATIENCE + 1)
+        while time.monotonic() < end:
+            speaker.say(Type.HEARTBEAT)
+            time.sleep(0.05)
+        for kind, payload in messages[paused:]:
+            speaker.say(kind, payload)
+
+    assert take(messages[:paused], then=more) is None
+
+
 def test_pages_without_end(recorded: list[Frame]) -> None:
     """Whoever waits may give up, and no memory is taken beyond the guest's."""
     begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
