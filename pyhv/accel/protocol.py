@@ -106,8 +106,8 @@ class Accelerator(Protocol):
         which no guest's table depends on. Raises HostError."""
 
     def prepare(self) -> None:
-        """Begins with the next VM, one with irqchip. The kernel goes on working on it for some
-        milliseconds after the call, while the caller finds out what else the VM needs. Raises HostError."""
+        """Begins with the next VM, one with irqchip. The kernel goes on working on it for some milliseconds after the
+        call, while the caller finds out what else the VM needs. Raises HostError."""
 
     def create_vm(self, bus: Any = None, irqchip: bool = True, pit: bool = False, quick: bool = False) -> AccelVm:
         """A VM whose port accesses go to `bus` (struct pyhv_bus *). Without `irqchip` HLT ends a run. `pit`: with the

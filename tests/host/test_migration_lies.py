@@ -176,7 +176,7 @@ RECEIVERS: dict[str, tuple[Lie, str]] = {
     "never ready, but alive": (all_taken(stay_alive), "no ready within"),
     "never ready": (all_taken(wait), "nothing came from the other side for"),
     "running without a commit": (all_taken(say(RUNNING)), "a message running came where ready was due"),
-    "running at once": (greeted(say(RUNNING)), r"a message running came where (nothing|ready) was due"),
+    "running at once": (greeted(say(RUNNING)), "a message running came where nothing was due"),
     "pages from the wrong side": (
         greeted(message(Type.PAGES, pages([(0, 1, True)]))),
         "pages were not expected",
@@ -208,7 +208,8 @@ def test_a_receiver_that_lies(name: str) -> None:
             Channel(ours.fileno(), ours.fileno(), "the other side", ours.close) as channel,
             pytest.raises(PyhvError) as caught,
         ):
-            machine.depart(channel, limits=LIMITS)
+            # What comes before the end of pre-copy is found before it, however quick that is.
+            machine.depart(channel, limits=LIMITS, may_stop=lambda: name != "running at once")
         thread.join(TIMEOUT)
         said = f"{type(caught.value).__name__}: {caught.value}"
         assert re.search(words, said), said
@@ -423,8 +424,8 @@ SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "other content than was summed": (changed_page(), "page 0 was changed on the way, and did not come again"),
     "other content twice": (changed_page(CHANGED), "page 0 was changed on the way, and did not come again"),
     "other content after the right one": (changed_page((Type.PAGES, PAGE), CHANGED), "page 0 was changed on the way"),
-    "messages instead of content": (  # and then the middle of one instead of a message: what stands there is its sum
-        insert(Type.VCPU, (Type.PAGES, PAGE[:-4096])), "too long for a message of type|changed on the way|is none",
+    "messages instead of content": (  # and then the middle of one instead of a message
+        insert(Type.VCPU, (Type.PAGES, PAGE[:-4096]), (Type.VCPU, b"[" * 100000)), "too long for a message of type",
     ),
     "no content": (lambda m: [m[0], (Type.PAGES, PAGE[:-4096])], "has closed the link within a message"),
     "pages that are no zstd": (insert(Type.VCPU, (Type.PAGES_ZSTD, os.urandom(500))), "zstd|compressed"),
