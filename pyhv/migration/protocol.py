@@ -31,9 +31,10 @@ from pyhv.cpu import msrs
 from pyhv.cpu.table import CpuidTable
 from pyhv.errors import BadInput, HostError, PyhvError
 from pyhv.state import codec, packed
-from pyhv.state.codec import U32, U64, Length, record
+from pyhv.state.codec import record
 from pyhv.state.needs import Needs
 from pyhv.state.records import CpuidEntry, DeviceRecord, MachineRecord, MachineState, PlatformRecord, VcpuRecord
+from pyhv.state.schema import U32, U64, Length
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -1,17 +1,9 @@
 """Records as bytes and back: what a snapshot file holds and what a migration sends.
 
-A record is a typing.NamedTuple with @record(name, version). Its annotations are its schema; a field may be
-
-    U8, U16, U32, U64, S64          an int of that range; a plain `int` is a U64
-    bool, str, bytes
-    tuple[X, ...], tuple[X, Y]      of any length; of exactly these
-    dict[U32, U64]                  or other ints
-    a NamedTuple                    which needs no name and version of its own
-    X | None
-
-and Annotated[X, Length(least, most)] limits how long a str, bytes, tuple or dict may be: what C reads by a fixed size
-needs one. The bytes are JSON, compact and sorted: {"fields":{...},"record":NAME,"version":N}, with bytes as
-hexadecimal text and a dict as [[key, value], ...] in ascending order.
+A record is a typing.NamedTuple with @record(name, version); its annotations (schema.py) say what may stand in it. A
+NamedTuple within another needs no name and version of its own. The bytes are JSON, compact and sorted:
+{"fields":{...},"record":NAME,"version":N}, with bytes as hexadecimal text and a dict as [[key, value], ...] in
+ascending order.
 
 Both directions check everything; decode() believes nothing. An unknown, missing or doubled field, another type, an int
 out of range (true is no int): each is BadInput that names the field, as in `vcpu[3].sregs.cs.limit`.
@@ -23,36 +15,14 @@ Versions: a record has one, and decode() refuses a newer one than its own. An ol
 from __future__ import annotations
 
 import operator
-import types
-import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pyhv.errors import BadInput
+from pyhv.state.schema import U32, Bits, Length, Schema
 
 # No record is larger (a vCPU's is about 20 kB), and no more of a stranger's bytes is parsed.
 MAX_BYTES = 16 << 20
-
-
-class Bits(NamedTuple):
-    """The range of an int: that of `width` bits."""
-
-    width: int
-    signed: bool = False
-
-
-class Length(NamedTuple):
-    """How many characters, bytes or items there may be, both ends included."""
-
-    least: int
-    most: int
-
-
-U8 = Annotated[int, Bits(8)]
-U16 = Annotated[int, Bits(16)]
-U32 = Annotated[int, Bits(32)]
-U64 = Annotated[int, Bits(64)]
-S64 = Annotated[int, Bits(64, signed=True)]
 
 # The fields of an older version as they stand in the file, unchecked, and that version -> those of the current one,
 # which are checked then.
@@ -95,7 +65,7 @@ _encoder: Any = None  # of JSON; made when it is first used, as is _decoder
 def prepare(classes: Iterable[type[tuple[Any, ...]]]) -> None:
     """Does for these records what else their first encode() or decode() does, which then takes ten times as long."""
     for cls in classes:
-        _converter(cls)
+        _schema.of(cls)
 
 
 def encode(value: tuple[Any, ...], where: str = "") -> bytes:
@@ -108,7 +78,7 @@ def encode(value: tuple[Any, ...], where: str = "") -> bytes:
         _encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
     kind = _kinds[type(value)]
     try:
-        fields = _converter(type(value)).encode(value)
+        fields = _schema.of(type(value)).encode(value)
     except _Mismatch as mismatch:
         raise BadInput((where or kind.name) + mismatch.path, mismatch.problem) from None
     whole = {"record": kind.name, "version": kind.version, "fields": fields}
@@ -129,7 +99,7 @@ def decode(cls: type[R], data: bytes, where: str) -> R:
         if envelope.record != kind.name:
             raise _Mismatch(f'holds the record {_quoted(envelope.record)}, not "{kind.name}"')
         fields = _current(kind, envelope)
-        result: R = _converter(cls).decode(fields)
+        result: R = _schema.of(cls).decode(fields)
     except _Mismatch as mismatch:
         raise BadInput(where + mismatch.path, mismatch.problem, mismatch.advice) from None
     return result
@@ -250,41 +220,6 @@ class _Converter(NamedTuple):
     """Of an int: what it may be. Such values are the same on both sides, and are checked many at a time."""
 
 
-# Of records and the NamedTuples in them: their annotations are looked at once.
-_converters: dict[type, _Converter] = {}
-
-
-def _converter(hint: Any) -> _Converter:
-    """For an annotation. Raises TypeError for one that the codec does not know, which is a mistake in a record."""
-    if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
-        if hint not in _converters:
-            _converters[hint] = _named_tuple(hint)
-        return _converters[hint]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return _annotated(arguments[0], arguments[1:])
-    if origin is tuple:
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return _sequence(_converter(arguments[0]))
-        return _fixed_sequence([_converter(argument) for argument in arguments])
-    if origin is dict:
-        return _mapping(_converter(arguments[0]), _converter(arguments[1]))
-    if origin in (typing.Union, types.UnionType) and len(arguments) == 2 and arguments[1] is types.NoneType:
-        return _optional(_converter(arguments[0]))
-    if hint in _SCALARS:
-        return _SCALARS[hint]
-    raise TypeError(f"{hint}: no type of a record's field")
-
-
-def _annotated(hint: Any, marks: tuple[Any, ...]) -> _Converter:
-    for mark in marks:
-        if isinstance(mark, Bits) and hint is int:
-            return _number(mark)
-        if isinstance(mark, Length):
-            return _limited(_converter(hint), mark)
-    raise TypeError(f"{hint}: what is it annotated with? {marks}")
-
-
 def _number(bits: Bits) -> _Converter:
     numbers = range(-1 << bits.width - 1, 1 << bits.width - 1) if bits.signed else range(1 << bits.width)
     expected = f"a {'signed ' if bits.signed else ''}number of {bits.width} bits"
@@ -342,7 +277,6 @@ def _bytes_from_hex(value: object) -> object:
 
 
 _SCALARS = {
-    int: _number(Bits(64)),
     bool: _Converter(_boolean, _boolean),
     str: _Converter(_text, _text),
     bytes: _Converter(_bytes_to_hex, _bytes_from_hex),
@@ -429,7 +363,7 @@ def _row(converts: list[Callable[[Any], Any]], ranges: list[range | None], label
     return run
 
 
-def _fixed_sequence(inner: list[_Converter]) -> _Converter:
+def _fixed_sequence(inner: Sequence[_Converter]) -> _Converter:
     """tuple[X, Y]"""
     ranges, labels = [converter.numbers for converter in inner], [f"[{i}]" for i in range(len(inner))]
     encode_row = _row([converter.encode for converter in inner], ranges, labels)
@@ -492,9 +426,7 @@ def _at(path: str, convert: Callable[[Any], Any], value: object) -> None:
         raise
 
 
-def _named_tuple(cls: Any) -> _Converter:
-    hints = typing.get_type_hints(cls, include_extras=True)
-    inner = [_converter(hints[name]) for name in cls._fields]
+def _named_tuple(cls: Any, inner: Sequence[_Converter]) -> _Converter:
     ranges, labels = [converter.numbers for converter in inner], [f".{name}" for name in cls._fields]
     encode_row = _row([converter.encode for converter in inner], ranges, labels)
     decode_row = _row([converter.decode for converter in inner], ranges, labels)
@@ -528,3 +460,15 @@ def _fields(value: object, names: frozenset[str]) -> dict[str, Any]:
 def _quoted(name: str) -> str:
     """A stranger's text in an error: one short line of ASCII."""
     return '"' + ascii(name[:40])[1:-1] + '"'
+
+
+_schema = Schema(
+    number=_number,
+    scalars=_SCALARS,
+    sequence=_sequence,
+    fixed=_fixed_sequence,
+    mapping=_mapping,
+    named_tuple=_named_tuple,
+    optional=_optional,
+    limited=_limited,
+)

@@ -18,14 +18,12 @@ from __future__ import annotations
 import itertools
 import operator
 import struct
-import types
-import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pyhv.errors import BadInput
 from pyhv.state import codec
-from pyhv.state.codec import Bits, Length
+from pyhv.state.schema import Bits, Length, Schema
 
 R = TypeVar("R", bound=tuple[Any, ...])
 
@@ -36,14 +34,14 @@ _COUNT = struct.Struct("<I")
 def prepare(classes: Iterable[type[tuple[Any, ...]]]) -> None:
     """Does for these records what else their first encode() or decode() does."""
     for cls in classes:
-        _packer(cls)
+        _schema.of(cls)
 
 
 def encode(value: tuple[Any, ...]) -> bytes:
     """The record as bytes. Raises BadInput about the field that does not fit its annotation."""
     pieces: list[bytes] = []
     try:
-        _packer(type(value)).pack(value, pieces)
+        _schema.of(type(value)).pack(value, pieces)
         return b"".join(pieces)
     except (struct.error, TypeError, ValueError, _Wrong):
         codec.encode(value)  # which knows what is wrong
@@ -54,7 +52,7 @@ def decode(cls: type[R], data: bytes, where: str) -> R:
     """The record in `data`. Raises BadInput; `where` is what it calls the record."""
     source = _Source(data)
     try:
-        result: R = _packer(cls).unpack(source)
+        result: R = _schema.of(cls).unpack(source)
         if source.at != len(data):
             raise _Wrong(f"has {len(data) - source.at} bytes too many")
     except _Wrong as wrong:
@@ -120,47 +118,8 @@ def _same(value: Any) -> Sequence[Any]:
 _one = operator.itemgetter(0)
 
 
-_packers: dict[type, _Packer] = {}
-
-
-def _packer(hint: Any) -> _Packer:
-    """For an annotation. Raises TypeError for one that is not known, which is a mistake in a record."""
-    if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
-        if hint not in _packers:
-            _packers[hint] = _named_tuple(hint)
-        return _packers[hint]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return _annotated(arguments[0], arguments[1:])
-    if origin is tuple and arguments[1:] == (Ellipsis,):
-        return _sequence(_packer(arguments[0]))
-    if origin is tuple:
-        return _fields(arguments, [str(i) for i in range(len(arguments))], tuple)
-    if origin is dict:
-        return _mapping(_fields(arguments, ("key", "value"), tuple))
-    if origin in (typing.Union, types.UnionType) and len(arguments) == 2 and arguments[1] is types.NoneType:
-        return _optional(_packer(arguments[0]))
-    if hint in (int, bool):
-        return _of_row(_Row("?" if hint is bool else "Q", _only, _one))
-    if hint is bytes:
-        return _Packer(lambda value, out: _put(value, out), lambda source: source.take(source.count()))
-    if hint is str:
-        return _Packer(lambda value, out: _put(value.encode(), out), _take_text)
-    raise TypeError(f"{hint}: no type of a record's field")
-
-
-def _named_tuple(cls: Any) -> _Packer:
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return _fields([hints[name] for name in cls._fields], cls._fields, cls._make)
-
-
-def _annotated(hint: Any, marks: tuple[Any, ...]) -> _Packer:
-    for mark in marks:
-        if isinstance(mark, Bits) and hint is int:
-            return _of_row(_Row(_CODES[mark], _only, _one))
-        if isinstance(mark, Length):
-            return _limited(_packer(hint), mark)
-    raise TypeError(f"{hint}: what is it annotated with? {marks}")
+def _number(bits: Bits) -> _Packer:
+    return _of_row(_Row(_CODES[bits], _only, _one))
 
 
 def _of_row(row: _Row) -> _Packer:
@@ -184,9 +143,24 @@ def _take_text(source: _Source) -> str:
         raise _Wrong("is no text") from None
 
 
-def _fields(hints: Sequence[Any], names: Sequence[str], make: Callable[[Iterable[Any]], Any]) -> _Packer:
+_SCALARS = {
+    bool: _of_row(_Row("?", _only, _one)),
+    bytes: _Packer(_put, lambda source: source.take(source.count())),
+    str: _Packer(lambda value, out: _put(value.encode(), out), _take_text),
+}
+
+
+def _fixed_sequence(inner: Sequence[_Packer]) -> _Packer:
+    """tuple[X, Y]"""
+    return _fields(inner, [str(i) for i in range(len(inner))], tuple)
+
+
+def _named_tuple(cls: Any, inner: Sequence[_Packer]) -> _Packer:
+    return _fields(inner, cls._fields, cls._make)
+
+
+def _fields(inner: Sequence[_Packer], names: Sequence[str], make: Callable[[Iterable[Any]], Any]) -> _Packer:
     """Fields one after the other. Neighbours that are numbers are packed in one step."""
-    inner = [_packer(hint) for hint in hints]
     if all(packer.row is not None for packer in inner):
         return _of_row(_joined([packer.row for packer in inner if packer.row], make))
     groups: list[tuple[slice, str, _Packer]] = []
@@ -303,8 +277,9 @@ def _rows(
     return _Packer(pack, unpack)
 
 
-def _mapping(pair: _Packer) -> _Packer:
+def _mapping(keys: _Packer, values: _Packer) -> _Packer:
     """dict[int, int]"""
+    pair = _fixed_sequence((keys, values))
     if pair.row is None or len(pair.row.codes) != 2:
         raise TypeError("a dict in a record must be of ints")
 
@@ -343,3 +318,15 @@ def _limited(inner: _Packer, length: Length) -> _Packer:
         lambda value, out: inner.pack(check(value), out),
         lambda source: check(inner.unpack(source)),
     )
+
+
+_schema = Schema(
+    number=_number,
+    scalars=_SCALARS,
+    sequence=_sequence,
+    fixed=_fixed_sequence,
+    mapping=_mapping,
+    named_tuple=_named_tuple,
+    optional=_optional,
+    limited=_limited,
+)

@@ -11,7 +11,8 @@ from pyhv.accel.data import Regs, Sregs
 from pyhv.accel.state import DebugRegs, Events, Irqchip, ProcessorsState, VcpuState
 from pyhv.cpu.table import CpuidTable
 from pyhv.errors import BadInput
-from pyhv.state.codec import U8, U32, U64, Length, record
+from pyhv.state.codec import record
+from pyhv.state.schema import U8, U32, U64, Length
 
 # struct pyhv_cpuid_entry: leaf, subleaf, whether ECX selects it, EAX, EBX, ECX, EDX.
 CpuidEntry = tuple[U32, U32, U8, U32, U32, U32, U32]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pyhv.errors import BadInput
 from pyhv.state import codec
-from pyhv.state.codec import S64, U8, U16, U32, U64, Length, record
+from pyhv.state.codec import record
+from pyhv.state.schema import S64, U8, U16, U32, U64, Length
 
 
 class Part(NamedTuple):

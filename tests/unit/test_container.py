@@ -36,7 +36,8 @@ from pyhv.snapshot import layout, replace
 from pyhv.snapshot.container import Ram, Reader, Writer
 from pyhv.snapshot.layout import CHUNK_SIZE, ENTRY_SIZE, HEADER_SIZE, MEMORY, PAGE_SIZE, RECORD, SUMS, Section
 from pyhv.state import codec
-from pyhv.state.codec import U64, record
+from pyhv.state.codec import record
+from pyhv.state.schema import U64
 
 # More for a long run by hand: the seeds of a failure are hypothesis's own.
 FUZZ_EXAMPLES = int(os.environ.get("PYHV_FUZZ_EXAMPLES", "300"))

@@ -20,8 +20,8 @@ from pyhv.migration import protocol
 from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Type
 from pyhv.migration.source import Limits, Progress
 from pyhv.state import codec
-from pyhv.state.codec import U32, U64, Bits, Length
 from pyhv.state.records import DeviceRecord, MachineRecord, PlatformRecord, VcpuRecord
+from pyhv.state.schema import U32, U64, Bits, Length
 
 # Of the shapes of all that is packed, in protocol version 3.
 PACKED = 0xA09AB54B

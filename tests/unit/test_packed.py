@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from pyhv.errors import BadInput
 from pyhv.state import codec, packed
-from pyhv.state.codec import U8, U16, U32, U64, Length, record
+from pyhv.state.codec import record
 from pyhv.state.records import DeviceRecord, PlatformRecord, VcpuRecord
+from pyhv.state.schema import U8, U16, U32, U64, Length
 
 from .test_codec import SAMPLE, Part, Sample, samples
 
@@ -145,4 +146,4 @@ def test_what_does_not_fit_its_annotation_is_named(change: dict[str, Any], words
 def test_annotations_that_are_not_known() -> None:
     for hint in (float, tuple[float, ...], dict[str, U8], U8 | str):
         with pytest.raises(TypeError, match=r"no type of a record|must be of ints"):
-            packed._packer(hint)
+            packed._schema.of(hint)
