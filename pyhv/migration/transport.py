@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 SCHEMES = "unix:PATH, tcp://HOST:PORT, tls://HOST:PORT, ssh://[USER@]HOST, tty:PATH or fd:IN,OUT"
 
-# Both ends of a connection may have so much on its way; the kernel takes less where net.core.wmem_max is smaller.
-_BUFFER = 4 << 20
-
 # ssh's user and host, and nothing that could be taken for an option.
 _SSH_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_@:[]%")
 
@@ -336,9 +333,6 @@ def _remove_stale(path: str) -> None:
 
 
 def _of_socket(sock: socket.socket, peer: str) -> Channel:
-    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
     return Channel(sock.fileno(), sock.fileno(), peer, sock.close)
 
 
