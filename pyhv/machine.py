@@ -305,8 +305,8 @@ class Machine:
             # The first pages are on their way meanwhile.
             machine.vm.prepare_start()
             few = len(needs.tables) <= _FEW_VCPUS
-            on_pause = _rehearsal(machine.vm, hello.machine) if few else None
-            received = destination.receive(hello, while_waiting, on_pause)
+            on_sync = _rehearsal(machine.vm, hello.machine) if few else lambda: None
+            received = destination.receive(hello, while_waiting, on_sync)
             capture.apply(machine.vm, received.state, where, received.elapsed)
             destination.confirm(while_waiting)
             machine._arrival = destination

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pyhv._native.link import Link, open_zstd
 from pyhv.errors import BadInput, HostError
 from pyhv.migration import protocol
-from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Pause, Ready, Running, Type
+from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Sync, Synced, Type
 from pyhv.state.records import MachineState, VcpuRecord
 
 TYPE_CHECKING = False
@@ -105,12 +105,11 @@ class Destination:
         self,
         hello: Hello,
         while_waiting: Callable[[], None] = lambda: None,
-        on_pause: Callable[[], None] | None = None,
+        on_sync: Callable[[], None] = lambda: None,
     ) -> Received:
-        """All of the guest. while_waiting: is called now and then, and may raise to give up. on_pause: is called when
-        the state is about to come."""
+        """All of the guest. while_waiting: is called now and then, and may raise to give up. on_sync: is called when
+        the state may be about to come."""
         vcpus: list[VcpuRecord] = []
-        paused = False
         limit: float | None = None  # not for the rest of the memory, which takes as long as the link needs
         while True:
             message = self._receive(0.1)
@@ -120,11 +119,10 @@ class Destination:
                     raise self._late("end")
                 continue
             kind, payload = message
-            if not paused:
-                self._take(Pause, kind, payload)
-                paused = True
-                if on_pause is not None:
-                    on_pause()
+            if kind == Type.SYNC and not vcpus:
+                self._take(Sync, kind, payload)
+                self._send(Synced())
+                on_sync()
                 continue
             if kind == Type.VCPU:
                 limit = limit or time.monotonic() + self._silence * _PATIENCE

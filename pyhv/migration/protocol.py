@@ -5,8 +5,9 @@ A migration goes
     source                          destination
     hello                      ->                     what the guest is and needs
                                <-   answer            no reasons: it can run here; else every one against it
-    pages ...                  ->                     rounds of pre-copy, the guest runs
-    pause                      ->                     the guest is about to stand
+    pages ..., sync            ->                     a round of pre-copy, the guest runs
+                               <-   synced            all of it has been taken
+    ...                                               until little enough is left
     pages ..., vcpu ..., end   ->                     the guest stands: what is left of its memory, and its state
                                <-   ready             all has come and is in place
     commit                     ->                     from here on the source never runs it again
@@ -55,16 +56,17 @@ class Type(IntEnum):
     PAGES_ZSTD = 3
     HELLO = 16
     ANSWER = 17
-    PAUSE = 18
-    VCPU = 19
-    END = 20
-    READY = 21
-    COMMIT = 22
-    RUNNING = 23
-    CANCEL = 24
+    SYNC = 18
+    SYNCED = 19
+    VCPU = 20
+    END = 21
+    READY = 22
+    COMMIT = 23
+    RUNNING = 24
+    CANCEL = 25
 
 
-@record("hello", 3)
+@record("hello", 4)
 class Hello(NamedTuple):
     """What the guest is and what it needs of a host. Its version is that of the protocol: of the messages, and of the
     fields of all that is packed."""
@@ -132,9 +134,14 @@ class Answer(NamedTuple):
     """Whether it can decompress pages."""
 
 
-@record("pause", 1)
-class Pause(NamedTuple):
-    """The guest is about to stand, and what comes from now on is not to take long."""
+@record("sync", 1)
+class Sync(NamedTuple):
+    """Asks for a word when all that was sent before has been taken."""
+
+
+@record("synced", 1)
+class Synced(NamedTuple):
+    """It has; the guest may be about to stand."""
 
 
 @record("end", 2)
@@ -202,7 +209,8 @@ KINDS = (
     Kind(Type.PAGES_ZSTD, "source", None),
     Kind(Type.HELLO, "source", Hello),
     Kind(Type.ANSWER, "destination", Answer),
-    Kind(Type.PAUSE, "source", Pause, packed=True),
+    Kind(Type.SYNC, "source", Sync, packed=True),
+    Kind(Type.SYNCED, "destination", Synced, packed=True),
     Kind(Type.VCPU, "source", VcpuRecord, packed=True),
     Kind(Type.END, "source", End, packed=True),
     Kind(Type.READY, "destination", Ready, packed=True),

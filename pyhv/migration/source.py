@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import sys
-import termios
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +10,7 @@ from typing import NamedTuple
 from pyhv._native.link import PAGE_SIZE, Link, PageSet
 from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible
 from pyhv.migration import protocol
-from pyhv.migration.protocol import Answer, Cancel, Commit, Hello, Pause, Ready, Running, Type
+from pyhv.migration.protocol import Answer, Cancel, Commit, Hello, Ready, Running, Sync, Synced, Type
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -163,9 +160,11 @@ class Source:
         self._round = 0
         self._rate = _FIRST_RATE
         self._dirty_rate = 0.0
-        self._out_fd = channel.out_fd
         self._sent_bytes = 0  # of memory
-        self._began = 0.0
+        self._began = 0.0  # pre-copy
+        self._since = 0.0  # this round
+        self._sent_for = 0.0  # seconds, in the rounds before
+        self._asked = False  # a synced is due
         self._committed = False
 
     def run(self) -> Summary:
@@ -235,7 +234,7 @@ class Source:
         limit = self._limits.silence * _PATIENCE if limit is None else limit
         deadline = time.monotonic() + limit
         while True:
-            found = self._link.receive(min(max(deadline - time.monotonic(), 0), _LOOK))
+            found = self._hear(min(max(deadline - time.monotonic(), 0), _LOOK))
             if found is not None:
                 return self._take(cls, *found)
             if time.monotonic() >= deadline:
@@ -244,6 +243,22 @@ class Source:
             if not self._committed:
                 self._check_guest()
                 self._tell(0, 0)
+
+    def _hear(self, timeout: float) -> tuple[int, bytes] | None:
+        """What the other side says within so many seconds, but for a synced that is due: that may come when nobody
+        waits for it any more."""
+        found = self._link.receive(timeout)
+        if found is None or not self._asked or found[0] != Type.SYNCED:
+            return found
+        protocol.decode(Synced, found[1])
+        self._asked = False
+        return None
+
+    def _listen(self, timeout: float) -> None:
+        """Takes what the other side says where nothing is due: that it gives up, at the most."""
+        found = self._hear(timeout)
+        if found is not None:
+            self._take(None, *found)
 
     def _take(self, cls: type[protocol.R] | None, kind: int, payload: bytes) -> protocol.R:
         wanted = protocol.name_of(cls) if cls else "nothing"
@@ -270,29 +285,24 @@ class Source:
         vm.log_dirty(True)
         pages.add_content(ram)
         self._sending = self._link.sending(ram, pages, _ZSTD_LEVEL if limits.compress else 0)
-        begin = self._began = time.monotonic()
+        self._began = time.monotonic()
         while True:
             self._round += 1
-            since = time.monotonic()
-            self._send_round(pages, begin)
-            left = self._look(pages, since)
-            if self._downtime(left) > limits.downtime:
-                self._drain(begin)
-                left = self._look(pages, since)  # the guest went on writing
-            if self._downtime(left) <= limits.downtime and self._round >= limits.least_rounds:
+            settled = self._send_round(pages)
+            left = self._look(pages)
+            if settled and self._downtime(left) <= limits.downtime and self._round >= limits.least_rounds:
                 if self._may_stop():
                     return
                 self._wait_for_leave()
-                self._look(pages, since)
+                self._look(pages)
                 continue  # with what it has written meanwhile
-            if self._is_late(begin) or self._round >= max(limits.rounds, limits.least_rounds):
+            if self._is_late() or self._round >= max(limits.rounds, limits.least_rounds):
                 if limits.on_timeout == "stop":
                     return
                 raise self._no_end(left)
 
     def _stop(self) -> int:
         """Stops the VM and sends the rest of its memory. Returns the CLOCK_MONOTONIC in ns of its last instruction."""
-        self._send(Pause())
         stopped = time.monotonic_ns()
         self._vm.pause()
         self._check_guest()
@@ -307,12 +317,12 @@ class Source:
             self._rest(time.monotonic() + _LEAVE_CHECK)
             self._check_guest()
 
-    def _look(self, pages: PageSet, since: float) -> int:
-        """Adds what the guest has written; how many bytes are to be sent now. since: when this round began."""
+    def _look(self, pages: PageSet) -> int:
+        """Adds what the guest has written since this round began; how many bytes are to be sent now."""
         self._vm.take_dirty(pages)
         self._check_guest()
         left = len(pages) * PAGE_SIZE
-        self._dirty_rate = left / max(time.monotonic() - since, 1e-6)
+        self._dirty_rate = left / max(time.monotonic() - self._since, 1e-6)
         return left
 
     def _no_end(self, left: int) -> BadInput:
@@ -325,55 +335,57 @@ class Source:
         )
 
     def _downtime(self, left: int) -> float:
-        return (left + self._on_its_way()) / self._rate + _FIXED_DOWNTIME
-
-    def _on_its_way(self) -> float:
-        """Bytes of memory that the link's buffers have swallowed and the other side has not taken yet."""
-        try:
-            waiting = int.from_bytes(fcntl.ioctl(self._out_fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-        except OSError:  # a pipe
-            waiting = 0
-        return waiting * self._sent_bytes / max(self._sending.bytes, 1) if self._sent_bytes else 0.0
+        return left / self._rate + _FIXED_DOWNTIME
 
     def _measure(self) -> None:
-        took = time.monotonic() - self._began
+        took = self._sent_for + time.monotonic() - self._since
         if took > 0.001:
-            self._rate = max((self._sent_bytes - self._on_its_way()) / took, 1.0)
+            self._rate = max(self._sent_bytes / took, 1.0)
 
-    def _drain(self, begin: float) -> None:
-        """Waits until the other side has taken all that is on its way: then the rate is known."""
-        while self._on_its_way() and not self._is_late(begin):
-            self._rest(time.monotonic() + _LEAVE_CHECK)
-            self._measure()
-            self._check_guest()
+    def _is_late(self) -> bool:
+        return self._limits.timeout > 0 and time.monotonic() - self._began > self._limits.timeout
 
-    def _is_late(self, begin: float) -> bool:
-        return self._limits.timeout > 0 and time.monotonic() - begin > self._limits.timeout
-
-    def _send_round(self, pages: PageSet, begin: float) -> None:
-        """Sends the pages, until the time for all of pre-copy is over."""
+    def _send_round(self, pages: PageSet) -> bool:
+        """Sends the pages, until the time for all of pre-copy is over; whether the other side has taken all."""
         total = len(pages) * PAGE_SIZE
         limits, sending = self._limits, self._sending
+        self._since = time.monotonic()
         sending.next = 0
         sending.max_ms = _SLICE_MS
         sending.max_bytes = max(int(limits.bandwidth * _SLICE_MS / 1000), 1) if limits.bandwidth else 0
         done = False
-        while not done and not self._is_late(begin):
+        while not done and not self._is_late():
             since, sent = time.monotonic(), sending.bytes
             done = self._send_some()
             self._check_guest()
             self._tell(total, len(pages) * PAGE_SIZE)
             until = since + (sending.bytes - sent) / limits.bandwidth if limits.bandwidth else 0.0
-            while time.monotonic() < until and not self._is_late(begin):
+            while time.monotonic() < until and not self._is_late():
                 self._rest(min(until, time.monotonic() + _LOOK))
                 self._check_guest()
                 self._tell(total, len(pages) * PAGE_SIZE)
+        settled = done and self._settle(total)
+        self._sent_for += time.monotonic() - self._since
+        return settled
+
+    def _settle(self, total: int) -> bool:
+        """Waits until the other side has taken all that was sent: then it is known how quickly it does, and nothing
+        lies between the two when the guest has to stand."""
+        self._asked = True
+        self._send(Sync())
+        while self._asked and not self._is_late():
+            self._listen(_LOOK)
+            self._check_guest()
+            self._tell(total, 0)
+        self._measure()
+        return not self._asked
 
     def _send_all(self, pages: PageSet) -> None:
         """The rest, with the guest standing and without a limit."""
         sending = self._sending
         sending.next = sending.max_bytes = 0
         sending.max_ms = _SLICE_MS
+        self._since = time.monotonic()
         while not self._send_some():
             self._tell(0, len(pages) * PAGE_SIZE)
 
@@ -384,17 +396,13 @@ class Source:
         done = self._link.send_pages(sending)
         self._sent_bytes += (sending.pages + sending.zero_pages - before) * PAGE_SIZE
         self._measure()
-        found = self._link.receive(0)
-        if found is not None:
-            self._take(None, *found)
+        self._listen(0)
         return done
 
     def _rest(self, until: float) -> None:
         """Waits for the bandwidth limit, and listens."""
         while (left := until - time.monotonic()) > 0:
-            found = self._link.receive(min(left, 0.1))
-            if found is not None:
-                self._take(None, *found)
+            self._listen(min(left, _LOOK))
 
     def _tell(self, total: int, left: int) -> None:
         counters = self._link.counters()

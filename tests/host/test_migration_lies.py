@@ -24,7 +24,7 @@ from pyhv.accel import choose
 from pyhv.errors import PyhvError
 from pyhv.migration import destination, protocol, source
 from pyhv.migration.destination import Destination
-from pyhv.migration.protocol import Answer, Cancel, End, Ready, Running, Type
+from pyhv.migration.protocol import Answer, Cancel, End, Ready, Running, Sync, Synced, Type
 from pyhv.migration.transport import Channel
 from pyhv.state import codec
 from pyhv.state.records import VcpuRecord
@@ -118,8 +118,9 @@ def greeted(then: Lie) -> Lie:
 
 def all_taken(then: Lie) -> Lie:
     def lie(speaker: Speaker) -> None:
-        while speaker.hear().kind != Type.END:
-            pass
+        while (kind := speaker.hear().kind) != Type.END:
+            if kind == Type.SYNC:
+                speaker.say(*protocol.encode(Synced()))
         then(speaker)
 
     return greeted(lie)
@@ -172,6 +173,7 @@ RECEIVERS: dict[str, tuple[Lie, str]] = {
     "heartbeats without end": (chatter, "no answer within"),
     "ready at once": (say(Ready()), "a message ready came where answer was due"),
     "ready before the end": (greeted(say(Ready())), "a message ready came where nothing was due"),
+    "synced too often": (greeted(say(Synced(), Synced())), "a message synced came where nothing was due"),
     "ready twice": (all_taken(say(Ready(), Ready())), "HandoverUnknown"),
     "never ready, but alive": (all_taken(stay_alive), "no ready within"),
     "never ready": (all_taken(wait), "nothing came from the other side for"),
@@ -208,8 +210,8 @@ def test_a_receiver_that_lies(name: str) -> None:
             Channel(ours.fileno(), ours.fileno(), "the other side", ours.close) as channel,
             pytest.raises(PyhvError) as caught,
         ):
-            # What comes before the end of pre-copy is found before it, however quick that is.
-            machine.depart(channel, limits=LIMITS, may_stop=lambda: name != "running at once")
+            # What comes too early is found before the end of pre-copy, however quick that is.
+            machine.depart(channel, limits=LIMITS, may_stop=lambda: name != "synced too often")
         thread.join(TIMEOUT)
         said = f"{type(caught.value).__name__}: {caught.value}"
         assert re.search(words, said), said
@@ -250,6 +252,46 @@ def test_a_receiver_that_is_slow() -> None:
         assert machine.vm.running
         wait_for_rounds(machine)
         thread.join(TIMEOUT)
+
+
+@pytest.mark.parametrize(
+    ("on_timeout", "words"), [("cancel", "writes its memory too fast to be migrated"), ("stop", "no ready within")]
+)
+def test_a_receiver_that_never_says_what_it_has_taken(on_timeout: str, words: str) -> None:
+    ours, theirs = socket.socketpair()
+    with running() as machine:
+        thread = in_background(theirs, greeted(stay_alive))
+        with (
+            Channel(ours.fileno(), ours.fileno(), "the other side", ours.close) as channel,
+            pytest.raises(PyhvError, match=words),
+        ):
+            machine.depart(channel, limits=LIMITS._replace(timeout=0.5, on_timeout=on_timeout))
+        thread.join(TIMEOUT)
+        assert machine.vm.running
+        wait_for_rounds(machine)
+
+
+def test_a_receiver_that_says_too_late_what_it_has_taken() -> None:
+    """When the guest stands already, for pre-copy's time was over: it is taken nevertheless."""
+
+    def lie(speaker: Speaker) -> None:
+        late = False
+        while (kind := speaker.hear().kind) != Type.END:
+            late |= kind == Type.SYNC
+        assert late
+        for message in (Synced(), Ready()):
+            speaker.say(*protocol.encode(message))
+        assert speaker.hear().kind == Type.COMMIT
+        speaker.say(*protocol.encode(RUNNING))
+        wait(speaker)
+
+    ours, theirs = socket.socketpair()
+    with running() as machine:
+        thread = in_background(theirs, greeted(lie))
+        with Channel(ours.fileno(), ours.fileno(), "the other side", ours.close) as channel:
+            machine.depart(channel, limits=LIMITS._replace(timeout=0.3, on_timeout="stop"))
+        thread.join(TIMEOUT)
+        assert not machine.vm.running and machine.handed_over
 
 
 def test_a_receiver_without_memory() -> None:
@@ -396,7 +438,7 @@ def changed_page(*then: tuple[int, bytes], zeros: int = 0) -> Callable[[Messages
 
 SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "hello of another version": (
-        lambda m: [(m[0][0], m[0][1].replace(b'"version":3}', b'"version":9}')), *m[1:]], "version 9 of this record",
+        lambda m: [(m[0][0], m[0][1].replace(b'"version":4}', b'"version":9}')), *m[1:]], "version 9 of this record",
     ),
     "hello of another vendor": (hello_with(tables=other_vendor), "vendor"),
     "tables that make no sense": (hello_with(tables=lambda t: [[[1, 0, 0, 0, 0, 0, 0]]]), ""),
@@ -413,7 +455,7 @@ SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "an endless silence": (hello_with(silence=4_000_000_000), "has the time limits"),
     "MSRs that nobody has": (hello_with(msrs=[1, 2, 0x12345678]), "MSR"),
     "pages at once": (lambda m: [(Type.PAGES, PAGE), *m], "pages were not expected"),
-    "hello twice": (lambda m: [m[0], *m], "a message hello came where pause was due"),
+    "hello twice": (lambda m: [m[0], *m], "a message hello came where end was due"),
     "no hello": (lambda m: without(Type.PAGES)(m[1:]), "came where hello was due"),
     "pages beyond the RAM": (insert(Type.VCPU, (Type.PAGES, pages([(1 << 39, 1, True)]))), "of 768"),
     "one page beyond the RAM": (insert(Type.VCPU, (Type.PAGES, pages([(767, 2, True)]))), "of 768"),
@@ -432,8 +474,8 @@ SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "a page more than was counted": (insert(Type.END, (Type.PAGES, PAGE)), "pages, .* were sent, .* came"),
     "pages of zeros that did not come": (end_with(zero_pages=lambda n: n + 1), "were sent, .* came"),
     "vCPUs that did not come": (end_with(vcpus=lambda n: n + 1), "were sent, .* came"),
-    "a vCPU of a guest that runs": (without(Type.PAUSE), "a message vcpu came where pause was due"),
-    "pause twice": (repeat(Type.PAUSE, 2), "a message pause came where end was due"),
+    "a sync after the guest's memory": (insert(Type.END, protocol.encode(Sync())), "a message sync came where end was"),
+    "a sync with a payload": (insert(Type.VCPU, (Type.SYNC, b"x")), "message sync: has 1 bytes too many"),
     "no vCPUs": (lambda m: end_with(vcpus=lambda n: 0)(without(Type.VCPU)(m)), "came after 0 vCPUs of 1"),
     "a vCPU more than announced": (
         lambda m: end_with(vcpus=lambda n: n + 1)(repeat(Type.VCPU, 2)(m)), "once more than the 1 times that message",
@@ -516,7 +558,7 @@ def test_a_source_that_says_nothing_but_is_alive(recorded: list[Frame], until: i
 def test_the_rest_of_the_memory_may_take_long(recorded: list[Frame]) -> None:
     """As it does with --on-timeout stop: longer than a source that has the guest's state to send may take."""
     messages = [(frame.kind, frame.payload) for frame in recorded]
-    paused = next(i for i, (kind, _) in enumerate(messages) if kind == Type.PAUSE) + 1
+    paused = next(i for i, (kind, _) in enumerate(messages) if kind == Type.SYNC) + 1
 
     def more(speaker: Speaker) -> None:
         end = time.monotonic() + LIMITS.silence * (PATIENCE + 1)
