@@ -19,7 +19,7 @@ from pyhv.control import names
 from pyhv.control.client import Client
 from pyhv.errors import BadInput, HandoverUnknown, HostError
 from pyhv.migration import protocol
-from pyhv.migration.protocol import Answer, Ready, Type
+from pyhv.migration.protocol import Answer, Ready, Synced, Type
 
 from .cli import COMMAND, IN_THE_LAB, LAB_REASON, TIMEOUT, Terminal, call, environment
 from .frames import Speaker
@@ -285,8 +285,9 @@ def test_after_a_commit_without_an_answer_only_force_lets_it_run(tmp_path: Path)
             speaker = Speaker(sock)
             assert speaker.hear().kind == Type.HELLO
             speaker.say(*protocol.encode(Answer((), False)))
-            while speaker.hear().kind != Type.END:
-                pass
+            while (kind := speaker.hear().kind) != Type.END:
+                if kind == Type.SYNC:
+                    speaker.say(*protocol.encode(Synced()))
             speaker.say(*protocol.encode(Ready()))
             assert speaker.hear().kind == Type.COMMIT
 
