@@ -143,10 +143,11 @@ class _Player:
             else:
                 here = f"{scheme}://0.0.0.0:{PORT}"
                 there = f"{scheme}://{to_node.host.address}:{PORT}"
+            to_node.ask("listen", uri=here)
+            # Not before that, which takes an Intel host seconds: their clocks go as quickly as they are emulated.
             ahead = int(AHEAD * 1e9)
             from_node.ask("set_clock", clock=time.time_ns())
             to_node.ask("set_clock", clock=time.time_ns() + ahead)
-            to_node.ask("listen", uri=here)
             to_node.order("receive", lines=2)
             sent = from_node.ask("migrate", uri=there, limits=LIMITS[vendor(source)])
             return Hop(source, target, scheme, sent, to_node.answer())
