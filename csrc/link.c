@@ -262,7 +262,8 @@ static ssize_t write_pieces(struct pyhv_link *link)
     }
     size_t count = by_reference ? 1 : pieces->count - pieces->next;
     struct msghdr message = {.msg_iov = pieces->at + pieces->next, .msg_iovlen = count};
-    return link->out_is_socket ? sendmsg(link->out_fd, &message, MSG_NOSIGNAL)
+    int flags = MSG_NOSIGNAL | (out->more ? MSG_MORE : 0);
+    return link->out_is_socket ? sendmsg(link->out_fd, &message, flags)
                                : writev(link->out_fd, message.msg_iov, (int)count);
 }
 
@@ -512,7 +513,7 @@ int link_wait(struct pyhv_link *link, int what, uint64_t deadline, struct pyhv_e
 
 /* ---------------------------------------------------------------------------------------------- messages -- */
 
-static int send_message(struct pyhv_link *link, uint32_t type, const void *payload, size_t length,
+static int send_message(struct pyhv_link *link, uint32_t type, const void *payload, size_t length, int more,
                         struct pyhv_error *error)
 {
     if (link_wait(link, LINK_SENT, UINT64_MAX, error) < 0) /* what an earlier call left */
@@ -520,15 +521,19 @@ static int send_message(struct pyhv_link *link, uint32_t type, const void *paylo
     if (length)
         memcpy(link->out.buffer + LINK_HEADER, payload, length);
     link_seal(link, type, LINK_HEADER, length, 0);
-    return link_wait(link, LINK_SENT, UINT64_MAX, error) < 0 ? -1 : 0;
+    link->out.more = more != 0;
+    int result = link_wait(link, LINK_SENT, UINT64_MAX, error);
+    link->out.more = false;
+    return result < 0 ? -1 : 0;
 }
 
-int pyhv_link_send(struct pyhv_link *link, uint32_t type, const void *payload, size_t length, struct pyhv_error *error)
+int pyhv_link_send(struct pyhv_link *link, uint32_t type, const void *payload, size_t length, int more,
+                   struct pyhv_error *error)
 {
     if (type <= PYHV_MESSAGE_PAGES_ZSTD || length > PYHV_MESSAGE_MAX)
         return pyhv_fail(error, EINVAL, "pyhv_link_send", "%zu bytes, type %u", length, type);
     link_enter(link);
-    return link_leave(link, send_message(link, type, payload, length, error));
+    return link_leave(link, send_message(link, type, payload, length, more, error));
 }
 
 static int receive(struct pyhv_link *link, struct pyhv_landing *landing, uint64_t deadline,

@@ -33,6 +33,7 @@ struct link_pieces {
 struct link_out {
     uint8_t *buffer;           /* LINK_FRONT + PYHV_MESSAGE_MAX bytes */
     struct link_pieces pieces; /* what is to be sent: a message in the buffer, and behind it content of pages */
+    bool more;                 /* another message follows at once: TCP may wait for it */
     bool by_reference;         /* the content may be read as late as the other side reads it */
     int pipe[2];               /* for that; -1 where it is not possible */
     size_t piped;              /* so much of the content is in it */

@@ -304,8 +304,10 @@ void pyhv_link_cancel(struct pyhv_link *link);
 /* Changes the times, which count from now. */
 void pyhv_link_set_times(struct pyhv_link *link, uint32_t heartbeat_ms, uint32_t silence_ms);
 
-/* Sends a message of at most PYHV_MESSAGE_MAX bytes, of none of the types above. Call without the GIL. */
-int pyhv_link_send(struct pyhv_link *link, uint32_t type, const void *payload, size_t length, struct pyhv_error *error);
+/* Sends a message of at most PYHV_MESSAGE_MAX bytes, of none of the types above. `more`: another follows at once, and the
+ * two may go together. Call without the GIL. */
+int pyhv_link_send(struct pyhv_link *link, uint32_t type, const void *payload, size_t length, int more,
+                   struct pyhv_error *error);
 
 struct pyhv_message {
     uint32_t type;
@@ -541,8 +543,9 @@ int pyhv_vcpu_set_mp_state(struct pyhv_vcpu *vcpu, uint32_t state, struct pyhv_e
 int pyhv_vcpu_get_xcr0(struct pyhv_vcpu *vcpu, uint64_t *value, struct pyhv_error *error);
 int pyhv_vcpu_set_xcr0(struct pyhv_vcpu *vcpu, uint64_t value, struct pyhv_error *error);
 
-/* The XSAVE area in its standard format: legacy region, header, components. Returns the bytes written; their number is
- * the VM's (KVM_CAP_XSAVE2) and at most PYHV_XSAVE_MAX. To write, the area may be shorter: what is missing is zero. */
+/* The XSAVE area in its standard format: legacy region, header, components. There is room for as many bytes as the VM's
+ * has (KVM_CAP_XSAVE2), at most PYHV_XSAVE_MAX. Returns how many there are before all that is zero, at least those of
+ * region and header. To write, the area may be shorter: what is missing is zero. */
 #define PYHV_XSAVE_MAX 16384
 int64_t pyhv_vcpu_get_xsave(struct pyhv_vcpu *vcpu, uint8_t *area, size_t capacity, struct pyhv_error *error);
 int pyhv_vcpu_set_xsave(struct pyhv_vcpu *vcpu, const uint8_t *area, size_t size, struct pyhv_error *error);

@@ -300,14 +300,14 @@ class Machine:
                 destination.refuse([str(error)])
                 raise
             protocol.warm_up()
-            machine._rehearse(hello.machine)
+            machine._rehearse()
             destination.accept(hello, memory.ram)
             # The first pages are on their way meanwhile.
             machine.vm.prepare_start()
             few = len(needs.tables) <= _FEW_VCPUS
-            on_sync = _rehearsal(machine.vm, hello.machine) if few else lambda: None
+            on_sync = _rehearsal(machine.vm) if few else lambda: None
             received = destination.receive(hello, while_waiting, on_sync)
-            capture.apply(machine.vm, received.state, where, received.elapsed)
+            capture.apply_raw(machine.vm, received.state, where, received.elapsed)
             destination.confirm(while_waiting)
             machine._arrival = destination
             return machine
@@ -321,11 +321,11 @@ class Machine:
     def prepare_arrival(cls, accel: str = "auto") -> None:
         """Does what arrive() needs and can be done while nobody has come yet. Raises what Machine() raises."""
         with cls("hello", accel=accel, memory=MIN_MEMORY) as machine:
-            machine._rehearse(machine._record())
+            machine._rehearse()
         choose.look_ahead(accel)
         choose.open_accelerator(accel).prepare()
 
-    def _rehearse(self, record: MachineRecord) -> None:
+    def _rehearse(self) -> None:
         """Moves the state of a VM made for that, like this one but small, all the way from it and back, in the life of
         the process once: the first time takes ten times as long, the first times (Python then knows which types there
         are) half as long again, and a guest would stand and wait."""
@@ -345,7 +345,7 @@ class Machine:
         vm = Vm(accelerator, memory, devices, self.vm.tables[:1], irqchip=self.vm.irqchip, quick=True)
         try:
             for _ in range(_REHEARSALS):
-                _rehearsal(vm, record)()
+                _rehearsal(vm)()
         finally:
             vm.close()
 
@@ -401,14 +401,14 @@ class Machine:
         limits = limits or source.Limits()
         record = self._record()
         host = self.choice.accelerator.describe()
-        self._rehearse(record)
+        self._rehearse()
         hello = protocol.hello(self.vm, record, host, limits.heartbeat, limits.silence)
         hello = hello._replace(name=name, strict_tsc=strict_tsc, zstd=limits.compress)
 
         def commit() -> None:
             self.handed_over = channel.peer
 
-        outgoing = source.Outgoing(self.vm, hello, lambda: capture.capture(self.vm, record), commit)
+        outgoing = source.Outgoing(self.vm, hello, lambda: capture.capture_raw(self.vm), commit)
         return source.Source(outgoing, channel, limits, progress, may_stop).run()
 
     def save(self, path: str, progress: Callable[[int, int], None] | None = None) -> None:
@@ -610,18 +610,19 @@ class Machine:
         self.close()
 
 
-def _rehearsal(vm: Vm, record: MachineRecord) -> Callable[[], None]:
+def _rehearsal(vm: Vm) -> Callable[[], None]:
     """Takes the state of a VM that has never run, and returns what puts it back from the bytes of its messages."""
     from pyhv.migration import protocol
     from pyhv.state import capture
 
-    state = capture.capture(vm, record)
-    messages = [(type(m), protocol.encode(m)[1]) for m in (*state.vcpus, protocol.end(state, 0, 0, 0))]
+    state = capture.capture_raw(vm)
+    vcpus, end = protocol.parts(state, 0, 0, 0)
+    messages = [(type(message), protocol.encode(message)[1]) for message in (*vcpus, end)]
 
     def arrive() -> None:
         for cls, payload in messages:
             protocol.decode(cls, payload)
-        capture.apply(vm, state, "")
+        capture.apply_raw(vm, state, "")
 
     return arrive
 

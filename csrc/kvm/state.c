@@ -368,6 +368,8 @@ int pyhv_vcpu_set_xcr0(struct pyhv_vcpu *vcpu, uint64_t value, struct pyhv_error
     return 0;
 }
 
+#define XSAVE_HEADER_END 576 /* SDM Vol. 1, "XSAVE Area": the legacy region and the header are always there */
+
 /* Bytes of the VM's XSAVE area: 4096, more where guests may use more (KVM_CAP_XSAVE2's value). */
 static size_t xsave_size(const struct pyhv_vcpu *vcpu)
 {
@@ -385,6 +387,11 @@ int64_t pyhv_vcpu_get_xsave(struct pyhv_vcpu *vcpu, uint8_t *area, size_t capaci
             return pyhv_fail_errno(error, "KVM_GET_XSAVE2");
     } else if (ioctl(vcpu->fd, KVM_GET_XSAVE, area) < 0) {
         return pyhv_fail_errno(error, "KVM_GET_XSAVE");
+    }
+    for (uint64_t last = 0; size > XSAVE_HEADER_END; size -= sizeof last) {
+        memcpy(&last, area + size - sizeof last, sizeof last);
+        if (last)
+            break;
     }
     return (int64_t)size;
 }
@@ -533,8 +540,7 @@ static struct pyhv_pit_channel pit_from_kvm(const struct kvm_pit_channel_state *
         .rw_mode = from->rw_mode,
         .mode = from->mode,
         .bcd = from->bcd,
-        .gate = from->gate,
-        .count_load_time = from->count_load_time,
+        .gate = from->gate, /* but not count_load_time: see struct pyhv_pit_channel */
     };
 }
 
@@ -553,7 +559,6 @@ static struct kvm_pit_channel_state pit_to_kvm(const struct pyhv_pit_channel *fr
         .mode = from->mode,
         .bcd = from->bcd,
         .gate = from->gate,
-        .count_load_time = from->count_load_time,
     };
 }
 

@@ -60,10 +60,10 @@ class Link:
         times = _times(heartbeat, silence)
         lib.pyhv_link_set_times(self._link, times["heartbeat_ms"], times["silence_ms"])
 
-    def send(self, kind: int, payload: bytes = b"") -> None:
-        """Sends a message, however long that takes."""
+    def send(self, kind: int, payload: bytes = b"", more: bool = False) -> None:
+        """Sends a message, however long that takes. more: another follows at once, and the two may go together."""
         error = new_error()
-        check(lib.pyhv_link_send(self._link, kind, payload, len(payload), error), error)
+        check(lib.pyhv_link_send(self._link, kind, payload, len(payload), more, error), error)
 
     def send_last(self, kind: int, payload: bytes, within: float) -> None:
         """Sends a message after which nothing comes, if the other side takes it within so many seconds; if not, or if

@@ -19,7 +19,7 @@ from pyhv.errors import NotAvailable
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyhv.accel.protocol import AccelVcpu, AccelVm
-    from pyhv.accel.state import ProcessorsState
+    from pyhv.accel.state import RawState
     from pyhv.cpu.host import HostDescription
     from pyhv.cpu.table import CpuidTable
 
@@ -55,7 +55,7 @@ class EmulatorVcpu:
     def __init__(self, vm: EmulatorVm, index: int, tsc_khz: int) -> None:
         self.index = index
         error = new_error()
-        self.msrs: tuple[int, ...] = ()
+        self.msrs: Any = None
         """Those of its state; emulator_state.py looks them up once."""
         self.handle: Any = check(lib.pyhv_emulator_vcpu_create(vm.handle, index, tsc_khz, error), error)
         self._exit: Any = ffi.new("struct pyhv_exit *")
@@ -154,15 +154,17 @@ class EmulatorVm:
 
         emulator_state.warm_up(cast("Sequence[EmulatorVcpu]", vcpus), tables)
 
-    def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
+    def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> RawState:
         from pyhv.accel import emulator_state
 
         return emulator_state.capture(self, cast("Sequence[EmulatorVcpu]", vcpus), tables)
 
-    def apply(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable], state: ProcessorsState) -> None:
+    def apply(
+        self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable], state: RawState, elapsed: int
+    ) -> None:
         from pyhv.accel import emulator_state
 
-        emulator_state.apply(self, cast("Sequence[EmulatorVcpu]", vcpus), state)
+        emulator_state.apply(self, cast("Sequence[EmulatorVcpu]", vcpus), state, elapsed)
 
     def close(self) -> None:
         lib.pyhv_emulator_vm_destroy(self.handle)

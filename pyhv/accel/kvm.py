@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pyhv.accel.kvm_state import Shown
     from pyhv.accel.protocol import AccelVcpu
-    from pyhv.accel.state import ProcessorsState
+    from pyhv.accel.state import RawState
     from pyhv.cpu.host import HostDescription
     from pyhv.cpu.table import CpuidTable
 
@@ -165,15 +165,17 @@ class KvmVm:
 
         kvm_state.warm_up(vcpus, tables)  # type: ignore[arg-type]  # they are this VM's
 
-    def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
+    def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> RawState:
         from pyhv.accel import kvm_state
 
         return kvm_state.capture(self, vcpus, tables)  # type: ignore[arg-type]  # they are this VM's
 
-    def apply(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable], state: ProcessorsState) -> None:
+    def apply(
+        self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable], state: RawState, elapsed: int
+    ) -> None:
         from pyhv.accel import kvm_state
 
-        kvm_state.apply(self, vcpus, tables, state)  # type: ignore[arg-type]
+        kvm_state.apply(self, vcpus, tables, state, elapsed)  # type: ignore[arg-type]
 
     def close(self) -> None:
         lib.pyhv_vm_destroy(self.handle)

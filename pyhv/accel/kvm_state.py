@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 from pyhv._native import check, ffi, lib, new_error
 from pyhv.accel import structs
-from pyhv.accel.state import DebugRegs, Events, Irqchip, ProcessorsState, VcpuState
+from pyhv.accel.state import RawState, RawVcpu
 from pyhv.cpu import msrs
 from pyhv.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pyhv.accel.kvm import KvmVcpu, KvmVm
     from pyhv.cpu.table import CpuidTable
 
@@ -29,16 +31,21 @@ _LAPIC_SIZE = 1024  # PYHV_LAPIC_SIZE
 _XSTATE_BV = slice(512, 520)
 _LEGACY_COMPONENTS = 3
 
-# Written apart from the others: see _apply_tsc() and apply().
-_TIME_MSRS = (msrs.IA32_TSC, msrs.IA32_TSC_DEADLINE)
-
 
 class Shown(NamedTuple):
     """What a guest can have, by its CPUID table."""
 
-    msrs: tuple[int, ...]
+    indices: Any
+    """Of MSRs (uint32_t[]), in ascending order."""
+    tsc: int | None
+    """Where among them IA32_TSC is."""
     components: int
     """Those of the XSAVE area, a bit each."""
+
+    @classmethod
+    def of(cls, indices: Sequence[int], components: int) -> Shown:
+        tsc = indices.index(msrs.IA32_TSC) if msrs.IA32_TSC in indices else None
+        return cls(ffi.new("uint32_t[]", indices), tsc, components)
 
 
 def warm_up(vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable]) -> None:
@@ -50,63 +57,89 @@ def warm_up(vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable]) -> None:
 def _shown(vcpu: KvmVcpu, table: CpuidTable) -> Shown:
     if vcpu.shown is None:
         components = table.xcr0_mask | table.xss_mask | _LEGACY_COMPONENTS
-        vcpu.shown = Shown(msrs.granted(table), components)
+        vcpu.shown = Shown.of(msrs.granted(table), components)
     return vcpu.shown
 
 
-def capture(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
+def capture(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable]) -> RawState:
     """The state of a VM whose vCPUs all stand. tables: what their CPUID answers. Raises HostError."""
     error = new_error()
     clock = ffi.new("struct pyhv_clock *")
     check(lib.pyhv_vm_get_clock(vm.handle, clock, error), error)
     # At once: both go on while the rest is taken.
-    tsc = read_msrs(vcpus[0], [msrs.IA32_TSC]).get(msrs.IA32_TSC)
-    states = [_capture_vcpu(vm, vcpu, table) for vcpu, table in zip(vcpus, tables, strict=True)]
-    return ProcessorsState(_same_moment(vcpus, states, tsc), _capture_irqchip(vm), clock.ns, vcpus[0].read_tsc_khz())
+    counters = _counters(vcpus)
+    states = tuple(
+        _capture_vcpu(vm, vcpu, table, counter) for vcpu, table, counter in zip(vcpus, tables, counters, strict=True)
+    )
+    return RawState(states, _capture_irqchip(vm), vm.pit, clock.ns, vcpus[0].read_tsc_khz())
 
 
-def _capture_vcpu(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable) -> VcpuState:
+def _capture_vcpu(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable, counter: int | None) -> RawVcpu:
     handle, error = vcpu.handle, new_error()
-    shown = _shown(vcpu, table)
     # First: the call itself settles INIT and SIPI that are pending, which changes registers and events.
     mp_state = check(lib.pyhv_vcpu_get_mp_state(handle, error), error)
-    regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+    regs, sregs = ffi.new("struct pyhv_regs *"), ffi.new("struct pyhv_sregs *")
+    check(lib.pyhv_vcpu_get_regs(handle, regs, error), error)
+    check(lib.pyhv_vcpu_get_sregs(handle, sregs, error), error)
     xcr0 = ffi.new("uint64_t *")
     check(lib.pyhv_vcpu_get_xcr0(handle, xcr0, error), error)
     area = ffi.new("uint8_t[]", _XSAVE_MAX)
     size = check(lib.pyhv_vcpu_get_xsave(handle, area, _XSAVE_MAX, error), error)
-    lapic = ffi.new("uint8_t[]", _LAPIC_SIZE)
+    lapic = b""
     if vm.irqchip:
-        check(lib.pyhv_vcpu_get_lapic(handle, lapic, error), error)
+        page = ffi.new("uint8_t[]", _LAPIC_SIZE)
+        check(lib.pyhv_vcpu_get_lapic(handle, page, error), error)
+        lapic = structs.to_bytes(page)
     debugregs = ffi.new("struct pyhv_debugregs *")
     check(lib.pyhv_vcpu_get_debugregs(handle, debugregs, error), error)
-    values = read_msrs(vcpu, shown.msrs)
+    shown, values = _read_shown(vcpu, table)
+    if counter is not None and shown.tsc is not None:
+        values[shown.tsc] = counter
     # Last: what the calls before have settled or injected is in there.
     events = ffi.new("struct pyhv_events *")
     check(lib.pyhv_vcpu_get_events(handle, events, error), error)
-    return VcpuState(
-        vcpu=vcpu.index,
-        regs=regs,
-        sregs=sregs,
-        xcr0=xcr0[0],
-        xsave=_shown_components(bytes(ffi.buffer(area, size)), shown).rstrip(b"\0"),
-        msrs=values,
-        lapic=bytes(ffi.buffer(lapic)) if vm.irqchip else b"",
-        events=structs.record(Events, events),
-        debugregs=DebugRegs(tuple(debugregs.db), debugregs.dr6, debugregs.dr7),
-        mp_state=mp_state,
+    return RawVcpu(
+        structs.to_bytes(regs),
+        structs.to_bytes(sregs),
+        structs.to_bytes(events),
+        structs.to_bytes(debugregs),
+        xcr0[0],
+        mp_state,
+        structs.to_bytes(shown.indices),
+        structs.to_bytes(values),
+        lapic,
+        _shown_components(ffi.buffer(area, size)[:], shown),
     )
 
 
-def apply(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable], state: ProcessorsState) -> None:
+def _read_shown(vcpu: KvmVcpu, table: CpuidTable) -> tuple[Shown, Any]:
+    """Those of the MSRs which the guest can have that this KVM has, and their values (uint64_t[])."""
+    error = new_error()
+    while True:
+        shown = _shown(vcpu, table)
+        count = len(shown.indices)
+        values = ffi.new("uint64_t[]", count)
+        taken = check(lib.pyhv_vcpu_get_msrs(vcpu.handle, shown.indices, values, count, error), error)
+        if taken == count:
+            return shown, values
+        # The one that it stopped at does not exist here.
+        there = list(shown.indices)
+        vcpu.shown = Shown.of(there[:taken] + there[taken + 1 :], shown.components)
+
+
+def apply(
+    vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable], state: RawState, elapsed: int
+) -> None:
     """Puts `state` into vCPUs that have never run. Their memory is mapped (PDPTRs are read from it) and their CPUID
-    tables are set (control-register bits that the table forbids are refused). The clocks are those of the moment of
-    the call. Raises HostError; the VM is then good for nothing but close()."""
-    called = time.monotonic_ns()
+    tables are set (control-register bits that the table forbids are refused). The clocks go on as if it had been taken
+    `elapsed` nanoseconds before the call. Raises HostError, ValueError for bytes that are no state; the VM is then good
+    for nothing but close()."""
+    taken = time.monotonic_ns() - elapsed
     error = new_error()
     pairs = list(zip(vcpus, state.vcpus, strict=True))
+    values = [structs.msrs(saved) for saved in state.vcpus]
     for vcpu, saved in pairs:
-        vcpu.set_sregs(saved.sregs)
+        check(lib.pyhv_vcpu_set_sregs(vcpu.handle, structs.view("pyhv_sregs", saved.sregs), error), error)
         # CR4.OSXSAVE, which SREGS brings, decides whether XCR0 may be set; XCR0 which components XSAVE may set.
         check(lib.pyhv_vcpu_set_xcr0(vcpu.handle, saved.xcr0, error), error)
         shown = _shown(vcpu, tables[vcpu.index])
@@ -118,63 +151,66 @@ def apply(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable], sta
             # Refused where the host cannot scale. That this guest can live with the host's rate has been decided
             # before (cpu/compare.py), and nothing is left to do about it here.
             lib.pyhv_vcpu_set_tsc_khz(vcpu.handle, state.tsc_khz, error)
-    for vcpu, saved in pairs:
-        write_msrs(vcpu, {number: value for number, value in saved.msrs.items() if number not in _TIME_MSRS})
-    _apply_tsc(pairs, state.tsc_khz, called)
-    if state.irqchip is not None:
+    counters = [found.pop(msrs.IA32_TSC, None) for found in values]
+    deadlines = [found.pop(msrs.IA32_TSC_DEADLINE, 0) for found in values]
+    for vcpu, found in zip(vcpus, values, strict=True):
+        write_msrs(vcpu, found)
+    _apply_tsc(vcpus, counters, state.tsc_khz, taken)
+    if state.irqchip:
         # Every LAPIC before the I/O APIC, which routes to them, and delivers at once what is pending.
         for vcpu, saved in pairs:
             if len(saved.lapic) != _LAPIC_SIZE:
-                raise HostError("KVM_SET_LAPIC", 0, f"vCPU {saved.vcpu}: {len(saved.lapic)} bytes, not {_LAPIC_SIZE}")
+                raise HostError("KVM_SET_LAPIC", 0, f"vCPU {vcpu.index}: {len(saved.lapic)} bytes, not {_LAPIC_SIZE}")
             check(lib.pyhv_vcpu_set_lapic(vcpu.handle, saved.lapic, error), error)
-        _apply_irqchip(vm, state.irqchip)
-    for vcpu, saved in pairs:
+        check(lib.pyhv_vm_set_irqchip(vm.handle, structs.view("pyhv_irqchip", state.irqchip), error), error)
+    for (vcpu, saved), deadline in zip(pairs, deadlines, strict=True):
         # After TSC and LAPIC: set before either the deadline is lost, and the timer never fires.
-        if deadline := saved.msrs.get(msrs.IA32_TSC_DEADLINE, 0):
+        if deadline:
             write_msrs(vcpu, {msrs.IA32_TSC_DEADLINE: deadline})
-        vcpu.set_regs(saved.regs)  # clears pending exceptions: so before the events
-        check(lib.pyhv_vcpu_set_events(vcpu.handle, structs.struct("pyhv_events", saved.events), error), error)
-        check(lib.pyhv_vcpu_set_debugregs(vcpu.handle, structs.struct("pyhv_debugregs", saved.debugregs), error), error)
+        # Clears pending exceptions: so before the events.
+        check(lib.pyhv_vcpu_set_regs(vcpu.handle, structs.view("pyhv_regs", saved.regs), error), error)
+        check(lib.pyhv_vcpu_set_events(vcpu.handle, structs.view("pyhv_events", saved.events), error), error)
+        check(lib.pyhv_vcpu_set_debugregs(vcpu.handle, structs.view("pyhv_debugregs", saved.debugregs), error), error)
         # Last of the vCPU: from here on it may be woken.
         check(lib.pyhv_vcpu_set_mp_state(vcpu.handle, saved.mp_state, error), error)
-    clock = ffi.new("struct pyhv_clock *", {"ns": state.clock + time.monotonic_ns() - called})
+    clock = ffi.new("struct pyhv_clock *", {"ns": state.clock + time.monotonic_ns() - taken})
     check(lib.pyhv_vm_set_clock(vm.handle, clock, error), error)
-    for vcpu, _ in pairs:
+    for vcpu in vcpus:
         check(lib.pyhv_vcpu_clock_paused(vcpu.handle, error), error)
 
 
-def _apply_tsc(pairs: Sequence[tuple[KvmVcpu, VcpuState]], khz: int, since: int) -> None:
-    """Lets the vCPUs' time-stamp counters go on where they were saved, from one and the same moment on: since, in ns of
-    CLOCK_MONOTONIC. khz: their rate."""
-    first, saved_first = pairs[0]
-    if msrs.IA32_TSC not in saved_first.msrs:
-        return
+def _apply_tsc(vcpus: Sequence[KvmVcpu], counters: Sequence[int | None], khz: int, since: int) -> None:
+    """Lets the vCPUs' time-stamp counters go on from what they showed at one moment: `since`, in ns of CLOCK_MONOTONIC.
+    khz: their rate."""
     # Not by writing the MSR: KVM takes a value less than a second from what the counter shows for an attempt to
     # synchronize it with other vCPUs, and leaves it as it is. A guest saved in its first second would lose that time.
-    offset = _tsc_offset(first)
-    if offset is None:  # before Linux 5.16
-        for vcpu, saved in pairs:
-            write_msrs(vcpu, {msrs.IA32_TSC: saved.msrs[msrs.IA32_TSC]})
-        return
-    shift = offset - read_msrs(first, [msrs.IA32_TSC])[msrs.IA32_TSC] + (time.monotonic_ns() - since) * khz // 1_000_000
+    offset = _tsc_offset(vcpus[0])
+    now = 0 if offset is None else read_msrs(vcpus[0], [msrs.IA32_TSC])[msrs.IA32_TSC]
+    shift = (time.monotonic_ns() - since) * khz // 1_000_000
     error = new_error()
-    for vcpu, saved in pairs:
-        wanted = saved.msrs[msrs.IA32_TSC] + shift & _U64
-        check(lib.pyhv_vcpu_set_tsc_offset(vcpu.handle, wanted, error), error)
+    for vcpu, counter in zip(vcpus, counters, strict=True):
+        if counter is None:
+            continue
+        if offset is None:  # before Linux 5.16
+            write_msrs(vcpu, {msrs.IA32_TSC: counter + shift & _U64})
+        else:
+            wanted = counter + shift + offset - now & _U64
+            check(lib.pyhv_vcpu_set_tsc_offset(vcpu.handle, wanted, error), error)
 
 
-def _same_moment(
-    vcpus: Sequence[KvmVcpu], states: Sequence[VcpuState], base: int | None
-) -> tuple[VcpuState, ...]:
-    """The states with the time-stamp counters that the vCPUs had at one moment, when that of the first was `base`: they
-    were read one after the other, and a guest that compares them would see them jump."""
-    offsets = [_tsc_offset(vcpu) for vcpu in vcpus]
-    if base is None or offsets[0] is None:
-        return tuple(states)
-    for state, offset in zip(states, offsets, strict=True):
+def _counters(vcpus: Sequence[KvmVcpu]) -> list[int | None]:
+    """What the vCPUs' time-stamp counters show at one moment: read one after the other, they would jump for a guest
+    that compares them. None where this KVM does not tell."""
+    base = read_msrs(vcpus[0], [msrs.IA32_TSC]).get(msrs.IA32_TSC)
+    first = _tsc_offset(vcpus[0])
+    if base is None or first is None:
+        return [None] * len(vcpus)
+    counters: list[int | None] = [base]
+    for vcpu in vcpus[1:]:
+        offset = _tsc_offset(vcpu)
         assert offset is not None
-        state.msrs[msrs.IA32_TSC] = base + offset - offsets[0] & _U64
-    return tuple(states)
+        counters.append(base + offset - first & _U64)
+    return counters
 
 
 def _tsc_offset(vcpu: KvmVcpu) -> int | None:
@@ -212,16 +248,9 @@ def _shown_components(area: bytes, shown: Shown) -> bytes:
     return area[: _XSTATE_BV.start] + present.to_bytes(8, "little") + area[_XSTATE_BV.stop :]
 
 
-def _capture_irqchip(vm: KvmVm) -> Irqchip | None:
+def _capture_irqchip(vm: KvmVm) -> bytes:
     if not vm.irqchip:
-        return None
+        return b""
     chip, error = ffi.new("struct pyhv_irqchip *"), new_error()
     check(lib.pyhv_vm_get_irqchip(vm.handle, chip, error), error)
-    return structs.to_irqchip(chip, vm.pit)
-
-
-def _apply_irqchip(vm: KvmVm, irqchip: Irqchip) -> None:
-    error = new_error()
-    if bool(irqchip.pit) != vm.pit:
-        raise HostError("KVM_SET_PIT2", 0, "one of the state and the VM has a PIT, the other has none")
-    check(lib.pyhv_vm_set_irqchip(vm.handle, structs.from_irqchip(irqchip), error), error)
+    return structs.to_bytes(chip)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from pyhv.accel.data import CpuidRecord, Exit, Regs, Sregs
-from pyhv.accel.state import ProcessorsState
+from pyhv.accel.state import RawState
 from pyhv.cpu.host import HostDescription
 from pyhv.cpu.table import CpuidTable
 
@@ -83,13 +83,16 @@ class AccelVm(Protocol):
         """Loads and looks up what capture() and apply() need, so that they are quick when a guest stands and waits for
         them."""
 
-    def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> ProcessorsState:
+    def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> RawState:
         """The state of all its vCPUs, which stand, and of what they share. tables: what their CPUID answers. Raises
         HostError."""
 
-    def apply(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable], state: ProcessorsState) -> None:
-        """Puts a state into vCPUs that have their tables and memory and have never run. Raises HostError; the VM is
-        then good for nothing but close()."""
+    def apply(
+        self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable], state: RawState, elapsed: int
+    ) -> None:
+        """Puts a state into vCPUs that have their tables and memory and have never run. Their clocks go on as if it had
+        been taken `elapsed` nanoseconds before the call. Raises HostError, ValueError for bytes that are no state; the
+        VM is then good for nothing but close()."""
 
     def close(self) -> None:
         """After its vCPUs."""

@@ -3,6 +3,10 @@
 The fields are pyhv's own names for architectural state (SDM Vol. 3, APM Vol. 2), not an accelerator's structures, so
 that a snapshot written under one accelerator or kernel can be read under another. Integers are unsigned unless said
 otherwise; the classes' order of fields is the order in which they are written.
+
+RawState is the same as the engine's structures (csrc/pyhv.h), which are the same under every accelerator: the form in
+which accelerators hand it out, and in which a migration carries it, for a guest stands and waits. structs.py makes each
+of the other.
 """
 
 from __future__ import annotations
@@ -10,7 +14,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pyhv.accel.data import Regs, Sregs
-from pyhv.cpu.msrs import IA32_TSC
 
 
 class Events(NamedTuple):
@@ -133,13 +136,36 @@ class ProcessorsState(NamedTuple):
     tsc_khz: int
     """Rate of the guest's time-stamp counter."""
 
-    def later(self, elapsed: int) -> ProcessorsState:
-        """The same after `elapsed` nanoseconds in which the guest stood and its clocks ran on."""
-        ticks = elapsed * self.tsc_khz // 1_000_000
-        vcpus = tuple(
-            vcpu._replace(msrs={**vcpu.msrs, IA32_TSC: vcpu.msrs[IA32_TSC] + ticks & (1 << 64) - 1})
-            if IA32_TSC in vcpu.msrs
-            else vcpu
-            for vcpu in self.vcpus
-        )
-        return self._replace(vcpus=vcpus, clock=self.clock + elapsed)
+
+class RawVcpu(NamedTuple):
+    """A VcpuState; its number is its place in the RawState."""
+
+    regs: bytes
+    """struct pyhv_regs."""
+    sregs: bytes
+    """struct pyhv_sregs."""
+    events: bytes
+    """struct pyhv_events."""
+    debugregs: bytes
+    """struct pyhv_debugregs."""
+    xcr0: int
+    mp_state: int
+    msr_indices: bytes
+    """uint32_t[]."""
+    msr_values: bytes
+    """uint64_t[], as many."""
+    lapic: bytes
+    xsave: bytes
+    """With or without the zeros at its end."""
+
+
+class RawState(NamedTuple):
+    """A ProcessorsState."""
+
+    vcpus: tuple[RawVcpu, ...]
+    irqchip: bytes
+    """struct pyhv_irqchip; empty without one."""
+    pit: bool
+    """Whether there is one in it."""
+    clock: int
+    tsc_khz: int

@@ -1,8 +1,8 @@
-"""Between pyhv's records and the C engine's structures, which are the same under every accelerator."""
+"""Between pyhv's records, the C engine's structures, which are the same under every accelerator, and their bytes."""
 
 from __future__ import annotations
 
-from struct import Struct
+from struct import Struct, unpack
 
 from pyhv._native import ffi, to_exception
 from pyhv.accel.data import CpuidRecord, Exit, Segment, Sregs, Stop
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any, TypeVar
 
-    from pyhv.accel.state import Irqchip
+    from pyhv.accel.state import Irqchip, ProcessorsState, RawState, RawVcpu
     from pyhv.cpu.table import CpuidTable
 
     T = TypeVar("T", bound=tuple[Any, ...])
@@ -107,6 +107,76 @@ def to_exit(exit: Any) -> Exit:
 
 def to_counters(counters: Any) -> dict[str, int]:
     return {name: getattr(counters, name) for name, _ in ffi.typeof("struct pyhv_counters").fields}
+
+
+def to_bytes(struct: Any) -> bytes:
+    """Those of what a pointer points to, or of an array."""
+    return bytes(ffi.buffer(struct))
+
+
+def view(name: str, data: bytes) -> Any:
+    """Bytes as a struct NAME, which is not to be written to. Raises ValueError for another number of them."""
+    if len(data) != ffi.sizeof(f"struct {name}"):
+        raise ValueError(f"struct {name} has not {len(data)} bytes")
+    return ffi.from_buffer(f"struct {name} *", data)
+
+
+def msrs(raw: RawVcpu) -> dict[int, int]:
+    """Index -> value. Raises ValueError for bytes that are no such pairs."""
+    count = len(raw.msr_indices) // 4
+    if (len(raw.msr_indices), len(raw.msr_values)) != (4 * count, 8 * count):
+        raise ValueError(f"{len(raw.msr_indices)} bytes of indices, {len(raw.msr_values)} of values are no MSRs")
+    return dict(zip(unpack(f"<{count}I", raw.msr_indices), unpack(f"<{count}Q", raw.msr_values), strict=True))
+
+
+def to_state(raw: RawState) -> ProcessorsState:
+    """The records of what an accelerator has handed out."""
+    from pyhv.accel.data import Regs
+    from pyhv.accel.state import DebugRegs, Events, ProcessorsState, VcpuState
+
+    vcpus = []
+    for index, vcpu in enumerate(raw.vcpus):
+        debugregs = view("pyhv_debugregs", vcpu.debugregs)
+        vcpus.append(
+            VcpuState(
+                vcpu=index,
+                regs=record(Regs, view("pyhv_regs", vcpu.regs)),
+                sregs=to_sregs(view("pyhv_sregs", vcpu.sregs)),
+                xcr0=vcpu.xcr0,
+                xsave=vcpu.xsave.rstrip(b"\0"),
+                msrs=msrs(vcpu),
+                lapic=vcpu.lapic,
+                events=record(Events, view("pyhv_events", vcpu.events)),
+                debugregs=DebugRegs(tuple(debugregs.db), debugregs.dr6, debugregs.dr7),
+                mp_state=vcpu.mp_state,
+            )
+        )
+    chip = to_irqchip(view("pyhv_irqchip", raw.irqchip), raw.pit) if raw.irqchip else None
+    return ProcessorsState(tuple(vcpus), chip, raw.clock, raw.tsc_khz)
+
+
+def from_state(state: ProcessorsState) -> RawState:
+    """And back. Raises OverflowError, IndexError, TypeError or ValueError for what no structure can hold."""
+    from pyhv.accel.state import RawState, RawVcpu
+
+    vcpus = tuple(
+        RawVcpu(
+            regs=to_bytes(struct("pyhv_regs", vcpu.regs)),
+            sregs=to_bytes(from_sregs(vcpu.sregs)),
+            events=to_bytes(struct("pyhv_events", vcpu.events)),
+            debugregs=to_bytes(struct("pyhv_debugregs", vcpu.debugregs)),
+            xcr0=vcpu.xcr0,
+            mp_state=vcpu.mp_state,
+            msr_indices=to_bytes(ffi.new("uint32_t[]", list(vcpu.msrs))),
+            msr_values=to_bytes(ffi.new("uint64_t[]", list(vcpu.msrs.values()))),
+            lapic=vcpu.lapic,
+            xsave=vcpu.xsave,
+        )
+        for vcpu in state.vcpus
+    )
+    chip = state.irqchip
+    raw_chip = to_bytes(from_irqchip(chip)) if chip is not None else b""
+    return RawState(vcpus, raw_chip, chip is not None and bool(chip.pit), state.clock, state.tsc_khz)
 
 
 def to_irqchip(chip: Any, pit: bool) -> Irqchip:

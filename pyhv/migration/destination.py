@@ -16,8 +16,7 @@ from typing import NamedTuple
 from pyhv._native.link import Link, open_zstd
 from pyhv.errors import BadInput, HostError
 from pyhv.migration import protocol
-from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Sync, Synced, Type
-from pyhv.state.records import MachineState, VcpuRecord
+from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Sync, Synced, Type, Vcpu
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from pyhv._native.memory import Memory
     from pyhv.migration.transport import Channel
+    from pyhv.state.records import RawMachine
 
 # Until the source has said what it keeps to; in seconds.
 _SILENCE = 10.0
@@ -39,7 +39,7 @@ _PATIENCE = 10
 class Received(NamedTuple):
     """A guest that has come as a whole."""
 
-    state: MachineState
+    state: RawMachine
     taken: int
     """This host's CLOCK_MONOTONIC in ns when its clock was read there, as far as the two hosts' clocks agree."""
 
@@ -109,7 +109,7 @@ class Destination:
     ) -> Received:
         """All of the guest. while_waiting: is called now and then, and may raise to give up. on_sync: is called when
         the state may be about to come."""
-        vcpus: list[VcpuRecord] = []
+        vcpus: list[Vcpu] = []
         limit: float | None = None  # not for the rest of the memory, which takes as long as the link needs
         while True:
             message = self._receive(0.1)
@@ -126,7 +126,10 @@ class Destination:
                 continue
             if kind == Type.VCPU:
                 limit = limit or time.monotonic() + self._silence * _PATIENCE
-                vcpus.append(self._take_vcpu(payload, len(vcpus), hello))
+                if len(vcpus) == len(hello.tables):
+                    problem = f"comes once more than the {len(vcpus)} times that message hello announced"
+                    raise BadInput("message vcpu", problem)
+                vcpus.append(self._take(Vcpu, kind, payload))
                 continue
             end = self._take(End, kind, payload)
             landing = self._link.landing
@@ -143,16 +146,7 @@ class Destination:
             # Hosts' clocks differ: the guest has not stood for longer than we have talked.
             now = time.monotonic_ns()
             elapsed = min(max(time.time_ns() - end.taken, 0), now - self._greeted)
-            state = MachineState(hello.machine, tuple(vcpus), end.platform, end.devices)
-            return Received(state, now - elapsed)
-
-    def _take_vcpu(self, payload: bytes, number: int, hello: Hello) -> VcpuRecord:
-        if number == len(hello.tables):
-            raise BadInput("message vcpu", f"comes once more than the {number} times that message hello announced")
-        vcpu = protocol.decode(VcpuRecord, payload)
-        if vcpu.cpuid != hello.tables[number]:
-            raise BadInput("message vcpu", "is not of the processor that message hello announced")
-        return vcpu
+            return Received(end.with_vcpus(vcpus), now - elapsed)
 
     def confirm(self, while_waiting: Callable[[], None] = lambda: None) -> None:
         """All is in place: says so, and waits for the word. After it the VM is this side's."""

@@ -22,19 +22,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pyhv import __version__
 from pyhv._native.link import MAX_MESSAGE
+from pyhv.accel.state import RawState, RawVcpu
 from pyhv.cpu import msrs
 from pyhv.cpu.table import CpuidTable
 from pyhv.errors import BadInput, HostError, PyhvError
 from pyhv.state import codec, packed
 from pyhv.state.codec import record
 from pyhv.state.needs import Needs
-from pyhv.state.records import CpuidEntry, DeviceRecord, MachineRecord, MachineState, PlatformRecord, VcpuRecord
+from pyhv.state.records import CpuidEntry, DeviceRecord, MachineRecord, RawMachine
 from pyhv.state.schema import U32, U64, Length
 
 TYPE_CHECKING = False
@@ -66,7 +67,7 @@ class Type(IntEnum):
     CANCEL = 25
 
 
-@record("hello", 4)
+@record("hello", 5)
 class Hello(NamedTuple):
     """What the guest is and what it needs of a host. Its version is that of the protocol: of the messages, and of the
     fields of all that is packed."""
@@ -144,7 +145,14 @@ class Synced(NamedTuple):
     """It has; the guest may be about to stand."""
 
 
-@record("end", 2)
+@record("vcpu", 1)
+class Vcpu(NamedTuple):
+    """The state of the next vCPU."""
+
+    state: RawVcpu
+
+
+@record("end", 3)
 class End(NamedTuple):
     """The rest of the state, after which nothing comes. What must have come by now, and when the state was taken."""
 
@@ -154,13 +162,23 @@ class End(NamedTuple):
     vcpus: U32
     taken: U64
     """CLOCK_REALTIME in ns when the guest's clock was read: the destination adds what has passed since."""
-    platform: PlatformRecord
+    irqchip: bytes
+    pit: bool
+    clock: U64
+    tsc_khz: U32
+    """These are the rest of a RawState."""
     devices: Annotated[tuple[DeviceRecord, ...], Length(0, 32)]
 
+    def with_vcpus(self, vcpus: Sequence[Vcpu]) -> RawMachine:
+        """The whole state, of which these have come before."""
+        shared = self.irqchip, self.pit, self.clock, self.tsc_khz
+        return RawMachine(RawState(tuple([vcpu.state for vcpu in vcpus]), *shared), self.devices)
 
-def end(state: MachineState, pages: int, zero_pages: int, taken: int) -> End:
-    """What ends the sending of this state."""
-    return End(pages, zero_pages, len(state.vcpus), taken, state.platform, state.devices)
+
+def parts(state: RawMachine, pages: int, zero_pages: int, taken: int) -> tuple[list[Vcpu], End]:
+    """The messages that bring this state."""
+    vcpus = [Vcpu(vcpu) for vcpu in state.processors.vcpus]
+    return vcpus, End(pages, zero_pages, len(vcpus), taken, *state.processors[1:], state.devices)
 
 
 @record("ready", 1)
@@ -211,7 +229,7 @@ KINDS = (
     Kind(Type.ANSWER, "destination", Answer),
     Kind(Type.SYNC, "source", Sync, packed=True),
     Kind(Type.SYNCED, "destination", Synced, packed=True),
-    Kind(Type.VCPU, "source", VcpuRecord, packed=True),
+    Kind(Type.VCPU, "source", Vcpu, packed=True),
     Kind(Type.END, "source", End, packed=True),
     Kind(Type.READY, "destination", Ready, packed=True),
     Kind(Type.COMMIT, "source", Commit, packed=True),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyhv.migration.transport import Channel
-    from pyhv.state.records import MachineState
+    from pyhv.state.records import RawMachine
     from pyhv.vm.vm import Vm
 
 # A piece of work between two looks at the clock, at what the other side says, and at who waits for progress; seconds.
@@ -127,7 +127,7 @@ class Outgoing(NamedTuple):
 
     vm: Vm
     hello: Hello
-    capture: Callable[[], MachineState]
+    capture: Callable[[], RawMachine]
     """Takes the state of the paused VM."""
     commit: Callable[[], None]
     """Records that the VM is not to run here again."""
@@ -226,8 +226,8 @@ class Source:
         protocol.warm_up()
         self._vm.warm_up()
 
-    def _send(self, message: tuple[Any, ...]) -> None:
-        self._link.send(*protocol.encode(message))
+    def _send(self, message: tuple[Any, ...], more: bool = False) -> None:
+        self._link.send(*protocol.encode(message), more)
 
     def _expect(self, cls: type[protocol.R], limit: float | None = None) -> protocol.R:
         """The next message, which must be this one. Raises what a cancel or silence means."""
@@ -303,14 +303,13 @@ class Source:
 
     def _stop(self) -> int:
         """Stops the VM and sends the rest of its memory. Returns the CLOCK_MONOTONIC in ns of its last instruction."""
-        stopped = time.monotonic_ns()
         self._vm.pause()
         self._check_guest()
         self._vm.take_dirty(self._pages)
         if left := len(self._pages) * PAGE_SIZE:
             self._tell(0, left)
             self._send_all(self._pages)
-        return stopped
+        return self._vm.left
 
     def _wait_for_leave(self) -> None:
         while not self._may_stop():
@@ -416,10 +415,11 @@ class Source:
     def _hand_over(self) -> Running:
         """Sends the state of the VM, which stands, and gives it away."""
         taken = time.time_ns()
-        state = self._out.capture()
-        for vcpu in state.vcpus:
-            self._send(vcpu)
-        self._send(protocol.end(state, self._sending.pages, self._sending.zero_pages, taken))
+        counts = self._sending
+        vcpus, end = protocol.parts(self._out.capture(), counts.pages, counts.zero_pages, taken)
+        for vcpu in vcpus:
+            self._send(vcpu, more=True)
+        self._send(end)
         self._expect(Ready)
         self._committed = True
         self._out.commit()

@@ -1,4 +1,4 @@
-"""The records that make up a VM's state, in a snapshot file and on a migration's wire alike.
+"""The records that make up a VM's state.
 
 What an accelerator holds of the processors is in accel/state.py; here it joins what pyhv itself knows of the VM.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, NamedTuple
 
 from pyhv.accel.data import Regs, Sregs
-from pyhv.accel.state import DebugRegs, Events, Irqchip, ProcessorsState, VcpuState
+from pyhv.accel.state import DebugRegs, Events, Irqchip, ProcessorsState, RawState, VcpuState
 from pyhv.cpu.table import CpuidTable
 from pyhv.errors import BadInput
 from pyhv.state.codec import record
@@ -108,3 +108,10 @@ class MachineState(NamedTuple):
         """The part that the accelerator takes."""
         vcpus = tuple(VcpuState(number, *vcpu[1:]) for number, vcpu in enumerate(self.vcpus))
         return ProcessorsState(vcpus, *self.platform)
+
+
+class RawMachine(NamedTuple):
+    """The same as a migration carries it, whose two sides have agreed on the machine and its tables before."""
+
+    processors: RawState
+    devices: tuple[DeviceRecord, ...]

@@ -207,7 +207,7 @@ static void *send_all(void *opaque)
     struct sender *sender = opaque;
     for (size_t i = 0; i < sender->count && sender->result == 0; i++)
         sender->result =
-            pyhv_link_send(sender->link, TYPE + (uint32_t)i, sender->data, sender->sizes[i], &sender->error);
+            pyhv_link_send(sender->link, TYPE + (uint32_t)i, sender->data, sender->sizes[i], 0, &sender->error);
     return NULL;
 }
 
@@ -240,9 +240,9 @@ static void round_trips(bool pipes)
         CHECK_EQUAL(pyhv_link_counters(links[!from])->messages_received, COUNT);
     }
     /* What cannot be sent. */
-    CHECK_FAILS(pyhv_link_send(links[0], TYPE, data, PYHV_MESSAGE_MAX + 1, &error), EINVAL);
+    CHECK_FAILS(pyhv_link_send(links[0], TYPE, data, PYHV_MESSAGE_MAX + 1, 0, &error), EINVAL);
     for (uint32_t type = 0; type <= PYHV_MESSAGE_PAGES_ZSTD; type++)
-        CHECK_FAILS(pyhv_link_send(links[0], type, data, 0, &error), EINVAL);
+        CHECK_FAILS(pyhv_link_send(links[0], type, data, 0, 0, &error), EINVAL);
     /* Nothing is there, and none of this was sent. */
     struct pyhv_message message;
     CHECK_EQUAL(pyhv_link_receive(links[1], NULL, 0, &message, &error), 0);
@@ -260,7 +260,7 @@ static void *send_then_receive(void *opaque)
     struct talker *talker = opaque;
     static const uint8_t data[PYHV_MESSAGE_MAX];
     struct pyhv_message message;
-    talker->sent = pyhv_link_send(talker->link, TYPE, data, sizeof data, NULL);
+    talker->sent = pyhv_link_send(talker->link, TYPE, data, sizeof data, 0, NULL);
     talker->received = pyhv_link_receive(talker->link, NULL, LONG_MS, &message, NULL);
     return NULL;
 }
@@ -554,7 +554,7 @@ static void content_in_pieces(struct stream *stream)
             CHECK_EQUAL(found, at == stream->size);
             if (found < 0)
                 break;
-            CHECK_EQUAL(pyhv_link_send(link, TYPE, "aside", 5, &error), 0);
+            CHECK_EQUAL(pyhv_link_send(link, TYPE, "aside", 5, 0, &error), 0);
             CHECK_EQUAL(read(ends.in[1], payload, sizeof payload), LINK_HEADER + 5);
         }
         CHECK(message.type == TYPE && message.length == 3 && memcmp(message.payload, "end", 3) == 0);
@@ -607,7 +607,7 @@ static void sending_to_nobody(bool pipes)
     CHECK_EQUAL(write(ends.out[1], bytes, stream.size), stream.size);
     close_side(&ends, 1);
     for (int times = 0; times < 2; times++)
-        CHECK_FAILS(pyhv_link_send(link, TYPE, data, sizeof data, &error), EPIPE);
+        CHECK_FAILS(pyhv_link_send(link, TYPE, data, sizeof data, 0, &error), EPIPE);
     CHECK_EQUAL(pyhv_link_receive(link, NULL, LONG_MS, &message, &error), 1);
     CHECK(message.length == 9 && memcmp(message.payload, "no memory", 9) == 0);
     CHECK_FAILS(pyhv_link_receive(link, NULL, LONG_MS, &message, &error), EPIPE);
@@ -622,7 +622,7 @@ static void other_ways_to_close(void)
     struct pyhv_message message;
     struct ends ends = connect_ends(false);
     struct pyhv_link *link = open_link(&ends, 0, 0, LONG_MS);
-    CHECK_EQUAL(pyhv_link_send(link, TYPE, "unread", 6, &error), 0);
+    CHECK_EQUAL(pyhv_link_send(link, TYPE, "unread", 6, 0, &error), 0);
     close_side(&ends, 1);
     CHECK_FAILS(pyhv_link_receive(link, NULL, LONG_MS, &message, &error), EPIPE);
     finish(link, &ends);
@@ -668,7 +668,7 @@ static int wait_in(enum place place, struct pyhv_link *link, struct pyhv_error *
     if (place == SENDING) {
         int result = 0;
         for (int i = 0; i < 64 && result == 0; i++)
-            result = pyhv_link_send(link, TYPE, data, sizeof data, failure);
+            result = pyhv_link_send(link, TYPE, data, sizeof data, 0, failure);
         return result;
     }
     struct pyhv_memory ram;
@@ -908,7 +908,7 @@ static void transfer_round(struct transfer *transfer)
     CHECK_EQUAL(pthread_create(&transfer->thread, NULL, receive_pages, transfer), 0);
     error.detail[0] = '\0';
     CHECK_EQUAL(pyhv_link_send_pages(transfer->links[0], &transfer->sending, &error), 0);
-    CHECK_EQUAL(pyhv_link_send(transfer->links[0], TYPE, "end", 3, &error), 0);
+    CHECK_EQUAL(pyhv_link_send(transfer->links[0], TYPE, "end", 3, 0, &error), 0);
     pthread_join(transfer->thread, NULL);
     CHECK_EQUAL(transfer->received, 1);
     if (transfer->received != 1)
@@ -1126,7 +1126,7 @@ static void limits_of_sending(bool pipes)
 
     /* Nor now, but it says something. */
     transfer.sending.max_ms = 0;
-    CHECK_EQUAL(pyhv_link_send(transfer.links[1], TYPE + 7, "stop", 4, &error), 0);
+    CHECK_EQUAL(pyhv_link_send(transfer.links[1], TYPE + 7, "stop", 4, 0, &error), 0);
     for (int times = 0; times < 2; times++)
         CHECK_EQUAL(pyhv_link_send_pages(transfer.links[0], &transfer.sending, &error), 1);
     CHECK_EQUAL(pyhv_link_receive(transfer.links[0], NULL, 0, &message, &error), 1);
@@ -1147,7 +1147,7 @@ static void limits_of_sending(bool pipes)
         CHECK(sent >= 2 << 20);
     }
     CHECK(calls >= 1 && calls <= 8);
-    CHECK_EQUAL(pyhv_link_send(transfer.links[0], TYPE, "end", 3, &error), 0);
+    CHECK_EQUAL(pyhv_link_send(transfer.links[0], TYPE, "end", 3, 0, &error), 0);
     pthread_join(transfer.thread, NULL);
     CHECK_EQUAL(transfer.received, 1);
     transfer_end(&transfer);
@@ -1164,7 +1164,7 @@ static void arguments_of_sending(void)
     CHECK_EQUAL(transfer.sending.bytes, 0);
     /* What the other side has to say comes before any page. */
     struct pyhv_message message;
-    CHECK_EQUAL(pyhv_link_send(transfer.links[1], TYPE, "wait", 4, &error), 0);
+    CHECK_EQUAL(pyhv_link_send(transfer.links[1], TYPE, "wait", 4, 0, &error), 0);
     set_bits(transfer.bitmap, 0, 64);
     CHECK_EQUAL(pyhv_link_send_pages(transfer.links[0], &transfer.sending, &error), 1);
     CHECK_EQUAL(pyhv_pages_count(transfer.bitmap, 64), 64);

@@ -24,10 +24,9 @@ from pyhv.accel import choose
 from pyhv.errors import PyhvError
 from pyhv.migration import destination, protocol, source
 from pyhv.migration.destination import Destination
-from pyhv.migration.protocol import Answer, Cancel, End, Ready, Running, Sync, Synced, Type
+from pyhv.migration.protocol import Answer, Cancel, End, Ready, Running, Sync, Synced, Type, Vcpu
 from pyhv.migration.transport import Channel
 from pyhv.state import codec
-from pyhv.state.records import VcpuRecord
 
 from .cli import IN_THE_LAB, LAB_REASON
 from .frames import Frame, Sealer, Speaker, Splitter, pages, sum_of
@@ -376,18 +375,22 @@ def other_vendor(tables: Any) -> Any:
     return [[[*e[:4], ebx, ecx, edx] if e[0] in (0, 0x80000000) and e[4] else e for e in table] for table in tables]
 
 
-def other_tables(messages: Messages) -> Messages:
-    """The vCPU's record has another CPUID table than the hello."""
-    changed = []
-    for kind, payload in messages:
-        if kind == Type.VCPU:
-            vcpu = protocol.decode(VcpuRecord, payload)
-            first, second, *rest = vcpu.cpuid
-            kind, payload = protocol.encode(
-                vcpu._replace(cpuid=(first, (*second[:3], second[3] ^ 1, *second[4:]), *rest))
-            )
-        changed.append((kind, payload))
-    return changed
+def vcpu_with(**fields: Any) -> Callable[[Messages], Messages]:
+    """These fields of the vCPU's state, or what a function makes of them."""
+
+    def change(messages: Messages) -> Messages:
+        changed = []
+        for kind, payload in messages:
+            if kind == Type.VCPU:
+                state = protocol.decode(Vcpu, payload).state
+                for name, value in fields.items():
+                    now = value(getattr(state, name)) if callable(value) else value
+                    state = state._replace(**{name: now})
+                kind, payload = protocol.encode(Vcpu(state))
+            changed.append((kind, payload))
+        return changed
+
+    return change
 
 
 def insert(before: Type, *extra: tuple[int, bytes]) -> Callable[[Messages], Messages]:
@@ -438,7 +441,7 @@ def changed_page(*then: tuple[int, bytes], zeros: int = 0) -> Callable[[Messages
 
 SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "hello of another version": (
-        lambda m: [(m[0][0], m[0][1].replace(b'"version":4}', b'"version":9}')), *m[1:]], "version 9 of this record",
+        lambda m: [(m[0][0], m[0][1].replace(b'"version":5}', b'"version":9}')), *m[1:]], "version 9 of this record",
     ),
     "hello of another vendor": (hello_with(tables=other_vendor), "vendor"),
     "tables that make no sense": (hello_with(tables=lambda t: [[[1, 0, 0, 0, 0, 0, 0]]]), ""),
@@ -485,9 +488,25 @@ SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "a device that is not announced": (
         end_with(devices=lambda d: (d[0]._replace(name="gpu"), *d[1:])), "the state has .*gpu",
     ),
-    "other tables than announced": (other_tables, "is not of the processor that message hello announced"),
-    "a vCPU of nothing": (insert(Type.VCPU, (Type.VCPU, b"")), "message vcpu.cpuid: is cut short"),
-    "a vCPU of garbage": (insert(Type.VCPU, (Type.VCPU, b"[" * 100000)), "message vcpu.cpuid: is cut short"),
+    "a vCPU of nothing": (insert(Type.VCPU, (Type.VCPU, b"")), "message vcpu.state.regs: is cut short"),
+    "a vCPU of garbage": (insert(Type.VCPU, (Type.VCPU, b"[" * 100000)), "message vcpu.state.regs: is cut short"),
+    "registers cut short": (vcpu_with(regs=lambda b: b[:-1]), "no VM can have: struct pyhv_regs has not 143 bytes"),
+    "segments too long": (vcpu_with(sregs=lambda b: b + b"x"), "no VM can have: struct pyhv_sregs has not"),
+    "no events": (vcpu_with(events=b""), "no VM can have: struct pyhv_events has not 0 bytes"),
+    "half of DR7": (vcpu_with(debugregs=bytes(44)), "no VM can have: struct pyhv_debugregs has not 44 bytes"),
+    "half an MSR": (vcpu_with(msr_indices=lambda b: b[:-2]), "no VM can have: .* are no MSRs"),
+    "an MSR without value": (vcpu_with(msr_values=lambda b: b[:-8]), "no VM can have: .* are no MSRs"),
+    "80000 MSRs": (vcpu_with(msr_indices=b"x" * 320000, msr_values=b"x" * 640000), "0x78787878"),
+    "an MSR that is none": (vcpu_with(msr_indices=lambda b: b"\x78\x56\x34\x12" + b[4:]), "0x12345678"),
+    "half a LAPIC": (vcpu_with(lapic=bytes(512)), "512 bytes, not 1024"),
+    "an endless XSAVE area": (vcpu_with(xsave=bytes(100000)), "100000 bytes"),
+    "no XSAVE area but a tail": (vcpu_with(xsave=bytes(5000) + b"x"), ""),
+    "XCR0 of nothing": (vcpu_with(xcr0=0), ""),
+    "a vCPU that is in no state": (vcpu_with(mp_state=77), ""),
+    "one beyond 32 bits": (vcpu_with(mp_state=1 << 33), "no VM can have"),
+    "half an irqchip": (end_with(irqchip=lambda b: b[:-1]), "no VM can have: struct pyhv_irqchip has not"),
+    "no irqchip": (end_with(irqchip=lambda b: b""), "other interrupt controllers"),
+    "a PIT that is not announced": (end_with(pit=lambda b: not b), "it has other .* timers than the VM"),
     "commit before the end": (insert(Type.VCPU, protocol.encode(protocol.Commit())), "commit came where end was due"),
     "end twice": (insert(Type.COMMIT, (Type.END, b"")), "a message end came where commit was due"),
     "running from the source": (insert(Type.COMMIT, protocol.encode(RUNNING)), "a message running came where commit"),
@@ -662,7 +681,7 @@ def test_the_fuzzer_gets_past_the_sums(recorded: list[Frame]) -> None:
 def test_the_clock_of_a_source_that_lives_in_another_time(recorded: list[Frame], taken: int) -> None:
     """The guest's clock goes on by no more than the time that the two sides have talked."""
     messages = end_with(taken=lambda t: taken)([(frame.kind, frame.payload) for frame in recorded])
-    before = protocol.decode(End, next(data for kind, data in messages if kind == Type.END)).platform.clock
+    before = protocol.decode(End, next(data for kind, data in messages if kind == Type.END)).clock
     ours, theirs = socket.socketpair()
 
     def lie(speaker: Speaker) -> None:

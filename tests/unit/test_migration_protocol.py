@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import typing
 import zlib
@@ -12,19 +13,20 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pyhv._native import lib
+from pyhv._native import ffi, lib
+from pyhv.accel.state import RawState, RawVcpu
 from pyhv.cli import migrate as command
 from pyhv.control.server import METHODS
 from pyhv.errors import BadInput, HostError
 from pyhv.migration import protocol
-from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Type
+from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Type, Vcpu
 from pyhv.migration.source import Limits, Progress
 from pyhv.state import codec
-from pyhv.state.records import DeviceRecord, MachineRecord, PlatformRecord, VcpuRecord
+from pyhv.state.records import DeviceRecord, MachineRecord
 from pyhv.state.schema import U32, U64, Bits, Length
 
-# Of the shapes of all that is packed, in protocol version 3.
-PACKED = 0xDE065398
+# Of the shapes of all that is packed, in protocol version 5.
+PACKED = 0xF916060B
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
@@ -45,12 +47,14 @@ hellos = st.builds(
     st.lists(ints(32), max_size=5).map(tuple), ints(32), st.booleans(), st.booleans(), st.booleans(),
     st.lists(texts, max_size=5).map(tuple), st.booleans(), ints(32), ints(32),
 )  # fmt: skip
-platforms = st.builds(PlatformRecord, st.none(), ints(64), ints(32))
+data = st.binary(max_size=30)
+vcpus = st.builds(RawVcpu, data, data, data, data, ints(64), ints(64), data, data, data, data)
 devices = st.lists(st.builds(DeviceRecord, texts, st.binary(min_size=1, max_size=50)), max_size=3).map(tuple)
 messages = st.one_of(
     hellos,
     st.builds(Answer, st.lists(texts, max_size=5).map(tuple), st.booleans()),
-    st.builds(End, ints(64), ints(64), ints(32), ints(64), platforms, devices),
+    st.builds(Vcpu, vcpus),
+    st.builds(End, ints(64), ints(64), ints(32), ints(64), data, st.booleans(), ints(64), ints(32), devices),
     st.just(Ready()),
     st.just(Commit()),
     st.builds(Running, texts, ints(64)),
@@ -74,7 +78,7 @@ def test_every_record_has_one_kind() -> None:
         value for value in vars(protocol).values()
         if isinstance(value, type) and value.__module__ == protocol.__name__ and hasattr(value, "_fields")
     } - {protocol.Kind}  # fmt: skip
-    assert set(carried) == defined | {VcpuRecord}
+    assert set(carried) == defined
 
 
 def test_the_engines_types_are_the_engines() -> None:
@@ -109,10 +113,28 @@ def shape(hint: Any) -> str:
     return f"{getattr(typing.get_origin(hint) or hint, '__name__', hint)}[{' '.join(parts + marks)}]"
 
 
+def layout(ctype: Any) -> str:
+    """The same for a C structure."""
+    if ctype.kind == "array":
+        return f"{layout(ctype.item)}*{ctype.length}"
+    if ctype.kind != "struct":
+        return str(ctype.cname)
+    return f"({' '.join(f'{name}:{field.offset}:{layout(field.type)}' for name, field in ctype.fields)})"
+
+
+# What a RawState has the bytes of.
+STRUCTS = ("pyhv_regs", "pyhv_sregs", "pyhv_events", "pyhv_debugregs", "pyhv_irqchip")
+
+
 def test_whoever_changes_what_is_packed_gives_the_protocol_another_version() -> None:
     """Packed bytes have no names: two sides with other fields would take one for the other."""
-    shapes = "\n".join(shape(kind.carries) for kind in protocol.KINDS if kind.packed)
-    assert (zlib.crc32(shapes.encode()), codec._kinds[Hello].version) == (PACKED, 4)
+    shapes = [shape(kind.carries) for kind in protocol.KINDS if kind.packed]
+    layouts = [layout(ffi.typeof(f"struct {name}")) for name in STRUCTS]
+    assert (zlib.crc32("\n".join(shapes + layouts).encode()), codec._kinds[Hello].version) == (PACKED, 5)
+
+
+def test_all_structures_that_are_sent_are_looked_at() -> None:
+    assert re.findall(r"struct (\w+)", inspect.getsource(RawVcpu) + inspect.getsource(RawState)) == list(STRUCTS)
 
 
 class Now(NamedTuple):
@@ -129,7 +151,7 @@ def test_a_change_of_shape_is_seen() -> None:
     assert shape(Now) not in [shape(other) for other in others]
 
 
-@given(st.sampled_from([Hello, Answer, End, VcpuRecord, Running, Cancel]), st.binary(max_size=200))
+@given(st.sampled_from([Hello, Answer, Vcpu, End, Running, Cancel]), st.binary(max_size=200))
 def test_hostile_payloads(cls: type[tuple[Any, ...]], payload: bytes) -> None:
     with pytest.raises(BadInput, match=f"^message {protocol.name_of(cls)}"):
         protocol.decode(cls, payload)

@@ -10,7 +10,7 @@ import pytest
 from pyhv._native import ffi
 from pyhv.accel import structs
 from pyhv.accel.data import Regs, Segment, Sregs
-from pyhv.accel.state import DebugRegs, Events, Ioapic, Irqchip, Pic, PitChannel
+from pyhv.accel.state import DebugRegs, Events, Ioapic, Irqchip, Pic, PitChannel, ProcessorsState, VcpuState
 
 FLAT = {"pyhv_regs": Regs, "pyhv_events": Events}
 
@@ -72,6 +72,25 @@ def test_interrupt_controllers_and_timer() -> None:
     for wrong in (chip._replace(pic=chip.pic * 2), chip._replace(pit_flags=1 << 32)):
         with pytest.raises((OverflowError, IndexError)):
             structs.from_irqchip(wrong)
+
+
+@pytest.mark.parametrize("chips", [True, False], ids=["with irqchip", "without"])
+def test_all_of_a_state(chips: bool) -> None:
+    def vcpu(number: int) -> VcpuState:
+        regs = structs.record(Regs, noise("pyhv_regs"))._replace(rax=number)
+        events = structs.record(Events, noise("pyhv_events"))
+        msrs = {0x10: (1 << 64) - 1, 0xC0000080: number}
+        debugregs = DebugRegs((1, 2, 3, 4), 5, 6)
+        sregs = structs.to_sregs(noise("pyhv_sregs"))
+        return VcpuState(number, regs, sregs, 7, b"xsave", msrs, bytes(range(256)), events, debugregs, 3)
+
+    chip = structs.to_irqchip(noise("pyhv_irqchip"), True) if chips else None
+    state = ProcessorsState((vcpu(0), vcpu(1)), chip, 1 << 40, 1 << 21)
+    raw = structs.from_state(state)
+    assert (bool(raw.irqchip), raw.pit, len(raw.vcpus)) == (chips, chips, 2)
+    assert structs.to_state(raw) == state
+    padded = raw._replace(vcpus=tuple(vcpu._replace(xsave=vcpu.xsave + bytes(9)) for vcpu in raw.vcpus))
+    assert structs.to_state(padded) == state
 
 
 def test_a_structure_whose_fields_are_others_is_noticed() -> None:

@@ -26,8 +26,9 @@ from typing import Any
 import ring
 
 import pyhv
-from pyhv.accel.state import ProcessorsState
+from pyhv.accel.state import RawState
 from pyhv.migration.destination import Destination
+from pyhv.vm.vm import Vm
 
 #: By how much the planted clock is set back.
 BACK = 3 * 10**9
@@ -95,13 +96,13 @@ class Rider(ring.Node):
         with self.listener as listener:
             channel = listener.accept(ring.LIMIT)
         assert channel is not None, "nobody came"
-        later = ProcessorsState.later
+        apply = Vm.apply_raw
         if plant:
-            ProcessorsState.later = _set_back  # type: ignore[method-assign]
+            Vm.apply_raw = _set_back  # type: ignore[method-assign]
         try:
             machine = pyhv.Machine.arrive(Destination(channel), console_in=self._line)
         finally:
-            ProcessorsState.later = later  # type: ignore[method-assign]
+            Vm.apply_raw = apply  # type: ignore[method-assign]
         return {"refused": [], **self._begin(machine, word)}
 
     def _begin(self, machine: pyhv.Machine, word: str) -> dict[str, Any]:
@@ -162,9 +163,9 @@ class Rider(ring.Node):
             }
 
 
-def _set_back(state: ProcessorsState, elapsed: int, later: Any = ProcessorsState.later) -> ProcessorsState:
-    after: ProcessorsState = later(state, elapsed)
-    return after._replace(clock=max(after.clock - BACK, 0))  # a rehearsal's state has hardly begun to count
+def _set_back(vm: Vm, state: RawState, elapsed: int = 0, apply: Any = Vm.apply_raw) -> None:
+    # A rehearsal's state has hardly begun to count.
+    apply(vm, state._replace(clock=max(state.clock - BACK, 0)), elapsed)
 
 
 if __name__ == "__main__":
