@@ -305,8 +305,8 @@ class Machine:
             # The first pages are on their way meanwhile.
             machine.vm.prepare_start()
             few = len(needs.tables) <= _FEW_VCPUS
-            on_sync = _rehearsal(machine.vm) if few else lambda: None
-            received = destination.receive(hello, while_waiting, on_sync)
+            rehearse = _rehearsal(machine.vm) if few else lambda: None
+            received = destination.receive(hello, while_waiting, rehearse)
             capture.apply_raw(machine.vm, received.state, where, received.elapsed)
             destination.confirm(while_waiting)
             machine._arrival = destination

@@ -378,7 +378,7 @@ class _Node:
                 return False
             if dirty_rounds or again:
                 return True
-            # That round was over before the guest's writes were noted: one more, which pre-copy sends.
+            # It has written nothing since its writes are noted: once all it has, which pre-copy sends.
             begun, again = self._stamp(machine, 0), True
             return False
 
@@ -387,7 +387,8 @@ class _Node:
             # Its round here and the copying go on at the same time.
             summary = machine.depart(
                 channel,
-                limits=Limits(downtime=self._plan.downtime),
+                # In the second round there is what the guest has written during the first.
+                limits=Limits(downtime=self._plan.downtime, least_rounds=2),
                 progress=note,
                 may_stop=may_stop,
             )

@@ -105,10 +105,10 @@ class Destination:
         self,
         hello: Hello,
         while_waiting: Callable[[], None] = lambda: None,
-        on_sync: Callable[[], None] = lambda: None,
+        rehearse: Callable[[], None] = lambda: None,
     ) -> Received:
-        """All of the guest. while_waiting: is called now and then, and may raise to give up. on_sync: is called when
-        the state may be about to come."""
+        """All of the guest. while_waiting: is called now and then, and may raise to give up. rehearse: is called
+        when the state may be about to come."""
         vcpus: list[Vcpu] = []
         limit: float | None = None  # not for the rest of the memory, which takes as long as the link needs
         while True:
@@ -120,9 +120,10 @@ class Destination:
                 continue
             kind, payload = message
             if kind == Type.SYNC and not vcpus:
-                self._take(Sync, kind, payload)
+                sync = self._take(Sync, kind, payload)
                 self._send(Synced())
-                on_sync()
+                if sync.may_stand:
+                    rehearse()
                 continue
             if kind == Type.VCPU:
                 limit = limit or time.monotonic() + self._silence * _PATIENCE

@@ -139,10 +139,13 @@ class Answer(NamedTuple):
 class Sync(NamedTuple):
     """Asks for a word when all that was sent before has been taken."""
 
+    may_stand: bool
+    """Whether the guest may have to stand after this round."""
+
 
 @record("synced", 1)
 class Synced(NamedTuple):
-    """It has; the guest may be about to stand."""
+    """It has."""
 
 
 @record("vcpu", 1)

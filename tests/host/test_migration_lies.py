@@ -477,8 +477,8 @@ SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "a page more than was counted": (insert(Type.END, (Type.PAGES, PAGE)), "pages, .* were sent, .* came"),
     "pages of zeros that did not come": (end_with(zero_pages=lambda n: n + 1), "were sent, .* came"),
     "vCPUs that did not come": (end_with(vcpus=lambda n: n + 1), "were sent, .* came"),
-    "a sync after the guest's memory": (insert(Type.END, protocol.encode(Sync())), "a message sync came where end was"),
-    "a sync with a payload": (insert(Type.VCPU, (Type.SYNC, b"x")), "message sync: has 1 bytes too many"),
+    "a sync after the guest's memory": (insert(Type.END, protocol.encode(Sync(True))), "sync came where end was due"),
+    "a sync with a payload": (insert(Type.VCPU, (Type.SYNC, b"\1x")), "message sync: has 1 bytes too many"),
     "no vCPUs": (lambda m: end_with(vcpus=lambda n: 0)(without(Type.VCPU)(m)), "came after 0 vCPUs of 1"),
     "a vCPU more than announced": (
         lambda m: end_with(vcpus=lambda n: n + 1)(repeat(Type.VCPU, 2)(m)), "once more than the 1 times that message",

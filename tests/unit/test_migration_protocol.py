@@ -26,7 +26,7 @@ from pyhv.state.records import DeviceRecord, MachineRecord
 from pyhv.state.schema import U32, U64, Bits, Length
 
 # Of the shapes of all that is packed, in protocol version 5.
-PACKED = 0xF916060B
+PACKED = 0xEB0A866F
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
