@@ -207,7 +207,7 @@ static void *send_all(void *opaque)
     struct sender *sender = opaque;
     for (size_t i = 0; i < sender->count && sender->result == 0; i++)
         sender->result =
-            pyhv_link_send(sender->link, TYPE + (uint32_t)i, sender->data, sender->sizes[i], 0, &sender->error);
+            pyhv_link_send(sender->link, TYPE + (uint32_t)i, sender->data, sender->sizes[i], i % 2, &sender->error);
     return NULL;
 }
 

@@ -117,8 +117,10 @@ def test_start_and_pause_again_and_again() -> None:
     with pyhv.Machine("ticker", append="every=1000000", memory="4M", cpus=2) as machine:
         for _ in range(50):
             machine.start()
+            asked = time.monotonic_ns()
             machine.pause()
             assert not machine.vm.running
+            assert asked <= machine.vm.left <= time.monotonic_ns()
         machine.start()
         assert machine.vm.running
     assert machine.vm.vcpus == []
