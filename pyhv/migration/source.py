@@ -137,7 +137,7 @@ class Source:
     """One migration of a running VM, over an open channel.
 
     progress: is called now and then, and may raise to give the migration up. may_stop: pre-copy does not end before it
-    says so.
+    says so; after it has said no there is another round.
     """
 
     def __init__(
@@ -371,7 +371,7 @@ class Source:
         """Waits until the other side has taken all that was sent: then it is known how quickly it does, and nothing
         lies between the two when the guest has to stand."""
         self._asked = True
-        self._send(Sync(self._round >= self._limits.least_rounds and self._may_stop()))
+        self._send(Sync(self._round >= self._limits.least_rounds))
         while self._asked and not self._is_late():
             self._listen(_LOOK)
             self._check_guest()

@@ -1,4 +1,4 @@
-"""Records as bytes and back: what a snapshot file holds and what a migration sends.
+"""Records as bytes and back: what a snapshot file holds, and what a migration says before a guest stands.
 
 A record is a typing.NamedTuple with @record(name, version); its annotations (schema.py) say what may stand in it. A
 NamedTuple within another needs no name and version of its own. The bytes are JSON, compact and sorted:

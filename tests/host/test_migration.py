@@ -339,6 +339,15 @@ def test_the_bandwidth_is_kept() -> None:
         there.close()
 
 
+def test_what_was_written_while_the_guest_may_not_stop_comes_in_a_round() -> None:
+    """may_stop is asked where its answer counts, and nowhere else: "not yet" has another round after it."""
+    answers = iter([False, True, True])
+    with running() as machine:
+        there, summary = hop(machine, limits=LIMITS._replace(downtime=10.0), may_stop=lambda: next(answers))
+        there.close()
+        assert summary.rounds == 2
+
+
 def slow_link(rate: float = 8e6) -> tuple[socket.socket, socket.socket]:
     """Two ends of a connection that carries `rate` bytes a second, in small pieces, and ends when both ends do."""
     ours, near = socket.socketpair()
