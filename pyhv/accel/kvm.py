@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 
 from pyhv._native import check, cpuid, ffi, lib, new_error
@@ -212,9 +211,9 @@ class Kvm:
         error = new_error()
         count = check(lib.pyhv_kvm_supported_cpuid(self.fd, entries, _MAX_ENTRIES, error), error)
         table = structs.to_table(entries[0:count])
-        ecx = table.get(1).ecx | features.find("hypervisor").mask
+        ecx = table.get(1).ecx | features.BY_NAME["hypervisor"].mask
         if self.check_extension(CAP_TSC_DEADLINE_TIMER):
-            ecx |= features.find("tsc_deadline_timer").mask
+            ecx |= features.BY_NAME["tsc_deadline_timer"].mask
         names = {(leaf, 0): Registers(*cpuid(leaf, 0)) for leaf in NAME_LEAVES if leaf <= table.max_extended}
         return table.replace({(1, 0): table.get(1)._replace(ecx=ecx), **names})
 
@@ -268,8 +267,11 @@ class Kvm:
 
     def create_vm(self, bus: Any = None, irqchip: bool = True, pit: bool = False, quick: bool = False) -> KvmVm:
         if bus and irqchip:
-            with contextlib.suppress(IndexError):
+            try:
                 vm = self._spares.pop()
+            except IndexError:
+                pass
+            else:
                 vm.adopt(bus, pit)
                 return vm
         return KvmVm(self.fd, bus, irqchip, pit, quick)

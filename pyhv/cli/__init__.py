@@ -7,7 +7,6 @@ becomes one line on stderr.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gc
 import os
@@ -144,8 +143,10 @@ def _command(arguments: list[str]) -> int:
 
 def complain(text: str) -> None:
     """Prints one line on stderr, whatever the text contains; quietly not, where stderr is closed."""
-    with contextlib.suppress(OSError):
+    try:
         os.write(2, f"pyhv: {one_line(text)}\n".encode())
+    except OSError:
+        pass
 
 
 def one_line(text: str) -> str:

@@ -6,7 +6,6 @@ the server of the control socket, which keeps the last of it, and to stdout, unl
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import os
@@ -113,7 +112,7 @@ def run_as(
     gc.enable()
     with (
         names.claim(name, predecessor) as claim,
-        contextlib.closing(_NamedConsole(given.json, given.detach)) as console,
+        _NamedConsole(given.json, given.detach) as console,
         Server(claim) as server,
         make(console_in=console.input, console_out=console.output) as machine,
         Operations(name, machine) as operations,

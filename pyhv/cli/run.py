@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import time
@@ -128,8 +127,10 @@ def main(arguments: list[str]) -> int:
     if given.reboot and (given.name is not None or given.detach):
         raise BadInput("--reboot", "cannot be combined with --name and --detach", "leave one out")
     if given.name is None and not given.detach:
-        with contextlib.suppress(PyhvError):  # Machine finds the same, and says it when its turn comes
+        try:
             open_accelerator(given.accel).prepare()  # while the kernel works on it, the modules below are imported
+        except PyhvError:
+            pass  # Machine finds the same, and says it when its turn comes
     from pyhv.machine import Machine
 
     return run_machine(given, functools.partial(Machine, **machine_arguments(given)))
@@ -172,7 +173,7 @@ def _run(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
 
         return named.run(given, make)
     deadline = None if given.timeout is None else time.monotonic() + given.timeout
-    with contextlib.closing(Console(None if given.json else 1)) as console:
+    with Console(None if given.json else 1) as console:
         while True:
             with make(console_in=console.input, console_out=console.output) as machine:
                 machine.pin(given.pin)

@@ -9,7 +9,6 @@ that give the terminal back.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import stat
@@ -19,7 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
     from types import FrameType, TracebackType
-    from typing import Any
+    from typing import Any, Self
 
     from pyhv.machine import Machine, RunResult
 else:
@@ -75,9 +74,10 @@ class Signals:
 
     def take(self) -> bytes:
         """The numbers of the signals that came since the last call."""
-        with contextlib.suppress(BlockingIOError):
+        try:
             return os.read(self._pipe[0], CHUNK)
-        return b""
+        except BlockingIOError:
+            return b""
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
@@ -150,8 +150,9 @@ class RawMode:
         # A background process that does this is stopped by SIGTTOU unless it blocks it.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
         try:
-            with contextlib.suppress(termios.error):  # the terminal has gone away
-                termios.tcsetattr(0, termios.TCSANOW, self._settings)
+            termios.tcsetattr(0, termios.TCSANOW, self._settings)
+        except termios.error:
+            pass  # the terminal has gone away
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         self._settings = None
@@ -162,7 +163,7 @@ class Console:
     descriptor or None if the VM is to capture it.
 
     `input` is -1 (nothing to read), 0 (stdin is no terminal) or the end of a pipe that the terminal's keys come out of.
-    Making one changes nothing yet. close() is for after the VM.
+    Making one changes nothing yet. Needs close(), or use as a context manager, that ends after the VM.
     """
 
     def __init__(self, output: int | None = 1) -> None:
@@ -187,6 +188,14 @@ class Console:
             if descriptor > 2:
                 os.close(descriptor)
         self._keys = self.input = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def run(self, machine: Machine, timeout: float | None, signals: Signals) -> RunResult:
         """Runs the machine until it or the user ends; the machine is paused then.
@@ -258,8 +267,10 @@ class Console:
         to_guest, commands = self._escape.feed(keys)
         if to_guest:
             # Once the guest has 64 KiB of keys to read, more are lost, as on a real serial line.
-            with contextlib.suppress(OSError):
+            try:
                 os.write(self._keys, to_guest)
+            except OSError:
+                pass
         if "help" in commands:
             tell(HELP)
         if INTERRUPT in to_guest and not self._hinted:
@@ -300,8 +311,10 @@ class _Wait:
 
 def tell(text: str) -> None:
     """Prints a line in the middle of the guest's output."""
-    with contextlib.suppress(OSError):
+    try:
         os.write(2, f"\r\npyhv: {text}\r\n".encode())
+    except OSError:
+        pass
 
 
 def in_foreground() -> bool:

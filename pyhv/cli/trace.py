@@ -164,7 +164,7 @@ def main(arguments: list[str]) -> int:
         raise BadInput("--via trap", "cannot be had with --intercept kernel", "leave --intercept away")
     if given.via == "tracepoint" and given.intercept == "trap":
         raise BadInput("--via tracepoint", "cannot be had with --intercept trap", "leave --intercept away")
-    with contextlib.closing(Console(2)) as console:
+    with Console(2) as console:
         trace = Trace(given.json, _lineage(), given.cpus)
         result, via, lost = _run(given, console, trace)
     run.tell(result)

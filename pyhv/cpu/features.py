@@ -6,6 +6,8 @@ unless a function says that it takes any name.
 
 from __future__ import annotations
 
+import functools
+
 from pyhv.cpu import _features
 from pyhv.errors import BadInput
 from pyhv.light import NamedTuple
@@ -77,25 +79,14 @@ def _read_words() -> dict[Word, tuple[Feature, ...]]:
     table: Any = _features.WORDS
     for (leaf, subleaf, register), rows in table:
         word = Word(leaf, subleaf, register)
-        words[word] = tuple([Feature._make((*row[:3], word, *row[3:])) for row in rows])
+        # As Feature._make(), which checks each: a quarter of what it takes to read the table, at every start.
+        words[word] = tuple([tuple.__new__(Feature, (*row[:3], word, *row[3:])) for row in rows])
     return words
-
-
-def _read_names() -> dict[str, Feature]:
-    names = {}
-    for feature in FEATURES:
-        names[feature.name] = feature
-        for alias in (feature.linux, feature.qemu, feature.libvirt, *feature.aliases):
-            if alias:
-                names[alias] = feature
-    return names
 
 
 WORDS: Mapping[Word, tuple[Feature, ...]] = _read_words()
 FEATURES: tuple[Feature, ...] = tuple([feature for features in WORDS.values() for feature in features])
-# Canonical names and aliases, all in lower case.
-BY_NAME: Mapping[str, Feature] = _read_names()
-_REQUIRES = {feature.name: feature.requires for feature in FEATURES}
+BY_NAME: Mapping[str, Feature] = {feature.name: feature for feature in FEATURES}
 XSAVE_COMPONENTS: Mapping[int, XsaveComponent] = {row[0]: XsaveComponent(*row) for row in _features.XSAVE}
 
 # CpuidTable.vendor -> the vendor whose features and limits such a processor has. Hygon's are AMD's Zen under licence;
@@ -108,14 +99,27 @@ def lineage(vendor: str) -> str:
     return _LINEAGE.get(vendor, "")
 
 
+@functools.cache
+def by_any_name() -> Mapping[str, Feature]:
+    """Canonical names and aliases, all in lower case."""
+    names = {}
+    for feature in FEATURES:
+        names[feature.name] = feature
+        for alias in (feature.linux, feature.qemu, feature.libvirt, *feature.aliases):
+            if alias:
+                names[alias] = feature
+    return names
+
+
 def find(name: str) -> Feature:
     """The feature of any name or alias, in any case, with - and _ alike. Raises BadInput with the nearest names."""
     key = name.strip().lower()
-    feature = BY_NAME.get(key) or BY_NAME.get(key.replace("-", "_")) or BY_NAME.get(key.replace("_", "-"))
+    names = by_any_name()
+    feature = names.get(key) or names.get(key.replace("-", "_")) or names.get(key.replace("_", "-"))
     if feature is None:
         import difflib
 
-        near = difflib.get_close_matches(key, BY_NAME, 3)
+        near = difflib.get_close_matches(key, names, 3)
         advice = f"did you mean {' or '.join(near)}?" if near else "`pyhv features` lists all"
         raise BadInput(f"feature {name!r}", "there is no such feature", advice)
     return feature
@@ -132,7 +136,7 @@ def closure(names: Iterable[str]) -> Closure:
             return
         settled.add(name)  # the generator has checked that there are no cycles
         missing = []
-        for other in _REQUIRES[name]:
+        for other in BY_NAME[name].requires:
             if other in wanted:
                 settle(other)
             if other not in wanted or other in dropped:

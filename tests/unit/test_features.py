@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyhv.cpu import features, generate
-from pyhv.cpu.features import BY_NAME, FEATURES, WORDS, XSAVE_COMPONENTS, Word, closure, find, lineage, pack
+from pyhv.cpu.features import (
+    BY_NAME,
+    FEATURES,
+    WORDS,
+    XSAVE_COMPONENTS,
+    Word,
+    by_any_name,
+    closure,
+    find,
+    lineage,
+    pack,
+)
 from pyhv.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -224,8 +235,9 @@ def test_names_aliases_and_bits_are_unique() -> None:
     for feature in FEATURES:
         for name in {feature.name, feature.linux, feature.qemu, feature.libvirt, *feature.aliases} - {""}:
             assert owners.setdefault(name, feature.name) == feature.name, name
-            assert BY_NAME[name] is feature
-    assert owners.keys() == BY_NAME.keys()
+            assert by_any_name()[name] is feature
+        assert BY_NAME[feature.name] is feature
+    assert owners.keys() == by_any_name().keys() and len(BY_NAME) == len(FEATURES)
 
 
 @pytest.mark.parametrize(

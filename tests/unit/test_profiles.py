@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyhv.cpu import generate, profiles
-from pyhv.cpu.features import BY_NAME, FEATURES, Word, closure, pack
+from pyhv.cpu.features import BY_NAME, FEATURES, Word, by_any_name, closure, pack
 from pyhv.errors import BadInput
 
 # The feature words that guests of the compatibility mode read, as whole numbers; every word not named is zero. In KVM's
@@ -444,7 +444,7 @@ def test_any_text_ends(text: str) -> None:
 @given(st.text(max_size=200) | st.text(st.sampled_from("name=\"'[]{}\n\\#.,tru1 "), max_size=80))
 def test_compiling_any_text_ends_in_a_profile_or_its_faults(text: str) -> None:
     with pytest.raises(generate.ProfileFault) as caught:  # no such text is a whole profile
-        generate.compile_profile(text, BY_NAME)
+        generate.compile_profile(text, by_any_name())
     highest = text.count("\n") + 1
     assert all(1 <= p.line <= highest and p.text for p in caught.value.problems)
 
@@ -455,7 +455,7 @@ def test_any_lists_compile_to_a_closed_set_or_are_refused(names: set[str], vendo
     quoted = ", ".join(f'"{n}"' for n in sorted(names))
     text = f'name = "a"\ntitle = "b"\ndescription = ""\n[features]\n{vendor} = [{quoted}]\n'
     try:
-        profile = profiles._from_literal("test", generate.compile_profile(text, BY_NAME))
+        profile = profiles._from_literal("test", generate.compile_profile(text, by_any_name()))
     except generate.ProfileFault as fault:
         for problem in fault.problems:
             assert problem.line == 5

@@ -32,7 +32,7 @@ VMX, SVM or a PMU. generate.py compiles the built-in files into literals, by the
 from __future__ import annotations
 
 from pyhv.cpu import _features
-from pyhv.cpu.features import BY_NAME, FEATURES, closure, lineage
+from pyhv.cpu.features import FEATURES, by_any_name, closure, lineage
 from pyhv.errors import BadInput
 from pyhv.light import NamedTuple
 
@@ -174,6 +174,6 @@ def _load_file(path: str) -> Profile:
         line = data.count(b"\n", 0, error.start) + 1
         raise BadProfile(path, (generate.Problem(line, "", "it is not UTF-8 text"),)) from None
     try:
-        return _from_literal(path, generate.compile_profile(text, BY_NAME))
+        return _from_literal(path, generate.compile_profile(text, by_any_name()))
     except generate.ProfileFault as fault:
         raise BadProfile(path, fault.problems) from None
