@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                       "but not with CI=true")  # fmt: skip
     bench = commands.add_parser("bench", help="boot and live migration by pyhv and by QEMU, in the same hosts")
     bench.add_argument("rows", nargs="*", metavar="ROW",
-                       help="boot, boot-4, boot-bzimage, boot-bzimage-4, idle, linux, linux-writes (all)")  # fmt: skip
+                       help="boot-plain, boot-plain-4, boot, boot-4, boot-bzimage, boot-bzimage-4, idle, linux, "
+                       "linux-writes (all)")  # fmt: skip
     bench.add_argument("--kinds", default="amd-opteron-g2,amd-epyc", metavar="A,B",
                        help="from A to B, AMD hosts both; boots are in B")  # fmt: skip
     bench.add_argument("--repeat", type=int, default=5, metavar="N", help="how often (default: 5)")
