@@ -504,7 +504,7 @@ class Machine:
         if vm.devices.is_pc:
             from pyhv.boot import pc
 
-            rsdp = pc.furnish(vm, self.command_line)
+            rsdp = pc.furnish(vm, self.command_line, self.uuid)
         if self.image.kind in ("elf64", "flat"):
             regs, sregs = start64.load(self.image, vm.memory, self.command_line, len(vm.vcpus), boot.get_sregs())
         else:
@@ -641,10 +641,10 @@ def find_image(image: str) -> str:
 
     Raises BadInput with the nearest name.
     """
-    from pyhv import guests
-
     if "/" in image:
         return image
+    from pyhv import guests
+
     if image in guests.names():
         return guests.path(image)
     if os.path.exists(image):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import struct
 
-from pyhv.boot import acpi, mp_table
+from pyhv.boot import acpi, mp_table, smbios
 from pyhv.boot.memory_map import TABLES, e820
 from pyhv.boot.start64 import encode_command_line
 from pyhv.errors import BadInput
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyhv.vm.vm import Vm
 
 RSDP = TABLES
-_ACPI, _MP = TABLES + 0x200, 0xF0000
+_ACPI, _MP, _SMBIOS = TABLES + 0x200, 0xF0000, 0xF8000  # _MP has 5 KiB at the most
 _GENERATION_SIZE = 16
 
 # Keys of firmware configuration (QEMU, docs/specs/fw_cfg.rst and include/standard-headers/linux/qemu_fw_cfg.h).
@@ -28,15 +28,19 @@ _CMDLINE_SIZE, _CMDLINE_DATA, _FILE_DIRECTORY, _FIRST_FILE = 0x14, 0x15, 0x19, 0
 _ID_TRADITIONAL = 1  # no DMA
 
 
-def furnish(vm: Vm, command_line: str) -> int:
+def furnish(vm: Vm, command_line: str, uuid: str) -> int:
     """Puts the tables into the memory of a VM that is a pc and has never run, and fills its firmware configuration.
-    Returns where the ACPI tables begin. Raises BadInput for a command line that is too long."""
+    uuid: the VM's. Returns where the ACPI tables begin. Raises BadInput for a command line that is too long."""
     leaf = vm.tables[0].get(1)
     _write_acpi(vm)
     table = mp_table.table(len(vm.vcpus), leaf.eax, leaf.edx, ACPI_PM_IRQ)
     pointer = mp_table.pointer(_MP + 16)
     vm.memory.write(_MP, pointer)
     vm.memory.write(_MP + len(pointer), table)
+    assert _MP + len(pointer) + len(table) <= _SMBIOS
+    tables = smbios.structures(uuid)
+    entry = smbios.entry_point(_SMBIOS + 32, tables)
+    vm.memory.write(_SMBIOS, entry.ljust(32, b"\0") + b"".join(tables))
     vm.memory.write(GENERATION_ID, os.urandom(_GENERATION_SIZE))
     line = encode_command_line(command_line)
     items = {

@@ -1906,15 +1906,20 @@ static void test_chipset(void)
 {
     struct rig rig;
     rig_up(&rig, pyhv_chipset_create(&error));
-    /* Linux, pci_check_type1: the address does not come back. */
+    /* Linux, pci_check_type1: the address comes back. */
+    CHECK_EQUAL(in_wide(rig.bus, 0xcf8, 4), 0);
     CHECK_EQUAL(out_wide(rig.bus, 0xcf8, 4, 0x80000000), PYHV_ACTION_NONE);
-    CHECK_EQUAL(in_wide(rig.bus, 0xcf8, 4), UINT32_MAX);
+    CHECK_EQUAL(in_wide(rig.bus, 0xcf8, 4), 0x80000000);
     CHECK_EQUAL(in_wide(rig.bus, 0xcfc, 4), UINT32_MAX);
     CHECK_EQUAL(in_wide(rig.bus, 0xcfe, 2), 0xffff);
     CHECK_EQUAL(in(rig.bus, 0xcff), 0xff);
     CHECK_EQUAL(out_wide(rig.bus, 0xcfc, 4, 0xffffffff), PYHV_ACTION_NONE);
     CHECK_EQUAL(out_wide(rig.bus, 0xcf8, 4, 0xffffffff), PYHV_ACTION_NONE); /* touches 0xcf9, but not by a byte */
-    CHECK_EQUAL(out_wide(rig.bus, 0xcf8, 2, 0x0600), PYHV_ACTION_NONE);
+    CHECK_EQUAL(in_wide(rig.bus, 0xcf8, 4), 0x80fffffc);
+    CHECK_EQUAL(out_wide(rig.bus, 0xcf8, 2, 0x0600), PYHV_ACTION_NONE); /* nor is this the address register */
+    CHECK_EQUAL(out(rig.bus, 0xcfb, 0x01), PYHV_ACTION_NONE);
+    CHECK_EQUAL(in_wide(rig.bus, 0xcf8, 4), 0x80fffffc);
+    CHECK_EQUAL(in_wide(rig.bus, 0xcf8, 2), 0xffff);
     /* The reset control register as Linux uses it. */
     CHECK_EQUAL(in(rig.bus, 0xcf9), 0);
     CHECK_EQUAL(out(rig.bus, 0xcf9, 0x02), PYHV_ACTION_NONE);
@@ -2080,7 +2085,7 @@ struct access {
     uint16_t port;
     uint8_t value;
     bool is_write;
-    uint8_t size; /* 2: a word, its high byte 0 */
+    uint8_t size; /* 2, 4: a word or a double word, its other bytes 0 */
 };
 
 static struct access random_access(int which, bool *time_selected)
@@ -2105,6 +2110,8 @@ static struct access random_access(int which, bool *time_selected)
         break;
     case 5:
         access.port = random32() % 8 ? 0xcf8 + random32() % 8 : 0x92;
+        if (access.port == 0xcf8 && random32() % 4)
+            access.size = 4;
         break;
     case 6:
     case VMGENID: /* which has no ports */
@@ -2133,7 +2140,7 @@ static struct access random_access(int which, bool *time_selected)
 
 static uint8_t do_access(struct rig *rig, struct access access, int *action)
 {
-    uint8_t value[2] = {access.value, 0};
+    uint8_t value[4] = {access.value};
     *action = pyhv_bus_port_io(rig->bus, access.port, access.is_write, access.size, 1, value);
     return value[0];
 }

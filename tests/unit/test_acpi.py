@@ -6,11 +6,13 @@ import re
 import shutil
 import struct
 import subprocess
+import uuid
 from pathlib import Path
 
 import pytest
 
-from pyhv.boot import acpi, mp_table
+import pyhv
+from pyhv.boot import acpi, mp_table, smbios
 
 DSDT, FACS = 0xE0200, 0xE0400
 TABLES = {
@@ -67,6 +69,44 @@ def test_mp_table() -> None:
         at += 20 if table[at] == 0 else 8
     assert at == len(table) and len(kinds) == count
     assert [kinds.count(kind) for kind in range(5)] == [3, 1, 1, 16, 2]
+
+
+UUID = "00112233-4455-4677-8899-aabbccddeeff"
+
+
+def test_smbios() -> None:
+    tables = smbios.structures(UUID)
+    entry = smbios.entry_point(0xF8020, tables)
+    assert entry[:4] == b"_SM_" and entry[5] == len(entry) == 31 and sum(entry) % 256 == 0
+    assert entry[16:21] == b"_DMI_" and sum(entry[16:]) % 256 == 0
+    longest = struct.unpack_from("<H", entry, 8)[0]
+    size, gpa, count = struct.unpack_from("<HIH", entry, 22)
+    assert (gpa, count, size, longest) == (0xF8020, len(tables), len(b"".join(tables)), max(map(len, tables)))
+    found = {}
+    for table in tables:
+        kind, length, handle = struct.unpack_from("<BBH", table)
+        assert handle == kind and table.endswith(b"\0\0")
+        found[kind] = table[:length], [text.decode() for text in table[length:].rstrip(b"\0").split(b"\0")]
+    assert [*found] == [0, 1, 127]
+    firmware, texts = found[0]
+    assert (len(firmware), firmware[4:6], firmware[8]) == (24, b"\1\2", 3)
+    assert texts[:2] == ["pyhv", pyhv.__version__] and re.fullmatch(r"\d\d/\d\d/20\d\d", texts[2])
+    assert firmware[19] == 0x10  # bit 4: virtual
+    system, texts = found[1]
+    assert (len(system), system[4:8], texts) == (27, b"\1\2\3\0", ["pyhv", "PC", pyhv.__version__])
+    assert uuid.UUID(bytes_le=system[8:24]) == uuid.UUID(UUID)
+    assert found[127] == (b"\x7f\4\x7f\0", [""])
+
+
+@pytest.mark.skipif(shutil.which("dmidecode") is None, reason="needs dmidecode")
+def test_dmidecode_reads_the_tables(tmp_path: Path) -> None:
+    tables = smbios.structures(UUID)
+    (tmp_path / "dump").write_bytes(smbios.entry_point(32, tables).ljust(32, b"\0") + b"".join(tables))
+    command = ["dmidecode", "--from-dump", str(tmp_path / "dump")]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    assert "SMBIOS 2.8 present.\n3 structures" in text and f"UUID: {UUID}" in text
+    assert "System is a virtual machine" in text and "Wake-up Type: Power Switch" in text
+    assert not re.search("(?i)wrong|invalid|truncated|bad|error|unknown", text)
 
 
 # ------------------------------------------------------------------------------------------------ by ACPICA
