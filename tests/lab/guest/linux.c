@@ -92,6 +92,8 @@ int main(void)
     tell_file("clocksource", "/sys/devices/system/clocksource/clocksource0/current_clocksource");
     tell_file("serial", "/sys/class/tty/ttyS0/irq");
     tell_file("rtc", "/sys/class/rtc/rtc0/name");
+    tell_file("maker", "/sys/class/dmi/id/sys_vendor");
+    tell_file("uuid", "/sys/class/dmi/id/product_uuid");
     tell_line("acpi", "/proc/interrupts", " acpi");
     tell_line("flags", "/proc/cpuinfo", "flags");
     tell_file("cmdline", "/proc/cmdline");
