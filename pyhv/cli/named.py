@@ -200,11 +200,12 @@ class _NamedConsole(Console):
         """As Console.run, and the control socket may end it."""
         result = super().run(machine, timeout, signals)
         assert self.operations is not None
-        if result.cause == "timeout":
-            if self.operations.failure is not None:
-                raise self.operations.failure
-            if self.operations.ending:
-                return machine.result(None, self.operations.ending)
+        ending = self.operations.ending
+        if result.cause == "timeout" and self.operations.failure is not None:
+            raise self.operations.failure
+        # Who interrupts a VM that is just leaving does not end it: it runs on elsewhere.
+        if ending == "migrated" or (ending and result.cause == "timeout"):
+            return machine.result(None, ending)
         return result
 
     def drain(self, signals: Signals, patient: bool) -> None:

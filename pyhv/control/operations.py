@@ -173,9 +173,10 @@ class Operations:
             try:
                 call = self._calls.get_nowait()
             except queue.Empty:
-                return
+                break
             if call is not None:
                 call.finished(_over(self._name))
+        self._calls.put(None)  # the worker, if it is still at work, needs one to come to its end
 
     def _carry_out(self, call: Call) -> object:
         vm = self._machine.vm

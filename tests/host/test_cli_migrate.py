@@ -19,7 +19,7 @@ from pyhv.control import names
 from pyhv.control.client import Client
 from pyhv.errors import BadInput, HandoverUnknown, HostError
 from pyhv.migration import protocol
-from pyhv.migration.protocol import Answer, Ready, Synced, Type
+from pyhv.migration.protocol import Answer, Ready, Running, Synced, Type
 
 from .cli import COMMAND, IN_THE_LAB, LAB_REASON, TIMEOUT, Terminal, call, environment
 from .frames import Speaker
@@ -272,6 +272,52 @@ def test_a_second_migration_at_once_is_refused(tmp_path: Path) -> None:
     assert there.returncode == 2
 
 
+def take(speaker: Speaker) -> None:
+    """Says what a destination says, until the VM is its own."""
+    assert speaker.hear().kind == Type.HELLO
+    speaker.say(*protocol.encode(Answer((), False)))
+    while (kind := speaker.hear().kind) != Type.END:
+        if kind == Type.SYNC:
+            speaker.say(*protocol.encode(Synced()))
+    speaker.say(*protocol.encode(Ready()))
+    assert speaker.hear().kind == Type.COMMIT
+
+
+def is_refused(*words: str) -> bool:
+    """Whether a VM that still does something answers a call at once, since it takes no more."""
+    try:
+        done = subprocess.run([*COMMAND, *words], capture_output=True, env=environment(), timeout=2)
+    except subprocess.TimeoutExpired:
+        return False
+    assert (done.returncode, done.stderr) == (2, b"pyhv: t: has come to its end\n")
+    return True
+
+
+def test_ending_a_vm_that_is_handed_over_says_that_it_has_moved(tmp_path: Path) -> None:
+    source = subprocess.Popen(
+        [*COMMAND, *TICKER, "--name", "t", "--json"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    wait_for(lambda: call("status", "t").returncode == 0)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{tmp_path}/m")
+        listener.listen()
+        words = ("migrate", "t", f"unix:{tmp_path}/m", "--silence", "60")
+        command = subprocess.Popen([*COMMAND, *words], env=environment())
+        sock, _ = listener.accept()
+    with sock:
+        speaker = Speaker(sock)
+        take(speaker)
+        source.send_signal(signal.SIGTERM)
+        wait_for(lambda: is_refused("pause", "t"))
+        speaker.say(*protocol.encode(Running("another host", 0)))
+        out, _ = source.communicate(timeout=TIMEOUT)
+    assert command.wait(TIMEOUT) == 0
+    result = json.loads(out)
+    assert (result["cause"], result["status"], source.returncode) == ("migrated", 0, 0)
+    assert result["message"] == f"migrated to unix:{tmp_path}/m"
+
+
 def test_after_a_commit_without_an_answer_only_force_lets_it_run(tmp_path: Path) -> None:
     detach("t", *TICKER)
     wait_for(lambda: rounds_of("t") >= 2)
@@ -282,14 +328,7 @@ def test_after_a_commit_without_an_answer_only_force_lets_it_run(tmp_path: Path)
     def take_and_vanish() -> None:
         sock, _ = listener.accept()
         with sock:
-            speaker = Speaker(sock)
-            assert speaker.hear().kind == Type.HELLO
-            speaker.say(*protocol.encode(Answer((), False)))
-            while (kind := speaker.hear().kind) != Type.END:
-                if kind == Type.SYNC:
-                    speaker.say(*protocol.encode(Synced()))
-            speaker.say(*protocol.encode(Ready()))
-            assert speaker.hear().kind == Type.COMMIT
+            take(Speaker(sock))
 
     thread = threading.Thread(target=take_and_vanish)
     thread.start()
