@@ -46,7 +46,8 @@ class Limits(NamedTuple):
     """How a migration is to be done. Times in seconds."""
 
     downtime: float = 0.05
-    """The guest stands for about so long: pre-copy goes on until what is left can be sent in this time."""
+    """The guest stands for about so long at most: pre-copy goes on until what is left can be sent in this time, and
+    then as long as each round halves it."""
     bandwidth: float = 0.0
     """Bytes a second while the guest runs; 0: no limit."""
     timeout: float = 0.0
@@ -290,13 +291,15 @@ class Source:
             self._round += 1
             settled = self._send_round(pages)
             left = self._look(pages)
-            if settled and self._downtime(left) <= limits.downtime and self._round >= limits.least_rounds:
+            over = self._is_late() or self._round >= max(limits.rounds, limits.least_rounds)
+            fits = settled and self._downtime(left) <= limits.downtime and self._round >= limits.least_rounds
+            if fits and (over or not self._pays(left)):
                 if self._may_stop():
                     return
                 self._wait_for_leave()
                 self._look(pages)
                 continue  # with what it has written meanwhile
-            if self._is_late() or self._round >= max(limits.rounds, limits.least_rounds):
+            if over:
                 if limits.on_timeout == "stop":
                     return
                 raise self._no_end(left)
@@ -335,6 +338,11 @@ class Source:
 
     def _downtime(self, left: int) -> float:
         return left / self._rate + _FIXED_DOWNTIME
+
+    def _pays(self, left: int) -> bool:
+        """Whether one more round would leave less than half of it, of what is worth a round: what the guest need not
+        stand for, though the limit allows it. Such rounds take no longer together than the limit is."""
+        return left / self._rate > _FIXED_DOWNTIME and self._dirty_rate < self._rate / 2
 
     def _measure(self) -> None:
         took = self._sent_for + time.monotonic() - self._since

@@ -35,7 +35,7 @@ MEMORY = "3M"
 
 # What makes waiting cheap. A processor that is taken away for so long would be taken for a broken link.
 HEARTBEAT, SILENCE, PATIENCE = 0.1, 0.6, 3
-LIMITS = Limits(heartbeat=HEARTBEAT, silence=SILENCE, downtime=10.0)
+LIMITS = Limits(heartbeat=HEARTBEAT, silence=SILENCE, downtime=10.0, rounds=1)
 
 TIMEOUT = 30.0  # everything here takes a second or so
 

@@ -29,7 +29,7 @@ from .migration import APPEND, MEMORY, TIMEOUT, check_console, descriptors, stam
 from .test_snapshot_state import TSC, differences
 
 TICKER: dict[str, Any] = {"append": APPEND, "memory": MEMORY}
-LIMITS = Limits(downtime=10.0)
+LIMITS = Limits(downtime=10.0, rounds=1)  # one that always suffices
 Look = Callable[[pyhv.Machine, pyhv.Machine], None]
 
 
@@ -410,6 +410,27 @@ def test_what_the_guest_writes_until_all_is_taken_counts(monkeypatch: pytest.Mon
         monkeypatch.setattr(machine.vm, "take_dirty", lambda pages: time.monotonic() > begin + 0.2 and take(pages))
         failed = try_hop(machine, limits=Limits(downtime=0.005, timeout=0.5), link=slow_link)
         assert isinstance(failed, Failed) and "writes its memory too fast" in str(failed.here)
+
+
+@pytest.mark.parametrize(("pages", "pays"), [(256, True), (1400, False)])
+def test_a_round_that_halves_what_is_left_is_done_though_that_fits(
+    monkeypatch: pytest.MonkeyPatch, pages: int, pays: bool
+) -> None:
+    """As if the guest had written so many pages more in round 1, for which the link takes 0.75 s."""
+    written = [range(1024, 1024 + pages)]
+    with running(memory="10M") as machine:
+        machine.vm.memory.write(4 << 20, os.urandom(6 << 20))
+        take = machine.vm.take_dirty
+
+        def take_dirty(found: PageSet) -> None:
+            take(found)
+            if written:
+                found.update(written.pop())
+
+        monkeypatch.setattr(machine.vm, "take_dirty", take_dirty)
+        there, summary = hop(machine, limits=Limits(downtime=10.0), look=check_equal, link=slow_link)
+        there.close()
+        assert (summary.rounds > 1) == pays
 
 
 def test_whoever_waits_for_progress_may_give_up() -> None:
