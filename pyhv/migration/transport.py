@@ -337,15 +337,22 @@ def _of_socket(sock: socket.socket, peer: str) -> Channel:
 
 
 def _open_tty(address: Address) -> Channel:
+    import termios
     import tty
 
+    # A line with modem control may have no carrier, as a null modem of three wires has none: neither open() nor what is
+    # done with the line afterwards is to wait for one (termios(3), CLOCAL).
     try:
-        fd = os.open(address.path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        fd = os.open(address.path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise BadInput(address.text, f"cannot be opened: {reason}", "name a serial line") from None
     try:
         tty.setraw(fd)
+        mode = termios.tcgetattr(fd)
+        mode[2] |= termios.CLOCAL | termios.CREAD  # c_cflag
+        termios.tcsetattr(fd, termios.TCSANOW, mode)
+        os.set_blocking(fd, True)
     except Exception as error:  # termios.error
         os.close(fd)
         raise BadInput(address.text, f"is no serial line: {error}", "name one, such as tty:/dev/ttyS1") from None

@@ -9,6 +9,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -260,6 +261,8 @@ def test_a_tty() -> None:
         with transport.connect(transport.parse(f"tty:{name}")) as channel:
             os.write(master, b"\x03\r\n\x11\xff")  # nothing of it means anything
             assert read(channel, 5) == b"\x03\r\n\x11\xff"
+            assert termios.tcgetattr(slave)[2] & termios.CLOCAL  # nor waits for a carrier
+            assert os.get_blocking(channel.in_fd)
             write(channel, b"\r\n")
             assert os.read(master, 10) == b"\r\n"
         with Listener(transport.parse(f"tty:{name}")) as listener:
