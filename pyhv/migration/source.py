@@ -47,7 +47,7 @@ class Limits(NamedTuple):
 
     downtime: float = 0.05
     """The guest stands for about so long at most: pre-copy goes on until what is left can be sent in this time, and
-    then as long as each round halves it."""
+    then as long as each round leaves less than half."""
     bandwidth: float = 0.0
     """Bytes a second while the guest runs; 0: no limit."""
     timeout: float = 0.0
@@ -287,13 +287,19 @@ class Source:
         pages.add_content(ram)
         self._sending = self._link.sending(ram, pages, _ZSTD_LEVEL if limits.compress else 0)
         self._began = time.monotonic()
+        extra = False  # whether this round is done though what it sends would fit
         while True:
             self._round += 1
-            settled = self._send_round(pages)
+            total = len(pages) * PAGE_SIZE
+            # The time may pass in an extra round: that is no reason to give up, for what is on its way would fit.
+            settled = self._send_round(pages, total) or extra
             left = self._look(pages)
             over = self._is_late() or self._round >= max(limits.rounds, limits.least_rounds)
             fits = settled and self._downtime(left) <= limits.downtime and self._round >= limits.least_rounds
-            if fits and (over or not self._pays(left)):
+            extra = fits and not over and left < total / 2 and left / self._rate > _FIXED_DOWNTIME
+            if extra:
+                continue
+            if fits:
                 if self._may_stop():
                     return
                 self._wait_for_leave()
@@ -339,11 +345,6 @@ class Source:
     def _downtime(self, left: int) -> float:
         return left / self._rate + _FIXED_DOWNTIME
 
-    def _pays(self, left: int) -> bool:
-        """Whether one more round would leave less than half of it, of what is worth a round: what the guest need not
-        stand for, though the limit allows it. Such rounds take no longer together than the limit is."""
-        return left / self._rate > _FIXED_DOWNTIME and self._dirty_rate < self._rate / 2
-
     def _measure(self) -> None:
         took = self._sent_for + time.monotonic() - self._since
         if took > 0.001:
@@ -352,9 +353,9 @@ class Source:
     def _is_late(self) -> bool:
         return self._limits.timeout > 0 and time.monotonic() - self._began > self._limits.timeout
 
-    def _send_round(self, pages: PageSet) -> bool:
-        """Sends the pages, until the time for all of pre-copy is over; whether the other side has taken all."""
-        total = len(pages) * PAGE_SIZE
+    def _send_round(self, pages: PageSet, total: int) -> bool:
+        """Sends the pages, of so many bytes, until the time for all of pre-copy is over; whether the other side has
+        taken all."""
         limits, sending = self._limits, self._sending
         self._since = time.monotonic()
         sending.next = 0

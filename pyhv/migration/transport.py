@@ -350,9 +350,8 @@ def _open_tty(address: Address) -> Channel:
     try:
         tty.setraw(fd)
         mode = termios.tcgetattr(fd)
-        mode[2] |= termios.CLOCAL | termios.CREAD  # c_cflag
+        mode[2] |= termios.CLOCAL  # c_cflag
         termios.tcsetattr(fd, termios.TCSANOW, mode)
-        os.set_blocking(fd, True)
     except Exception as error:  # termios.error
         os.close(fd)
         raise BadInput(address.text, f"is no serial line: {error}", "name one, such as tty:/dev/ttyS1") from None

@@ -23,17 +23,18 @@ import pyhv
 from pyhv.accel import choose
 from pyhv.migration import destination, protocol, source
 from pyhv.migration.destination import Destination
-from pyhv.migration.protocol import Type
+from pyhv.migration.protocol import Answer, Synced, Type
 from pyhv.migration.source import Limits
 from pyhv.migration.transport import Channel
 
-from .frames import Frame, Splitter, content_of
+from .frames import Frame, Speaker, Splitter, content_of
 
 PAGES = 64
 APPEND = f"pages={PAGES} every=1"
 MEMORY = "3M"
 
-# What makes waiting cheap. A processor that is taken away for so long would be taken for a broken link.
+# What makes waiting cheap, and one round of pre-copy, which always suffices. A processor that is taken away for so long
+# would be taken for a broken link.
 HEARTBEAT, SILENCE, PATIENCE = 0.1, 0.6, 3
 LIMITS = Limits(heartbeat=HEARTBEAT, silence=SILENCE, downtime=10.0, rounds=1)
 
@@ -68,6 +69,19 @@ def check_console(console: bytes) -> int:
         numbers.append(int(number))
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), f"more than one copy, or none, ran: {numbers}"
     return len(numbers)
+
+
+def greet(speaker: Speaker) -> None:
+    """Begins as a destination that takes the guest."""
+    assert speaker.hear().kind == Type.HELLO
+    speaker.say(*protocol.encode(Answer((), False)))
+
+
+def take_all(speaker: Speaker) -> None:
+    """Goes on as one, to the end of what the source has to send."""
+    while (kind := speaker.hear().kind) != Type.END:
+        if kind == Type.SYNC:
+            speaker.say(*protocol.encode(Synced()))
 
 
 def descriptors() -> int:

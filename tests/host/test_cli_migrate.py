@@ -19,11 +19,11 @@ from pyhv.control import names
 from pyhv.control.client import Client
 from pyhv.errors import BadInput, HandoverUnknown, HostError
 from pyhv.migration import protocol
-from pyhv.migration.protocol import Answer, Ready, Running, Synced, Type
+from pyhv.migration.protocol import Ready, Running, Type
 
 from .cli import COMMAND, IN_THE_LAB, LAB_REASON, TIMEOUT, Terminal, call, environment
 from .frames import Speaker
-from .migration import APPEND, check_console
+from .migration import APPEND, check_console, greet, take_all
 from .named import detach, ok, processes_of, read_until, rounds_of, status, wait_for
 
 if IN_THE_LAB:
@@ -149,18 +149,29 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     there.communicate(timeout=TIMEOUT)
 
 
-def test_json_tells_how_the_run_at_the_source_ended(tmp_path: Path) -> None:
-    source = subprocess.Popen(
+def run_json() -> subprocess.Popen[str]:
+    """A VM in the foreground, which runs."""
+    process = subprocess.Popen(
         [*COMMAND, *TICKER, "--name", "t", "--json"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
     wait_for(lambda: call("status", "t").returncode == 0)
+    return process
+
+
+def check_migrated(run: subprocess.Popen[str], peer: str) -> None:
+    """What it says in the end."""
+    out, _ = run.communicate(timeout=TIMEOUT)
+    result = json.loads(out)
+    assert (result["cause"], result["status"], run.returncode) == ("migrated", 0, 0)
+    assert result["message"] == f"migrated to {peer}"
+
+
+def test_json_tells_how_the_run_at_the_source_ended(tmp_path: Path) -> None:
+    source = run_json()
     there = waiting(tmp_path / "m", "--name", "other", "--detach")
     migrate("t", f"unix:{tmp_path}/m")
-    out, _ = source.communicate(timeout=TIMEOUT)
-    result = json.loads(out)
-    assert (result["cause"], result["status"], source.returncode) == ("migrated", 0, 0)
-    assert result["message"] == f"migrated to unix:{tmp_path}/m"
+    check_migrated(source, f"unix:{tmp_path}/m")
     said, _ = there.communicate(timeout=TIMEOUT)
     assert re.fullmatch(rb"other runs in the background, pid \d+\n", said)
     assert status("other")["state"] == "running"
@@ -274,11 +285,8 @@ def test_a_second_migration_at_once_is_refused(tmp_path: Path) -> None:
 
 def take(speaker: Speaker) -> None:
     """Says what a destination says, until the VM is its own."""
-    assert speaker.hear().kind == Type.HELLO
-    speaker.say(*protocol.encode(Answer((), False)))
-    while (kind := speaker.hear().kind) != Type.END:
-        if kind == Type.SYNC:
-            speaker.say(*protocol.encode(Synced()))
+    greet(speaker)
+    take_all(speaker)
     speaker.say(*protocol.encode(Ready()))
     assert speaker.hear().kind == Type.COMMIT
 
@@ -294,11 +302,7 @@ def is_refused(*words: str) -> bool:
 
 
 def test_ending_a_vm_that_is_handed_over_says_that_it_has_moved(tmp_path: Path) -> None:
-    source = subprocess.Popen(
-        [*COMMAND, *TICKER, "--name", "t", "--json"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=environment(),
-    )  # fmt: skip
-    wait_for(lambda: call("status", "t").returncode == 0)
+    source = run_json()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{tmp_path}/m")
         listener.listen()
@@ -311,11 +315,8 @@ def test_ending_a_vm_that_is_handed_over_says_that_it_has_moved(tmp_path: Path) 
         source.send_signal(signal.SIGTERM)
         wait_for(lambda: is_refused("pause", "t"))
         speaker.say(*protocol.encode(Running("another host", 0)))
-        out, _ = source.communicate(timeout=TIMEOUT)
+        check_migrated(source, f"unix:{tmp_path}/m")
     assert command.wait(TIMEOUT) == 0
-    result = json.loads(out)
-    assert (result["cause"], result["status"], source.returncode) == ("migrated", 0, 0)
-    assert result["message"] == f"migrated to unix:{tmp_path}/m"
 
 
 def test_after_a_commit_without_an_answer_only_force_lets_it_run(tmp_path: Path) -> None:

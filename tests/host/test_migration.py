@@ -22,7 +22,7 @@ from pyhv.accel.kvm import Kvm
 from pyhv.cpu.host import HostDescription, Verdict
 from pyhv.errors import PyhvError
 from pyhv.migration.destination import Destination
-from pyhv.migration.source import Limits, Progress, Summary
+from pyhv.migration.source import Limits, Progress, Source, Summary
 from pyhv.migration.transport import Channel
 
 from .migration import APPEND, MEMORY, TIMEOUT, check_console, descriptors, stamp, wait_for_rounds
@@ -412,25 +412,37 @@ def test_what_the_guest_writes_until_all_is_taken_counts(monkeypatch: pytest.Mon
         assert isinstance(failed, Failed) and "writes its memory too fast" in str(failed.here)
 
 
-@pytest.mark.parametrize(("pages", "pays"), [(256, True), (1400, False)])
-def test_a_round_that_halves_what_is_left_is_done_though_that_fits(
-    monkeypatch: pytest.MonkeyPatch, pages: int, pays: bool
+def seem_to_write(machine: pyhv.Machine, pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the guest wrote so many pages more in round 1, which has 6 MiB."""
+    machine.vm.memory.write(4 << 20, os.urandom(6 << 20))
+    written, take = [range(1024, 1024 + pages)], machine.vm.take_dirty
+
+    def take_dirty(found: PageSet) -> None:
+        take(found)
+        if written:
+            found.update(written.pop())
+
+    monkeypatch.setattr(machine.vm, "take_dirty", take_dirty)
+
+
+@pytest.mark.parametrize(("pages", "halved"), [(256, True), (1400, False)])
+def test_after_a_round_that_halved_what_is_left_comes_another(
+    monkeypatch: pytest.MonkeyPatch, pages: int, halved: bool
 ) -> None:
-    """As if the guest had written so many pages more in round 1, for which the link takes 0.75 s."""
-    written = [range(1024, 1024 + pages)]
     with running(memory="10M") as machine:
-        machine.vm.memory.write(4 << 20, os.urandom(6 << 20))
-        take = machine.vm.take_dirty
-
-        def take_dirty(found: PageSet) -> None:
-            take(found)
-            if written:
-                found.update(written.pop())
-
-        monkeypatch.setattr(machine.vm, "take_dirty", take_dirty)
+        seem_to_write(machine, pages, monkeypatch)
         there, summary = hop(machine, limits=Limits(downtime=10.0), look=check_equal, link=slow_link)
         there.close()
-        assert (summary.rounds > 1) == pays
+        assert (summary.rounds > 1) == halved
+
+
+def test_a_round_that_need_not_be_does_not_make_it_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(memory="10M") as machine:
+        seem_to_write(machine, 256, monkeypatch)
+        monkeypatch.setattr(Source, "_is_late", lambda source: source._round > 1)
+        there, summary = hop(machine, limits=Limits(downtime=10.0), look=check_equal, link=slow_link)
+        there.close()
+        assert summary.rounds == 2
 
 
 def test_whoever_waits_for_progress_may_give_up() -> None:

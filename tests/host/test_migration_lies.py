@@ -30,7 +30,19 @@ from pyhv.state import codec
 
 from .cli import IN_THE_LAB, LAB_REASON
 from .frames import Frame, Sealer, Speaker, Splitter, pages, sum_of
-from .migration import LIMITS, PATIENCE, TIMEOUT, Migration, Side, Wishes, check_console, descriptors, wait_for_rounds
+from .migration import (
+    LIMITS,
+    PATIENCE,
+    TIMEOUT,
+    Migration,
+    Side,
+    Wishes,
+    check_console,
+    descriptors,
+    greet,
+    take_all,
+    wait_for_rounds,
+)
 from .test_migration import running
 
 if IN_THE_LAB:  # which has no hypothesis
@@ -108,8 +120,7 @@ def chatter(speaker: Speaker) -> None:
 
 def greeted(then: Lie) -> Lie:
     def lie(speaker: Speaker) -> None:
-        assert speaker.hear().kind == Type.HELLO
-        speaker.say(*protocol.encode(Answer((), False)))
+        greet(speaker)
         then(speaker)
 
     return lie
@@ -117,9 +128,7 @@ def greeted(then: Lie) -> Lie:
 
 def all_taken(then: Lie) -> Lie:
     def lie(speaker: Speaker) -> None:
-        while (kind := speaker.hear().kind) != Type.END:
-            if kind == Type.SYNC:
-                speaker.say(*protocol.encode(Synced()))
+        take_all(speaker)
         then(speaker)
 
     return greeted(lie)
