@@ -57,9 +57,24 @@ def boot(host: Host, image: str, line: str = "", *options: str) -> tuple[Any, di
     return result, dict(re.findall(r"^linux: (\S+) ?(.*?)\r?$", result["console"], re.MULTILINE))
 
 
-@pytest.mark.parametrize(("image", "cpus"), [("vmlinux", 1), ("vmlinuz", 1), ("vmlinux", 4)])
+@pytest.mark.parametrize(("image", "cpus"), [("vmlinux", 1), ("vmlinuz", 1), ("vmlinux", 4), ("vmlinux", 64)])
 def test_linux_boots_and_switches_itself_off(host: Host, image: str, cpus: int) -> None:
     check_whole(boot(host, image, "", "--cpus", str(cpus)), cpus)
+
+
+def test_a_process_takes_little_beyond_the_guests_memory(host: Host) -> None:
+    command = ["python3", "-m", "pyhv", "run", f"{FOLDER}/vmlinux", "--initrd", f"{FOLDER}/initrd", "--mem", "256M"]
+    command += ["--append", f"{LINE} do=sleep", "--cpus", "4", "--name", "t"]
+    running = host.start(command, env=code.ENVIRONMENT)
+    running.wait_for(b"linux: pages", 300)
+    status = host.run(["python3", "-m", "pyhv", "status", "t", "--json"], env=code.ENVIRONMENT, check=True)
+    maps = host.run(["cat", f"/proc/{json.loads(status.stdout)['pid']}/smaps"], check=True).text
+    host.run(["python3", "-m", "pyhv", "stop", "t"], env=code.ENVIRONMENT, check=True)
+    running.wait()
+    found = re.findall(r"^Size: +(\d+) kB.*?^Rss: +(\d+) kB", maps, re.MULTILINE | re.DOTALL)
+    ram = sum(int(rss) for size, rss in found if int(size) >= 256 << 10)
+    beyond = sum(int(rss) for _, rss in found) - ram
+    assert ram > 32 << 10 and 0 < beyond <= 40 << 10, maps
 
 
 @pytest.mark.parametrize(("cpus", "options"), [(1, ()), (4, ("--compat",))])
