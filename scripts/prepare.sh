@@ -18,6 +18,11 @@ fi
 command -v gcc >/dev/null && command -v ld >/dev/null || need gcc
 [ -e /usr/include/stdio.h ] || need libc6-dev
 [ -e /usr/include/linux/kvm.h ] || need linux-libc-dev
+if [ "${CI:-}" = true ]; then # what tests compare with, and are skipped without
+    command -v iasl >/dev/null || need acpica-tools
+    command -v dmidecode >/dev/null || need dmidecode
+    command -v cpio >/dev/null || need cpio
+fi
 [ -z "$missing" ] && exit 0
 
 command="apt-get install -y --no-install-recommends$missing"
