@@ -13,7 +13,7 @@ from pyhv.cpu import policy, profiles
 from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible, PyhvError
 from pyhv.light import NamedTuple
 from pyhv.vm.devices import Devices, is_pc
-from pyhv.vm.memory import HIGH_RAM_BASE, LOW_RAM_LIMIT, PAGE_SIZE, GuestMemory
+from pyhv.vm.memory import HIGH_RAM_BASE, LOW_RAM_LIMIT, PAGE_SIZE, GuestMemory, check_fits
 from pyhv.vm.vm import Stopped, Trap, Vm
 
 TYPE_CHECKING = False
@@ -81,10 +81,11 @@ class Machine:
     "": as the image is recognised. initrd: path of a file, for a Linux or PVH kernel. modules: "FILE ARGS" each, for a
     multiboot or PVH kernel. compat: the processor compatibility mode, short for
     cpu="hyperv-r2". cpu: the name of a profile or the path of a profile file (default "host"). cpus: number of
-    vCPUs. memory: bytes, or a string such as "64M". append: the guest's command line. accel: "auto", "kvm" or
-    "emulator"; intercept: "auto", "kernel" or "trap" (see accel/choose.py). console_in, console_out: descriptors for
-    the serial port, which stay the caller's; without console_out the output is captured. on_cpuid: gets each CPUID that
-    the guest executes, on its vCPU's thread; needs the emulator or trap.
+    vCPUs. memory: bytes, or a string such as "64M". overcommit: allow more of it than the host has free. append: the
+    guest's command line. accel: "auto", "kvm" or "emulator"; intercept: "auto", "kernel" or "trap" (see
+    accel/choose.py). console_in, console_out: descriptors for the serial port, which stay the caller's; without
+    console_out the output is captured. on_cpuid: gets each CPUID that the guest executes, on its vCPU's thread; needs
+    the emulator or trap.
 
     Raises BadInput (NotAvailable, NotFaithful) for what the caller can mend, HostError for what the host refuses.
     Needs close(), or use as a context manager.
@@ -110,6 +111,7 @@ class Machine:
         cpu: str | None = None,
         cpus: int = 1,
         memory: int | str = "64M",
+        overcommit: bool = False,
         append: str = "",
         accel: str = "auto",
         intercept: str = "auto",
@@ -118,6 +120,7 @@ class Machine:
         on_cpuid: Callable[[CpuidRecord], None] | None = None,
     ) -> None:
         size = parse_memory(memory)
+        check_fits(size, f"memory {memory}", overcommit)
         choose.open_accelerator(accel).prepare()
         if compat and cpu is not None:
             raise BadInput(f"cpu={cpu}", "cannot be combined with compatibility mode, which is a profile of its own")
@@ -156,6 +159,7 @@ class Machine:
         *,
         verify: bool = False,
         strict_tsc: bool = False,
+        overcommit: bool = False,
         accel: str = "auto",
         intercept: str = "auto",
         console_in: int = -1,
@@ -183,6 +187,7 @@ class Machine:
             saved = snapshot.state.machine
             machine = cls._for_state(saved, snapshot.needs, path, strict_tsc, accel, _wish(intercept, on_cpuid))
             machine.uuid = _new_uuid()
+            check_fits(saved.memory, path, overcommit)
             memory = GuestMemory(saved.memory, (snapshot.reader.memory_fd, snapshot.reader.memory_offset))
             irqchip = snapshot.state.platform.irqchip
             pit = irqchip is not None and bool(irqchip.pit)
@@ -232,6 +237,7 @@ class Machine:
         insecure: bool = False,
         tls: Tls | None = None,
         timeout: float | None = None,
+        overcommit: bool = False,
         accel: str = "auto",
         intercept: str = "auto",
         console_in: int = -1,
@@ -257,6 +263,7 @@ class Machine:
             raise BadInput(uri, f"nobody came within {timeout:g} seconds", "start pyhv migrate at the source")
         return cls.arrive(
             Destination(channel),
+            overcommit=overcommit,
             accel=accel,
             intercept=intercept,
             console_in=console_in,
@@ -269,6 +276,7 @@ class Machine:
         cls,
         destination: Destination,
         *,
+        overcommit: bool = False,
         accel: str = "auto",
         intercept: str = "auto",
         console_in: int = -1,
@@ -289,7 +297,9 @@ class Machine:
                 wish = _wish(intercept, on_cpuid)
                 needs = hello.needs()
                 candidate = cls._for_state(hello.machine, needs, where, hello.strict_tsc, accel, wish)
-                memory = GuestMemory(parse_memory(hello.machine.memory), anonymous=True)
+                size = parse_memory(hello.machine.memory)
+                check_fits(size, where, overcommit)
+                memory = GuestMemory(size, anonymous=True)
                 plan = _Plan(memory, needs.tables, hello.irqchip, hello.pit, True, is_pc(hello.devices))
                 candidate._build(plan, lambda vm: vm.devices.check(hello.devices), console_in, console_out, on_cpuid)
                 machine = candidate

@@ -26,6 +26,7 @@ _COMMAND = Command(
         Option("--wait", "give up when nobody has come after S seconds", "S", convert=options.seconds),
         Option("--name", "give it this name instead of the one that it brings", "NAME"),
         Option("--detach", "leave it in the background once it runs, where its name finds it; with - always"),
+        run.OVERCOMMIT_OPTION,
         Option("--accel", "what runs it (see pyhv run --help)", default="auto", choices=ACCELERATORS),
         Option("--intercept", "who answers CPUID (see pyhv run --help)", default="auto", choices=INTERCEPTS),
         Option("--timeout", "end the VM after S seconds here, with status 124", "S", convert=options.seconds),
@@ -96,7 +97,13 @@ def _receive(
     try:
         hello = destination.greet()
         name = given.name or hello.name
-        make = functools.partial(Machine.arrive, destination, accel=given.accel, intercept=given.intercept)
+        make = functools.partial(
+            Machine.arrive,
+            destination,
+            overcommit=given.overcommit,
+            accel=given.accel,
+            intercept=given.intercept,
+        )
         if not name:
             if given.detach:
                 raise BadInput("the VM", "has no name", "give pyhv receive --name, so that it can be found")

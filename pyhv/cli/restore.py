@@ -17,6 +17,7 @@ _COMMAND = Command(
         Option("FILE", "a snapshot, as pyhv save writes it"),
         Option("--verify", "check every byte of the memory first; without it, everything but the memory is checked"),
         Option("--strict-tsc", "refuse a host whose TSC runs at another rate, even if the guest was promised none"),
+        run.OVERCOMMIT_OPTION,
         Option("--accel", "what runs it (see pyhv run --help)", default="auto", choices=ACCELERATORS),
         Option("--intercept", "who answers CPUID (see pyhv run --help)", default="auto", choices=INTERCEPTS),
         Option("--timeout", "end the VM after S seconds, with status 124", "S", convert=options.seconds),
@@ -48,6 +49,7 @@ def main(arguments: list[str]) -> int:
         given.file,
         verify=given.verify,
         strict_tsc=given.strict_tsc,
+        overcommit=given.overcommit,
         accel=given.accel,
         intercept=given.intercept,
     )

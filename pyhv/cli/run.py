@@ -54,6 +54,8 @@ def _details() -> str:
     return _DETAILS.format(guests=bundled, statuses=statuses)
 
 
+OVERCOMMIT_OPTION = Option("--overcommit", "give the guest more memory than the host has free; it may die of it later")
+
 # What describes a machine and its run; machine_arguments() is the other half.
 MACHINE_OPTIONS = (
     Option("IMAGE", "a bundled guest or a file"),
@@ -65,6 +67,7 @@ MACHINE_OPTIONS = (
     Option("--cpu", "a profile, by name or file (default: host; see pyhv profiles)", "PROFILE"),
     Option("--cpus", "number of vCPUs (default: 1)", "N", 1, options.number),
     Option("--mem", "memory, such as 512M or 2G (default: 64M)", "SIZE", "64M"),
+    OVERCOMMIT_OPTION,
     Option(
         "--accel",
         "what runs the guest: kvm; emulator, which is slower, hides everywhere and has one vCPU; or what suits "
@@ -144,6 +147,7 @@ def machine_arguments(given: SimpleNamespace) -> dict[str, Any]:
         "cpu": given.cpu,
         "cpus": given.cpus,
         "memory": given.mem,
+        "overcommit": given.overcommit,
         "append": given.append,
         "initrd": given.initrd,
         "modules": given.module,

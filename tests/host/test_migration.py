@@ -24,6 +24,7 @@ from pyhv.errors import PyhvError
 from pyhv.migration.destination import Destination
 from pyhv.migration.source import Limits, Progress, Source, Summary
 from pyhv.migration.transport import Channel
+from pyhv.vm import memory
 
 from .migration import APPEND, MEMORY, TIMEOUT, check_console, descriptors, stamp, wait_for_rounds
 from .test_snapshot_state import TSC, differences
@@ -516,6 +517,21 @@ def test_a_refusal_has_every_reason(lesser: Callable[..., None]) -> None:
         assert str(failed.here).startswith("the destination: does not take this guest: ")
         assert machine.vm.running
         wait_for_rounds(machine)
+
+
+def test_a_host_without_the_memory_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it maps any: the source may claim what it likes."""
+    available = memory._available
+    monkeypatch.setattr(
+        memory, "_available", lambda: 20 << 20 if threading.current_thread().name == "arrive" else available()
+    )
+    with running(memory="40M") as machine:
+        failed = try_hop(machine)
+        assert isinstance(failed, Failed)
+        for error in failed:
+            assert "needs 40M for the guest and 1M for the kernel's tables of it" in str(error)
+        wait_for_rounds(machine)
+        hop(machine, arrive={"overcommit": True}).machine.close()
 
 
 def test_strict_tsc(lesser: Callable[..., None]) -> None:

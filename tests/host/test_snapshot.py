@@ -14,6 +14,7 @@ from pyhv.accel.data import Stop
 from pyhv.cpu.host import Verdict, as_kvm_host
 from pyhv.snapshot import file
 from pyhv.state.records import MachineState
+from pyhv.vm import memory as guest_memory
 
 TICKER = {"append": "every=1", "memory": "4M"}
 
@@ -271,6 +272,17 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         path.write_bytes(good[:size])
         with pytest.raises(pyhv.BadInput):
             pyhv.Machine.restore(str(path))
+
+
+def test_memory_that_the_host_does_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the file claims: nothing is mapped before."""
+    path = tmp_path / "s.pyhv"
+    save_running_ticker(path, memory="40M")
+    monkeypatch.setattr(guest_memory, "_available", lambda: 20 << 20)
+    with pytest.raises(pyhv.BadInput, match=r"s\.pyhv: needs 40M for the guest and 1M for the kernel's tables of it"):
+        pyhv.Machine.restore(str(path))
+    with pyhv.Machine.restore(str(path), overcommit=True) as machine:
+        assert machine.run(0.2).cause == "timeout"
 
 
 def test_a_vm_that_cannot_be_saved_runs_on(tmp_path: Path) -> None:
