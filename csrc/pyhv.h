@@ -508,8 +508,9 @@ const struct pyhv_counters *pyhv_vcpu_counters(const struct pyhv_vcpu *vcpu);
  * calling thread is the vCPU's thread while this runs. Call without the GIL. */
 void pyhv_vcpu_run(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit);
 
-/* Makes the current or the next pyhv_vcpu_run() return PYHV_STOP_KICKED soon. Any thread. */
-void pyhv_vcpu_kick(struct pyhv_vcpu *vcpu);
+/* Makes the current or the next pyhv_vcpu_run() return PYHV_STOP_KICKED soon. Any thread. Fails, with the next run yet to
+ * return, where a sandbox forbids to signal a thread. */
+int pyhv_vcpu_kick(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
 
 /* Executes one instruction and stops with PYHV_STOP_DEBUG (or what else the instruction caused). */
 void pyhv_vcpu_step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit);
@@ -671,7 +672,7 @@ size_t pyhv_emulator_vcpu_cpuid_log(struct pyhv_emulator_vcpu *vcpu, struct pyhv
                                     size_t capacity);
 const struct pyhv_counters *pyhv_emulator_vcpu_counters(const struct pyhv_emulator_vcpu *vcpu);
 void pyhv_emulator_vcpu_run(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit);
-void pyhv_emulator_vcpu_kick(struct pyhv_emulator_vcpu *vcpu);
+int pyhv_emulator_vcpu_kick(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error);
 void pyhv_emulator_vcpu_step(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit);
 
 int pyhv_emulator_vcpu_get_regs(struct pyhv_emulator_vcpu *vcpu, struct pyhv_regs *regs, struct pyhv_error *error);

@@ -9,8 +9,6 @@
 #ifndef PYHV_EMULATOR_EMULATOR_H
 #define PYHV_EMULATOR_EMULATOR_H
 
-#include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <time.h>
@@ -18,6 +16,7 @@
 #include "emulator/irqchip.h"
 #include "emulator/library.h"
 #include "error.h"
+#include "kick.h"
 #include "pyhv.h"
 
 struct emulator_slot {
@@ -87,14 +86,17 @@ struct pyhv_emulator_vcpu {
     bool log_full;      /* the log of CPUIDs */
     const char *cannot; /* what the guest did that nobody can carry out here, or NULL */
 
-    /* The kick. `lock` covers thread and running, so that no signal goes to a thread that has ended. */
-    pthread_mutex_t lock;
-    pthread_t thread;
-    bool running;
+    struct pyhv_kick kick;
     atomic_int kicked;
     atomic_bool attention; /* the run loop must look at kick and interrupts before it goes on */
     atomic_bool in_engine; /* and it may be stopped from outside */
-    timer_t timer;         /* of the vCPU's thread, while it runs */
+
+    /* The alarm of the vCPU's thread, while it runs: a timer, or where the queue of signals has no room for one a thread
+     * that waits for a timer's descriptor. */
+    timer_t timer;
+    int alarm_fd; /* -1: there is a timer */
+    pthread_t alarm_thread;
+    atomic_bool alarm_over;
 };
 
 /* Nanoseconds of CLOCK_MONOTONIC. */

@@ -10,13 +10,12 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
 
 #include "cancel.h"
 #include "devices/device.h"
 #include "emulator/emulator.h"
-
-/* Next to the signal of csrc/kvm/vcpu.c. */
-#define ATTENTION_SIGNAL (SIGRTMIN + 1)
 
 /* How soon the handler comes back, in ns. It is also how often a guest is stopped for a look whether it takes
  * interrupts again, while it has them switched off and one waits: the library does not tell when they are on. */
@@ -38,41 +37,35 @@ static _Thread_local struct pyhv_emulator_vcpu *current;
 
 /* ------------------------------------------------------------------------------------------- attention, kick -- */
 
+/* Also from the signal's handler. */
 static void set_alarm(struct pyhv_emulator_vcpu *vcpu, int64_t in)
 {
     struct itimerspec when = {.it_value = {.tv_sec = in / 1000000000, .tv_nsec = in % 1000000000}};
-    timer_settime(vcpu->timer, 0, &when, NULL);
+    if (vcpu->alarm_fd >= 0)
+        timerfd_settime(vcpu->alarm_fd, 0, &when, NULL);
+    else
+        timer_settime(vcpu->timer, 0, &when, NULL);
 }
 
-static void on_attention(int signal, siginfo_t *info, void *context)
+static void on_attention(void *opaque, bool is_timer)
 {
-    (void)signal, (void)context;
-    int errnum = errno;
-    struct pyhv_emulator_vcpu *vcpu = current;
-    if (vcpu) {
-        if (info->si_code == SI_TIMER)
-            atomic_store(&vcpu->attention, true);
-        if (atomic_load(&vcpu->attention) && atomic_load(&vcpu->in_engine)) {
-            pyhv_library_stop_soon(vcpu->engine);
-            set_alarm(vcpu, COME_BACK);
-        }
+    struct pyhv_emulator_vcpu *vcpu = opaque;
+    if (is_timer)
+        atomic_store(&vcpu->attention, true);
+    if (atomic_load(&vcpu->attention) && atomic_load(&vcpu->in_engine)) {
+        pyhv_library_stop_soon(vcpu->engine);
+        set_alarm(vcpu, COME_BACK);
     }
-    errno = errnum;
 }
 
-static void install_attention_handler(void)
+/* Returns 0 or an errno; see pyhv_kick_send(). */
+static int signal_thread(struct pyhv_emulator_vcpu *vcpu)
 {
-    struct sigaction action = {.sa_sigaction = on_attention, .sa_flags = SA_SIGINFO}; /* no SA_RESTART */
-    sigemptyset(&action.sa_mask);
-    sigaction(ATTENTION_SIGNAL, &action, NULL); /* cannot fail for a valid signal and handler */
-}
-
-static void signal_thread(struct pyhv_emulator_vcpu *vcpu)
-{
-    pthread_mutex_lock(&vcpu->lock);
-    if (vcpu->running && !pthread_equal(vcpu->thread, pthread_self()))
-        pthread_kill(vcpu->thread, ATTENTION_SIGNAL);
-    pthread_mutex_unlock(&vcpu->lock);
+    pthread_mutex_lock(&vcpu->kick.lock);
+    bool own = pthread_equal(vcpu->kick.thread, pthread_self());
+    int errnum = own ? 0 : pyhv_kick_send(&vcpu->kick);
+    pthread_mutex_unlock(&vcpu->kick.lock);
+    return errnum;
 }
 
 void emulator_attention(struct pyhv_emulator_vcpu *vcpu)
@@ -83,18 +76,19 @@ void emulator_attention(struct pyhv_emulator_vcpu *vcpu)
         if (atomic_load(&vcpu->in_engine))
             pyhv_library_stop_soon(vcpu->engine);
     } else {
-        signal_thread(vcpu);
+        (void)signal_thread(vcpu); /* without it the interrupt is late: it is looked for at the next alarm */
     }
 }
 
-void pyhv_emulator_vcpu_kick(struct pyhv_emulator_vcpu *vcpu)
+int pyhv_emulator_vcpu_kick(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
 {
     atomic_store(&vcpu->kicked, 1);
     pthread_mutex_lock(&vcpu->vm->lock);
     atomic_store(&vcpu->attention, true);
     pthread_cond_broadcast(&vcpu->vm->wake);
     pthread_mutex_unlock(&vcpu->vm->lock);
-    signal_thread(vcpu);
+    int errnum = signal_thread(vcpu);
+    return errnum ? pyhv_fail(error, errnum, "pthread_kill", "SIGURG to the thread of the vCPU") : 0;
 }
 
 /* ------------------------------------------------------------------------- what the guest does: time and CPUID -- */
@@ -395,8 +389,6 @@ static int add_hooks(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
 struct pyhv_emulator_vcpu *pyhv_emulator_vcpu_create(struct pyhv_emulator_vm *vm, uint32_t index, uint32_t tsc_khz,
                                                      struct pyhv_error *error)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, install_attention_handler);
     if (index != 0 || vm->vcpu) {
         pyhv_fail(error, ENOTSUP, "pyhv_emulator_vcpu_create", "vCPU %u: the emulator runs one", index);
         return NULL;
@@ -409,7 +401,8 @@ struct pyhv_emulator_vcpu *pyhv_emulator_vcpu_create(struct pyhv_emulator_vm *vm
     vcpu->vm = vm;
     vcpu->tsc_khz = tsc_khz;
     vcpu->tsc_since = emulator_now();
-    pthread_mutex_init(&vcpu->lock, NULL);
+    vcpu->alarm_fd = -1;
+    pyhv_kick_init(&vcpu->kick);
     if (pyhv_library_engine(&vcpu->engine, &vcpu->context, error) < 0 || map_memory(vcpu, error) < 0 ||
         add_hooks(vcpu, error) < 0 || emulator_save(vcpu, vcpu->context, error) < 0)
         goto fail;
@@ -436,7 +429,7 @@ void pyhv_emulator_vcpu_destroy(struct pyhv_emulator_vcpu *vcpu)
     pthread_mutex_unlock(&vcpu->vm->lock);
     if (vcpu->engine)
         uc.close(vcpu->engine);
-    pthread_mutex_destroy(&vcpu->lock);
+    pyhv_kick_destroy(&vcpu->kick);
     free(vcpu->context);
     free(vcpu->log);
     free(vcpu);
@@ -711,43 +704,76 @@ static void describe(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
     exit->bytes_count = (uint32_t)emulator_peek(vcpu, state, exit->rip, exit->bytes, sizeof exit->bytes);
 }
 
-/* Marks the calling thread as the vCPU's, where the signal gets through whatever the caller's mask says. */
-static int enter_thread(struct pyhv_emulator_vcpu *vcpu, sigset_t *mask, struct pyhv_error *error)
+static void *ring(void *opaque)
 {
-    struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = ATTENTION_SIGNAL};
+    struct pyhv_emulator_vcpu *vcpu = opaque;
+    uint64_t times;
+    while (read(vcpu->alarm_fd, &times, sizeof times) == sizeof times && !atomic_load(&vcpu->alarm_over)) {
+        atomic_store(&vcpu->attention, true);
+        (void)signal_thread(vcpu);
+    }
+    return NULL;
+}
+
+static int create_alarm(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
+{
+    struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = PYHV_KICK_SIGNAL};
     event._sigev_un._tid = gettid();
-    if (timer_create(CLOCK_MONOTONIC, &event, &vcpu->timer) < 0)
+    if (timer_create(CLOCK_MONOTONIC, &event, &vcpu->timer) == 0)
+        return 0;
+    if (errno != EAGAIN) /* RLIMIT_SIGPENDING: a timer takes a place in the queue of signals */
         return pyhv_fail_errno(error, "timer_create");
+    vcpu->alarm_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC);
+    if (vcpu->alarm_fd < 0)
+        return pyhv_fail_errno(error, "timerfd_create");
+    atomic_store(&vcpu->alarm_over, false);
+    int errnum = pthread_create(&vcpu->alarm_thread, NULL, ring, vcpu);
+    if (errnum == 0)
+        return 0;
+    close(vcpu->alarm_fd);
+    vcpu->alarm_fd = -1;
+    return pyhv_fail(error, errnum, "pthread_create", "for the guest's timers");
+}
+
+static void destroy_alarm(struct pyhv_emulator_vcpu *vcpu)
+{
+    if (vcpu->alarm_fd < 0) {
+        timer_delete(vcpu->timer);
+        return;
+    }
+    atomic_store(&vcpu->alarm_over, true);
+    set_alarm(vcpu, 1);
+    pthread_join(vcpu->alarm_thread, NULL);
+    close(vcpu->alarm_fd);
+    vcpu->alarm_fd = -1;
+}
+
+static int enter_thread(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
+{
     current = vcpu;
-    sigset_t own;
-    sigemptyset(&own);
-    sigaddset(&own, ATTENTION_SIGNAL);
-    pthread_sigmask(SIG_UNBLOCK, &own, mask);
+    pyhv_kick_enter(&vcpu->kick, on_attention, vcpu);
+    if (create_alarm(vcpu, error) < 0) {
+        pyhv_kick_leave(&vcpu->kick);
+        current = NULL;
+        return -1;
+    }
     pyhv_cancel = &vcpu->kicked;
-    pthread_mutex_lock(&vcpu->lock);
-    vcpu->thread = pthread_self();
-    vcpu->running = true;
-    pthread_mutex_unlock(&vcpu->lock);
     return 0;
 }
 
-static void leave_thread(struct pyhv_emulator_vcpu *vcpu, const sigset_t *mask)
+static void leave_thread(struct pyhv_emulator_vcpu *vcpu)
 {
-    pthread_mutex_lock(&vcpu->lock);
-    vcpu->running = false;
-    pthread_mutex_unlock(&vcpu->lock);
-    timer_delete(vcpu->timer);
     pyhv_cancel = NULL;
+    destroy_alarm(vcpu);
+    pyhv_kick_leave(&vcpu->kick);
     current = NULL;
-    pthread_sigmask(SIG_SETMASK, mask, NULL);
 }
 
 void pyhv_emulator_vcpu_run(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
 {
-    sigset_t mask;
     *exit = (struct pyhv_exit){0};
     vcpu->cannot = NULL;
-    if (enter_thread(vcpu, &mask, &exit->error) < 0) {
+    if (enter_thread(vcpu, &exit->error) < 0) {
         stop(exit, PYHV_STOP_FAILED);
         return;
     }
@@ -756,15 +782,14 @@ void pyhv_emulator_vcpu_run(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *e
     while (!turn(vcpu, exit))
         ;
     describe(vcpu, exit);
-    leave_thread(vcpu, &mask);
+    leave_thread(vcpu);
 }
 
 void pyhv_emulator_vcpu_step(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
 {
-    sigset_t mask;
     *exit = (struct pyhv_exit){0};
     vcpu->cannot = NULL;
-    if (enter_thread(vcpu, &mask, &exit->error) < 0) {
+    if (enter_thread(vcpu, &exit->error) < 0) {
         stop(exit, PYHV_STOP_FAILED);
         return;
     }
@@ -777,5 +802,5 @@ void pyhv_emulator_vcpu_step(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *
         pyhv_library_stop_between_blocks(vcpu->engine, 1);
     }
     describe(vcpu, exit);
-    leave_thread(vcpu, &mask);
+    leave_thread(vcpu);
 }

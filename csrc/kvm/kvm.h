@@ -6,11 +6,11 @@
 #define PYHV_KVM_KVM_H
 
 #include <linux/kvm.h>
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 
 #include "error.h"
+#include "kick.h"
 #include "pyhv.h"
 
 struct pyhv_slot {
@@ -54,10 +54,7 @@ struct pyhv_vcpu {
     bool debugged;   /* KVM_SET_GUEST_DEBUG is in force */
     bool io_pending; /* the last exit's port or memory access is finished by the next KVM_RUN only */
 
-    /* The kick. `lock` covers thread and running, so that no signal goes to a thread that has ended. */
-    pthread_mutex_t lock;
-    pthread_t thread;
-    bool running;
+    struct pyhv_kick kick; /* its lock covers kicked and run->immediate_exit, too */
     atomic_int kicked;
 };
 

@@ -3,7 +3,6 @@
  * A vCPU: its creation, its run loop, and the kick that ends a run from outside.
  */
 #include <errno.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -14,27 +13,8 @@
 #include "devices/device.h"
 #include "kvm/kvm.h"
 
-/* The kick's signal. Its handler does nothing: what counts is that KVM_RUN, or a device's write, returns
- * EINTR. */
-#define KICK_SIGNAL SIGRTMIN
-
-static void kick_handler(int signal)
-{
-    (void)signal;
-}
-
-static void install_kick_handler(void)
-{
-    struct sigaction action = {.sa_handler = kick_handler}; /* no SA_RESTART: blocked calls must return */
-    sigemptyset(&action.sa_mask);
-    sigaction(KICK_SIGNAL, &action, NULL); /* cannot fail for a valid signal and handler */
-}
-
 struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct pyhv_error *error)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, install_kick_handler);
-
     if (pyhv_vm_complete(vm, error) < 0)
         return NULL;
     int run_size = ioctl(vm->kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0);
@@ -50,7 +30,7 @@ struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct py
     vcpu->vm = vm;
     vcpu->index = index;
     vcpu->run_size = (size_t)run_size;
-    pthread_mutex_init(&vcpu->lock, NULL);
+    pyhv_kick_init(&vcpu->kick);
     vcpu->fd = ioctl(vm->fd, KVM_CREATE_VCPU, index);
     if (vcpu->fd < 0) {
         pyhv_fail(error, errno, "KVM_CREATE_VCPU", "vCPU %u", index);
@@ -65,7 +45,7 @@ struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct py
     return vcpu;
 
 fail:
-    pthread_mutex_destroy(&vcpu->lock);
+    pyhv_kick_destroy(&vcpu->kick);
     free(vcpu);
     return NULL;
 }
@@ -76,7 +56,7 @@ void pyhv_vcpu_destroy(struct pyhv_vcpu *vcpu)
         return;
     munmap(vcpu->run, vcpu->run_size);
     close(vcpu->fd);
-    pthread_mutex_destroy(&vcpu->lock);
+    pyhv_kick_destroy(&vcpu->kick);
     free(vcpu->trap.log);
     free(vcpu);
 }
@@ -86,24 +66,24 @@ const struct pyhv_counters *pyhv_vcpu_counters(const struct pyhv_vcpu *vcpu)
     return &vcpu->counters;
 }
 
-void pyhv_vcpu_kick(struct pyhv_vcpu *vcpu)
+int pyhv_vcpu_kick(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
 {
-    pthread_mutex_lock(&vcpu->lock);
+    pthread_mutex_lock(&vcpu->kick.lock);
     atomic_store(&vcpu->kicked, 1);
     /* Covers the time before KVM_RUN, when a signal would be lost; the signal covers the time inside it. */
     vcpu->run->immediate_exit = 1;
-    if (vcpu->running)
-        pthread_kill(vcpu->thread, KICK_SIGNAL);
-    pthread_mutex_unlock(&vcpu->lock);
+    int errnum = pyhv_kick_send(&vcpu->kick);
+    pthread_mutex_unlock(&vcpu->kick.lock);
+    return errnum ? pyhv_fail(error, errnum, "pthread_kill", "SIGURG to the thread of vCPU %u", vcpu->index) : 0;
 }
 
 /* Takes a kick back from the vCPU: true if there was one. */
 static bool consume_kick(struct pyhv_vcpu *vcpu)
 {
-    pthread_mutex_lock(&vcpu->lock);
+    pthread_mutex_lock(&vcpu->kick.lock);
     bool kicked = atomic_exchange(&vcpu->kicked, 0) != 0;
     vcpu->run->immediate_exit = 0;
-    pthread_mutex_unlock(&vcpu->lock);
+    pthread_mutex_unlock(&vcpu->kick.lock);
     return kicked;
 }
 
@@ -305,9 +285,9 @@ static bool finish_io(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
         vcpu->run->immediate_exit = 1;
         int result = ioctl(vcpu->fd, KVM_RUN, 0);
         int errnum = errno;
-        pthread_mutex_lock(&vcpu->lock); /* a kick that comes now keeps its immediate_exit */
+        pthread_mutex_lock(&vcpu->kick.lock); /* a kick that comes now keeps its immediate_exit */
         vcpu->run->immediate_exit = atomic_load(&vcpu->kicked) != 0;
-        pthread_mutex_unlock(&vcpu->lock);
+        pthread_mutex_unlock(&vcpu->kick.lock);
         if (result == 0) {
             /* Single-stepping reports the finished instruction as a step of its own. */
             if (vcpu->run->exit_reason != KVM_EXIT_DEBUG && dispatch(vcpu, exit))
@@ -381,40 +361,38 @@ static void describe(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
         exit->bytes_count = (uint32_t)pyhv_vcpu_read_linear(vcpu, exit->rip, exit->bytes, sizeof exit->bytes);
 }
 
-/* Marks the calling thread as the vCPU's, where the kick's signal gets through whatever the caller's mask
- * says. */
-static void enter_thread(struct pyhv_vcpu *vcpu, sigset_t *mask)
+static void enter_thread(struct pyhv_vcpu *vcpu)
 {
-    sigset_t kick;
-    sigemptyset(&kick);
-    sigaddset(&kick, KICK_SIGNAL);
-    pthread_sigmask(SIG_UNBLOCK, &kick, mask);
+    pyhv_kick_enter(&vcpu->kick, NULL, NULL);
     pyhv_cancel = &vcpu->kicked;
-    pthread_mutex_lock(&vcpu->lock);
-    vcpu->thread = pthread_self();
-    vcpu->running = true;
-    pthread_mutex_unlock(&vcpu->lock);
 }
 
-static void leave_thread(struct pyhv_vcpu *vcpu, const sigset_t *mask)
+static void leave_thread(struct pyhv_vcpu *vcpu)
 {
-    pthread_mutex_lock(&vcpu->lock);
-    vcpu->running = false;
-    pthread_mutex_unlock(&vcpu->lock);
     pyhv_cancel = NULL;
-    pthread_sigmask(SIG_SETMASK, mask, NULL);
+    pyhv_kick_leave(&vcpu->kick);
+}
+
+/* Steps, until the run ends. An instruction that is answered instead of executed enters no KVM_RUN, which would notice
+ * a kick. */
+static void step_on(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    do {
+        if (atomic_load(&vcpu->kicked) && consume_kick(vcpu)) {
+            stop(exit, PYHV_STOP_KICKED);
+            return;
+        }
+    } while (!step(vcpu, exit));
 }
 
 void pyhv_vcpu_run(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
 {
-    sigset_t mask;
     *exit = (struct pyhv_exit){0};
-    enter_thread(vcpu, &mask);
+    enter_thread(vcpu);
     if (vcpu->vm->bus) /* console bytes that the last pause kept from getting out */
         pyhv_bus_flush(vcpu->vm->bus);
     if (vcpu->trap.table && vcpu->trap.site_count == 0) {
-        while (!step(vcpu, exit))
-            ;
+        step_on(vcpu, exit);
     } else if (pyhv_trap_arm(vcpu, &exit->error) < 0) {
         stop(exit, PYHV_STOP_FAILED);
     } else {
@@ -422,16 +400,15 @@ void pyhv_vcpu_run(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
             ;
     }
     describe(vcpu, exit);
-    leave_thread(vcpu, &mask);
+    leave_thread(vcpu);
 }
 
 void pyhv_vcpu_step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
 {
-    sigset_t mask;
     *exit = (struct pyhv_exit){0};
-    enter_thread(vcpu, &mask);
+    enter_thread(vcpu);
     if (!step(vcpu, exit) && !finish_io(vcpu, exit))
         stop(exit, PYHV_STOP_DEBUG);
     describe(vcpu, exit);
-    leave_thread(vcpu, &mask);
+    leave_thread(vcpu);
 }

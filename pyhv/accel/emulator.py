@@ -109,7 +109,8 @@ class EmulatorVcpu:
         return structs.to_exit(self._exit)
 
     def kick(self) -> None:
-        lib.pyhv_emulator_vcpu_kick(self.handle)
+        error = new_error()
+        check(lib.pyhv_emulator_vcpu_kick(self.handle, error), error)
 
     def waits_for_ever(self) -> bool:
         halted = lib.pyhv_emulator_vcpu_get_mp_state(self.handle) == _MP_HALTED

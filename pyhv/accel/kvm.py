@@ -105,7 +105,8 @@ class KvmVcpu:
         return structs.to_exit(self._exit)
 
     def kick(self) -> None:
-        lib.pyhv_vcpu_kick(self.handle)
+        error = new_error()
+        check(lib.pyhv_vcpu_kick(self.handle, error), error)
 
     def waits_for_ever(self) -> bool:
         error = new_error()

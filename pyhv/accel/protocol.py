@@ -51,7 +51,8 @@ class AccelVcpu(Protocol):
         """Executes one instruction: Exit.stop is DEBUG, or what else the instruction caused."""
 
     def kick(self) -> None:
-        """Makes the current or the next run() return KICKED. Any thread."""
+        """Makes the current or the next run() return KICKED. Any thread. Raises HostError where a sandbox forbids to
+        signal a thread."""
 
     def waits_for_ever(self) -> bool:
         """True if the vCPU is halted with interrupts off, or was never started: only another vCPU can wake it."""

@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -444,7 +445,7 @@ static void system_calls(void)
 static void *kick(void *vcpu)
 {
     usleep(500);
-    pyhv_emulator_vcpu_kick(vcpu);
+    CHECK_EQUAL(pyhv_emulator_vcpu_kick(vcpu, NULL), 0);
     return NULL;
 }
 
@@ -471,6 +472,21 @@ static void *run_until_kicked(void *machine)
     return NULL;
 }
 
+/* A limit of the queue of signals that no signal fits in. Where a timer does not fit either, something else is the alarm:
+ * the guest's own timer must still end its HLT. */
+static void kicks_without_a_queue(void)
+{
+    static const uint8_t spin[] = {0xeb, 0xfe}, sleep_for_ever[] = {HLT, 0xeb, 0xfd};
+    struct rlimit before, none;
+    getrlimit(RLIMIT_SIGPENDING, &before);
+    none = (struct rlimit){.rlim_cur = 0, .rlim_max = before.rlim_max};
+    setrlimit(RLIMIT_SIGPENDING, &none);
+    kicks(0, spin, sizeof spin);
+    kicks(1, sleep_for_ever, sizeof sleep_for_ever);
+    the_timer_interrupts_hlt();
+    setrlimit(RLIMIT_SIGPENDING, &before);
+}
+
 /* Logging that begins and ends under a guest that writes all the time: its page is told, and no write ends the process. */
 static void writes_are_logged_on_and_off(void)
 {
@@ -491,7 +507,7 @@ static void writes_are_logged_on_and_off(void)
         need(pyhv_emulator_vm_log_dirty(machine.vm, 0, &error) == 0, &error);
     }
     unsetenv("PYHV_DIRTY");
-    pyhv_emulator_vcpu_kick(machine.vcpu);
+    CHECK_EQUAL(pyhv_emulator_vcpu_kick(machine.vcpu, NULL), 0);
     pthread_join(thread, NULL);
     destroy(&machine);
 }
@@ -658,6 +674,7 @@ int main(void)
     system_calls();
     kicks(0, spin, sizeof spin);
     kicks(1, sleep_for_ever, sizeof sleep_for_ever);
+    kicks_without_a_queue();
     writes_are_logged_on_and_off();
     the_task_priority_is_one();
     a_timer_that_ran_out_unseen_fires();

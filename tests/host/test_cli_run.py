@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -65,6 +66,17 @@ def test_timeout() -> None:
     # The cause settles what a status cannot.
     value = call_json("run", "faults", "--append", "status=124")
     assert (value["cause"], value["exit"]) == ("guest-exit", 124)
+
+
+@pytest.mark.parametrize("accel", ["kvm", "emulator"])
+def test_timeout_where_no_signal_can_be_queued(accel: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_SIGPENDING)
+    done = subprocess.run(
+        [*COMMAND, "run", "spin", "--timeout", "0.2", "--accel", accel],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=environment(),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, limits[1])),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (124, "spin: for ever\n")
 
 
 def test_compat_hides_the_published_list() -> None:
