@@ -8,7 +8,7 @@ from pyhv import outcome
 from pyhv.accel import choose
 from pyhv.accel.data import CpuidRecord
 from pyhv.boot import image as boot_image
-from pyhv.boot import start64
+from pyhv.boot import recognise, start64
 from pyhv.cpu import policy, profiles
 from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible, PyhvError
 from pyhv.light import NamedTuple
@@ -78,8 +78,8 @@ class Machine:
     """A VM with its guest loaded, paused in front of its first instruction.
 
     image: path of an image file, or the name of a bundled guest. boot: the boot protocol, a key of boot.image.KINDS;
-    "": as the image is recognised. initrd: path of a file, for a Linux or PVH kernel. modules: "FILE ARGS" each, for a
-    multiboot or PVH kernel. compat: the processor compatibility mode, short for
+    "": as the image is recognised, which is never "flat". initrd: path of a file, for a Linux or PVH kernel. modules:
+    "FILE ARGS" each, for a multiboot or PVH kernel. compat: the processor compatibility mode, short for
     cpu="hyperv-r2". cpu: the name of a profile or the path of a profile file (default "host"). cpus: number of
     vCPUs. memory: bytes, or a string such as "64M". overcommit: allow more of it than the host has free. append: the
     guest's command line. accel: "auto", "kvm" or "emulator"; intercept: "auto", "kernel" or "trap" (see
@@ -120,12 +120,11 @@ class Machine:
         on_cpuid: Callable[[CpuidRecord], None] | None = None,
     ) -> None:
         size = parse_memory(memory)
-        check_fits(size, f"memory {memory}", overcommit)
         choose.open_accelerator(accel).prepare()
         if compat and cpu is not None:
             raise BadInput(f"cpu={cpu}", "cannot be combined with compatibility mode, which is a profile of its own")
         profile = profiles.load("hyperv-r2" if compat else cpu or "host")
-        self.image: boot_image.Image | None = boot_image.read(find_image(image), size, boot)
+        self.image: boot_image.Image | None = recognise.read(find_image(image), size, boot)
         """What was loaded, without its bytes once they are; None for a restored VM."""
         self._modules = boot_image.read_modules(self.image, initrd, modules, size)
         self.facts = choose.GuestFacts(image, self.image.cpuid_sites, self.image.enters_user_mode(append))
@@ -145,6 +144,7 @@ class Machine:
         self.command_line = append
         self.uuid = _new_uuid()
         check_address_width(size, self.guest, memory)
+        check_fits(size, f"memory {memory}", overcommit)
         tables = [self.guest.table_for(index) for index in range(cpus)]
         # An image with notes is written for pyhv and has no use for a PIT, which takes long to take down, nor for much
         # memory. A kernel fills what it gets, sooner in huge pages.
@@ -518,7 +518,7 @@ class Machine:
         if self.image.kind in ("elf64", "flat"):
             regs, sregs = start64.load(self.image, vm.memory, self.command_line, len(vm.vcpus), boot.get_sregs())
         else:
-            load = boot_image.loader(self.image.kind)
+            load = recognise.loader(self.image.kind)
             regs, sregs = load(self.image, vm.memory, self.command_line, self._modules, rsdp, boot.get_sregs())
         boot.set_sregs(sregs)
         boot.set_regs(regs)

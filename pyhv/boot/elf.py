@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 
 from pyhv.boot.image import Image, Segment
+from pyhv.boot.memory_map import LOW_END
 from pyhv.boot.start64 import LOAD_BASE
 from pyhv.errors import BadInput
 from pyhv.light import NamedTuple
@@ -21,33 +22,44 @@ _EHDR32, _EHDR64 = struct.Struct("<16sHHIIIIIHHHHHH"), struct.Struct("<16sHHIQQQ
 _PHDR32, _PHDR64 = struct.Struct("<IIIIIIII"), struct.Struct("<IIQQQQQQ")
 _NHDR = struct.Struct("<III")
 
-_ET_EXEC, _ET_DYN = 2, 3
+_ET_REL, _ET_EXEC, _ET_DYN, _ET_CORE = 1, 2, 3, 4
+_KINDS = {
+    _ET_REL: "that is not linked: an object file or a kernel module",
+    _ET_DYN: "position-independent or shared, not an executable",
+    _ET_CORE: "that is a core dump",
+}
 EM_386, EM_X86_64 = 3, 62
 _MACHINES = {
     EM_386: "i386",
     8: "MIPS",
     20: "PowerPC",
     21: "PowerPC64",
+    2: "SPARC",
     22: "S/390",
     40: "ARM",
+    43: "SPARC64",
+    50: "IA-64",
     EM_X86_64: "x86-64",
     183: "AArch64",
     243: "RISC-V",
+    258: "LoongArch",
 }
 _MAX_HEADERS = 256  # each may name all of the file as its notes
 
-PT_LOAD, _PT_NOTE, _PT_GNU_PROPERTY = 1, 4, 0x6474E553
+PT_LOAD, PT_INTERP, _PT_NOTE, _PT_GNU_PROPERTY = 1, 3, 4, 0x6474E553
 
 # The notes of owner "pyhv" (documented in guest_images/README.md).
 _NOTE_OWNER = b"pyhv\0"
 _NOTE_CPUID_SITES, _NOTE_USER_MODE, _NOTE_PC = 1, 2, 3
 _MAX_SITES = 4  # the processor has four breakpoints
 
-# Xen's public/elfnote.h: where a kernel is entered by PVH.
-_XEN_OWNER, _XEN_PHYS32_ENTRY = b"Xen\0", 18
+# Xen's public/elfnote.h: what kernel it is, and where it is entered by PVH.
+_XEN_OWNER, _XEN_GUEST_OS, _XEN_PHYS32_ENTRY = b"Xen\0", 6, 18
+_LINUX_OWNER = b"Linux\0"
 
-# NT_GNU_PROPERTY_TYPE_0 and in it GNU_PROPERTY_X86_ISA_1_NEEDED: bit n for level n + 1.
-_GNU_OWNER, _GNU_PROPERTY, _X86_ISA_NEEDED = b"GNU\0", 5, 0xC0008002
+# NT_GNU_ABI_TAG, which C libraries put into every program; NT_GNU_PROPERTY_TYPE_0 and in it
+# GNU_PROPERTY_X86_ISA_1_NEEDED: bit n for level n + 1.
+_GNU_OWNER, _GNU_ABI_TAG, _GNU_PROPERTY, _X86_ISA_NEEDED = b"GNU\0", 1, 5, 0xC0008002
 
 
 class Header(NamedTuple):
@@ -67,6 +79,8 @@ class Elf(NamedTuple):
     bits: int
     machine: int
     entry: int
+    headers_end: int
+    """Where the file's own headers end in it."""
     headers: tuple[Header, ...]
     notes: tuple[tuple[bytes, int, bytes], ...]
     """(owner, type, descriptor) of each note."""
@@ -83,6 +97,19 @@ class Elf(NamedTuple):
             if (owner, kind) == (_XEN_OWNER, _XEN_PHYS32_ENTRY):
                 return int.from_bytes(value[:8], "little")
         return None
+
+    @property
+    def is_linux(self) -> bool:
+        """Whether its notes are those of Linux (include/linux/elfnote-lto.h, build-salt.h; arch/x86/xen/xen-head.S)."""
+        return any(
+            owner == _LINUX_OWNER or ((owner, kind) == (_XEN_OWNER, _XEN_GUEST_OS) and value.startswith(b"linux"))
+            for owner, kind, value in self.notes
+        )
+
+    @property
+    def is_for_an_os(self) -> bool:
+        """Whether a C library has marked it as a program for its operating system."""
+        return any((owner, kind) == (_GNU_OWNER, _GNU_ABI_TAG) for owner, kind, _ in self.notes)
 
     @property
     def isa_level(self) -> int:
@@ -106,8 +133,8 @@ def read(data: Content, name: str) -> Elf:
     if ident[5] != 1:
         raise BadInput(name, "is a big-endian ELF file, x86-64 is little-endian")
     if kind != _ET_EXEC:
-        what = "position-independent or shared" if kind == _ET_DYN else f"of type {kind}"
-        raise BadInput(name, f"is an ELF file {what}, not an executable", "link it with -static -no-pie")
+        what = _KINDS.get(kind, f"of type {kind}, not an executable")
+        raise BadInput(name, f"is an ELF file {what}", "" if kind == _ET_CORE else "link it with -static -no-pie")
     if phentsize != phdr.size or phoff + phnum * phdr.size > len(data):
         raise BadInput(name, f"its program headers ({phnum} of {phentsize} bytes at 0x{phoff:x}) lie outside the file")
     if phnum > _MAX_HEADERS:
@@ -115,19 +142,19 @@ def read(data: Content, name: str) -> Elf:
     headers, notes = [], []
     for index in range(phnum):
         if bits == 32:
-            p_type, offset, vaddr, paddr, filesz, memsz, _, _ = phdr.unpack_from(data, phoff + index * phdr.size)
+            p_type, offset, vaddr, paddr, filesz, memsz, _, align = phdr.unpack_from(data, phoff + index * phdr.size)
         else:
-            p_type, _, offset, vaddr, paddr, filesz, memsz, _ = phdr.unpack_from(data, phoff + index * phdr.size)
+            p_type, _, offset, vaddr, paddr, filesz, memsz, align = phdr.unpack_from(data, phoff + index * phdr.size)
         if p_type in (PT_LOAD, _PT_NOTE, _PT_GNU_PROPERTY) and offset + filesz > len(data):
             raise BadInput(name, f"segment {index} (0x{filesz:x} bytes at offset 0x{offset:x}) lies outside the file")
         if p_type in (_PT_NOTE, _PT_GNU_PROPERTY):
-            notes += _notes(data[offset : offset + filesz])
+            notes += _notes(data[offset : offset + filesz], align)
         headers.append(Header(p_type, offset, vaddr, paddr, filesz, memsz))
-    return Elf(bits, machine, entry, tuple(headers), tuple(notes))
+    return Elf(bits, machine, entry, phoff + phnum * phdr.size, tuple(headers), tuple(notes))
 
 
 def segments(elf: Elf, data: Content, name: str, low: bool = False) -> tuple[Segment, ...]:
-    """What is to be loaded. low: below 1 MiB too. Raises BadInput where that cannot be."""
+    """What is to be loaded. low: below 640 KiB too. Raises BadInput where that cannot be."""
     found: list[Segment] = []
     view = memoryview(data)
     for index, header in enumerate(elf.headers):
@@ -137,16 +164,35 @@ def segments(elf: Elf, data: Content, name: str, low: bool = False) -> tuple[Seg
         if memsz < filesz:
             sizes = f"more bytes in the file (0x{filesz:x}) than in memory (0x{memsz:x})"
             raise BadInput(name, f"segment {index} has {sizes}")
+        below = min(LOAD_BASE - paddr, filesz)
+        if paddr >= (LOW_END if low else 0) and below > 0 and _is_headers_only(elf, data, offset, below):
+            # Linkers put the file's headers in front of the first page of what was linked at 1 MiB.
+            skipped = min(LOAD_BASE - paddr, memsz)
+            offset, paddr, filesz, memsz = offset + skipped, LOAD_BASE, max(0, filesz - skipped), memsz - skipped
+            if not memsz:
+                continue
         if paddr < LOAD_BASE and not low:
-            raise BadInput(
-                name,
-                f"segment {index} is to be loaded at 0x{paddr:x}, below 1 MiB, where the start state lies",
-                "link it at 0x100000 or above",
-            )
+            advice = "link it at 0x100000 or above"
+            if not offset:
+                advice += ", by ld -n, which leaves the file's headers out of its first segment"
+            place = f"0x{paddr:x}, below 1 MiB, where the start state lies"
+            raise BadInput(name, f"segment {index} is to be loaded at {place}", advice)
         found.append(Segment(paddr, view[offset : offset + filesz], memsz))
     if not found:
         raise BadInput(name, "has no segment to load")
     return tuple(found)
+
+
+def _is_headers_only(elf: Elf, data: Content, offset: int, size: int) -> bool:
+    """Whether the first `size` bytes of the file, a piece of a segment at `offset`, are its headers and notes."""
+    if offset or size < elf.headers_end:
+        return False
+    rest = bytearray(data[:size])
+    rest[: elf.headers_end] = bytes(elf.headers_end)
+    for header in elf.headers:
+        if header.type in (_PT_NOTE, _PT_GNU_PROPERTY) and header.offset + header.filesz <= size:
+            rest[header.offset : header.offset + header.filesz] = bytes(header.filesz)
+    return not any(rest)
 
 
 def parse(data: Content, name: str) -> Image:
@@ -189,18 +235,34 @@ def _describe(bits: int, machine: int) -> str:
     return f"{bits}-bit {_MACHINES.get(machine, f'machine {machine}')}"
 
 
-def _notes(content: bytes) -> list[tuple[bytes, int, bytes]]:
-    """(owner, type, descriptor) of each note in a note segment; whatever follows a malformed one is not looked at."""
+def _notes(content: bytes, alignment: int) -> list[tuple[bytes, int, bytes]]:
+    """(owner, type, descriptor) of each note in a note segment; whatever follows a malformed one is not looked at.
+
+    Names and descriptors are padded to 4 bytes, or to 8 where that is the segment's alignment. Some files have the one
+    and say the other: what counts is by which of them the notes end where the segment does.
+    """
+    first = 8 if alignment == 8 else 4
+    found, whole = _padded_notes(content, first)
+    if not whole:
+        others, whole = _padded_notes(content, 12 - first)
+        found = others if whole else found
+    return found
+
+
+def _padded_notes(content: bytes, padding: int) -> tuple[list[tuple[bytes, int, bytes]], bool]:
+    """The notes, and whether they end where the content does."""
     found: list[tuple[bytes, int, bytes]] = []
     at = 0
     while at + _NHDR.size <= len(content):
         namesz, descsz, note = _NHDR.unpack_from(content, at)
-        desc = at + _NHDR.size + (namesz + 3 & ~3)
+        desc = at + _NHDR.size + namesz
+        desc += -desc % padding
         if desc + descsz > len(content):
-            break
+            return found, False
         found.append((content[at + _NHDR.size : at + _NHDR.size + namesz], note, content[desc : desc + descsz]))
-        at = desc + (descsz + 3 & ~3)
-    return found
+        at = desc + descsz
+        at += -at % padding
+    return found, at >= len(content)
 
 
 def _needed_level(properties: bytes, alignment: int) -> int:

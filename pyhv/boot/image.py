@@ -1,4 +1,4 @@
-"""Reading an image file and recognising what it is."""
+"""What an image is once it is read, and how files are read. recognise.py finds out what a file is."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ from pyhv.light import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from mmap import mmap
-
-    from pyhv.accel.data import Regs, Sregs
-    from pyhv.vm.memory import GuestMemory
 
     Content = bytes | mmap
     """Of a file: what is read of it, or what is mapped, read-only."""
-    Loader = Callable[["Image", GuestMemory, str, "tuple[Module, ...]", int, Sregs], tuple[Regs, Sregs]]
 
 # Each boot protocol's name, and what an error calls its images.
 KINDS = {
@@ -29,8 +25,6 @@ KINDS = {
     "multiboot": "a multiboot kernel",
 }
 
-# An ELF file may be larger than what it loads, by its debug information; a kernel's with all of it has 600 MiB.
-_MAX_ELF = 1 << 30
 _MAX_MODULES = 64
 # An image of more bytes is mapped: much of a kernel's file is never loaded, and the rest is copied once.
 _MAP_FROM = 1 << 20
@@ -70,6 +64,8 @@ class Image(NamedTuple):
     """The x86-64 level that it says it needs: 1 (the baseline, or nothing is said) to 4."""
     wants_pc: bool = False
     """Whether it asks for ACPI tables and a PC's devices though it declares itself."""
+    longest_line: int = 4095
+    """How many bytes of a command line it takes."""
     header: bytes = b""
     """Of a bzImage: its set-up header, which goes into the boot parameters."""
 
@@ -88,58 +84,6 @@ class Image(NamedTuple):
         return self.user_word is None or (self.user_word != "" and self.user_word in command_line.split())
 
 
-def read(path: str, memory_size: int, kind: str = "") -> Image:
-    """The image at `path`, for a guest with `memory_size` bytes of RAM. kind: a key of KINDS; "": as it is recognised.
-    Raises BadInput with what is wrong with it."""
-    if kind and kind not in KINDS:
-        raise BadInput(f"boot protocol {kind}", "is unknown", f"choose one of {', '.join(KINDS)}")
-    data = _read_file(path, memory_size, "give an image file or the name of a bundled guest", may_map=True)
-    if kind == "linux" or (not kind and data[0x202:0x206] == b"HdrS" and data[:4] != b"\x7fELF"):
-        from pyhv.boot import linux
-
-        return linux.parse(data, path)
-    if kind != "flat" and data[:4] == b"\x7fELF":
-        from pyhv.boot import elf
-
-        read = elf.read(data, path)
-        if kind == "pvh" or (not kind and not read.is_ours and read.pvh_entry is not None):
-            from pyhv.boot import pvh
-
-            return pvh.parse(read, data, path)
-        if kind != "multiboot" and (kind or read.is_ours):
-            return elf.image(read, data, path)
-        from pyhv.boot import multiboot
-
-        if kind or multiboot.find(data) is not None:
-            return multiboot.parse(data, path, read)
-        return elf.image(read, data, path)
-    if kind in ("elf64", "pvh"):
-        raise BadInput(path, f"is not an ELF file, and so not {KINDS[kind]}", "leave --boot out")
-    if kind != "flat":
-        from pyhv.boot import multiboot
-
-        if kind or multiboot.find(data) is not None:
-            return multiboot.parse(data, path)
-    from pyhv.boot import flat
-
-    return flat.parse(data, path)
-
-
-def loader(kind: str) -> Loader:
-    """What loads images of this kind, one that is neither "elf64" nor "flat" (start64.py does those)."""
-    if kind == "linux":
-        from pyhv.boot import linux
-
-        return linux.load
-    if kind == "pvh":
-        from pyhv.boot import pvh
-
-        return pvh.load
-    from pyhv.boot import multiboot
-
-    return multiboot.load
-
-
 def read_modules(image: Image, initrd: str | None, modules: Sequence[str], memory_size: int) -> tuple[Module, ...]:
     """The files that the kernel gets beside its image. initrd: a path. modules: each "FILE ARGS". Raises BadInput for
     what cannot be read and for what this kind of image does not take."""
@@ -154,10 +98,12 @@ def read_modules(image: Image, initrd: str | None, modules: Sequence[str], memor
     wanted += [(file, arguments.strip()) for file, _, arguments in (module.partition(" ") for module in modules)]
     if len(wanted) > _MAX_MODULES:
         raise BadInput("--module", f"was given {len(wanted)} times; the most is {_MAX_MODULES}")
-    return tuple(Module(file, arguments, bytes(_read_file(file, memory_size))) for file, arguments in wanted)
+    return tuple(Module(file, arguments, bytes(read_file(file, memory_size))) for file, arguments in wanted)
 
 
-def _read_file(path: str, memory_size: int, advice: str = "", may_map: bool = False) -> Content:
+def read_file(path: str, memory_size: int | None, advice: str = "") -> Content:
+    """The bytes of the file at `path`, which are more than none. memory_size: the guest's, which must hold them; None:
+    they may be any number, and are mapped where they are many. Raises BadInput."""
     try:
         # Not blocking: opening a FIFO would wait for a writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -166,14 +112,9 @@ def _read_file(path: str, memory_size: int, advice: str = "", may_map: bool = Fa
                 raise BadInput(path, "is not a regular file", advice)
             if status.st_size == 0:
                 raise BadInput(path, "is empty")
-            most = memory_size
-            if status.st_size > most and file.read(4) == b"\x7fELF":
-                file.seek(0)
-                most = max(most, _MAX_ELF)
-            if status.st_size > most:
-                sizes = f"is {status.st_size} bytes, the guest has {memory_size} bytes of memory"
-                raise BadInput(path, sizes, "give it more (--mem)")
-            if may_map and status.st_size >= _MAP_FROM:
+            if memory_size is not None:
+                check_size(status.st_size, path, memory_size)
+            elif status.st_size >= _MAP_FROM:
                 import mmap
 
                 return mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_READ)
@@ -182,3 +123,10 @@ def _read_file(path: str, memory_size: int, advice: str = "", may_map: bool = Fa
         raise BadInput(path, "is a directory", advice) from None
     except OSError as error:
         raise BadInput(path, error.strerror or str(error)) from None
+
+
+def check_size(size: int, path: str, memory_size: int) -> None:
+    """Raises BadInput for a file of more bytes than the guest's memory has."""
+    if size > memory_size:
+        sizes = f"is {size} bytes, the guest has {memory_size} bytes of memory"
+        raise BadInput(path, sizes, "give it more (--mem)")

@@ -13,7 +13,7 @@ from pyhv.boot.image import Image, Module
 from pyhv.boot.image import Segment as Piece
 from pyhv.boot.memory_map import LowMemory, areas, e820
 from pyhv.boot.pvh import place_at_top
-from pyhv.boot.start64 import GDT, PML4, STACK_TOP, TSS, encode_command_line, write_page_tables, write_segments
+from pyhv.boot.start64 import GDT, PML4, STACK_TOP, TSS, command_line_for, write_page_tables, write_segments
 from pyhv.errors import BadInput
 
 TYPE_CHECKING = False
@@ -70,7 +70,16 @@ def parse(data: Content, name: str) -> Image:
     if not 0x100000 <= address < 1 << 32 or size < len(kernel) or len(kernel) <= _ENTRY_64:
         raise BadInput(name, f"is a damaged Linux kernel: {len(kernel)} bytes that need 0x{size:x} at 0x{address:x}")
     header = bytes(data[_HEADER:header_end]).ljust(_HEADER_MAX - _HEADER, b"\0")
-    return Image(name, "linux", address + _ENTRY_64, (Piece(address, kernel, size),), (), None, header=header)
+    return Image(
+        name,
+        "linux",
+        address + _ENTRY_64,
+        (Piece(address, kernel, size),),
+        (),
+        None,
+        longest_line=_get(data, _CMDLINE_SIZE, 4),
+        header=header,
+    )
 
 
 def load(
@@ -86,12 +95,9 @@ def load(
     (kernel,) = image.segments
     parameters = bytearray(_PARAMETERS_SIZE)
     parameters[_HEADER:_HEADER_MAX] = image.header
-    line = encode_command_line(command_line)
-    most = _get(parameters, _CMDLINE_SIZE, 4)
-    if len(line) - 1 > most:
-        raise BadInput("command line", f"is {len(line) - 1} bytes long, {image.name} takes at most {most}")
     low = LowMemory(memory)
-    _put(parameters, _COMMAND_LINE, low.place("command line", line), 4)
+    line = low.place("command line", command_line_for(image, command_line))
+    _put(parameters, _COMMAND_LINE, line, 4)
     limit = _get(parameters, _INITRD_ADDR_MAX, 4) + 1
     (initrd,) = place_at_top(modules, memory, image.name, kernel.gpa + kernel.size, limit) or (0,)
     _put(parameters, _RAMDISK, initrd, 4)

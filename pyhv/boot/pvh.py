@@ -12,7 +12,7 @@ from pyhv.boot import elf as elf_file
 from pyhv.boot import protected32
 from pyhv.boot.image import Image, Module
 from pyhv.boot.memory_map import LowMemory, areas
-from pyhv.boot.start64 import encode_command_line, write_segments
+from pyhv.boot.start64 import command_line_for, encode_command_line, write_segments
 from pyhv.errors import BadInput
 
 TYPE_CHECKING = False
@@ -27,6 +27,10 @@ _START_INFO = struct.Struct("<IIII4QII")
 _MODULE = struct.Struct("<4Q")
 _AREA = struct.Struct("<QQII")
 
+# Linux copies 2,048 bytes, the NUL among them, and gets lost before its console where there is none (asm/setup.h,
+# COMMAND_LINE_SIZE). What other kernels take, nothing tells.
+_LINUX_LONGEST_LINE = 2047
+
 
 def parse(elf: Elf, data: Content, name: str) -> Image:
     """The image of an ELF file that was read. Raises BadInput."""
@@ -35,7 +39,8 @@ def parse(elf: Elf, data: Content, name: str) -> Image:
         raise BadInput(name, "has no note that says where PVH enters it", "leave --boot out")
     loaded = elf_file.segments(elf, data, name)
     elf_file.check_entry(entry, loaded, name)
-    return Image(name, "pvh", entry, loaded, (), None, elf.isa_level)
+    image = Image(name, "pvh", entry, loaded, (), None, elf.isa_level)
+    return image._replace(longest_line=_LINUX_LONGEST_LINE) if elf.is_linux else image
 
 
 def load(
@@ -54,7 +59,7 @@ def load(
         words = encode_command_line(module.arguments, f"string of module {module.name}")
         entries += _MODULE.pack(gpa, len(module.data), low.place(module.name, words) if module.arguments else 0, 0)
     list_gpa = low.place("module list", entries) if entries else 0
-    line_gpa = low.place("command line", encode_command_line(command_line))
+    line_gpa = low.place("command line", command_line_for(image, command_line))
     table = b"".join(_AREA.pack(*area, 0) for area in areas(memory))
     map_gpa = low.place("memory map", table)
     info = _START_INFO.pack(

@@ -48,6 +48,16 @@ def write_segments(image: Image, memory: GuestMemory) -> None:
         memory.write(segment.gpa, segment.data)
 
 
+def command_line_for(image: Image, command_line: str) -> bytes:
+    """As encode_command_line(), of a line that the image takes. Raises BadInput for one that is too long for it."""
+    line = encode_command_line(command_line)
+    if len(line) - 1 > image.longest_line:
+        raise BadInput(
+            "command line", f"is {len(line) - 1} bytes long, {image.name} takes at most {image.longest_line}"
+        )
+    return line
+
+
 def encode_command_line(command_line: str, what: str = "command line") -> bytes:
     """The bytes of a command line with their final NUL. what: its name in errors. Raises BadInput for one that does not
     fit, or that no guest could be given."""

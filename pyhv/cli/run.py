@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _DETAILS = f"""
 IMAGE is a file (./NAME always is): a Linux kernel (bzImage, or vmlinux by PVH), a multiboot or PVH kernel, an ELF64
-image or a flat binary; guest_images/README.md tells the state that each starts in. Or it is a bundled guest:
+image, or with --boot flat code for 1 MiB; guest_images/README.md tells the state that each starts in. Or it is a
+bundled guest:
 {{guests}}
 
 The guest's console (a serial port) is stdin and stdout. Is stdin a terminal, then each key goes to the guest, and
@@ -90,7 +91,12 @@ MACHINE_OPTIONS = (
         "'FILE ARGS'",
         repeated=True,
     ),
-    Option("--boot", "the boot protocol (default: as IMAGE is recognised)", default="", choices=tuple(KINDS)),
+    Option(
+        "--boot",
+        "the boot protocol (default: as IMAGE is recognised; a flat binary must be asked for)",
+        default="",
+        choices=tuple(KINDS),
+    ),
     Option("--timeout", "end the VM after S seconds, with status 124", "S", convert=options.seconds),
 )
 MACHINE_EITHER = ("--compat", "--cpu")

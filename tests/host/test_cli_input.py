@@ -23,7 +23,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     hello = Path(guests.path("hello")).read_bytes()
     contents = {
         "empty": b"",
-        "large": bytes(3 << 20),
+        "large": bytes(0x202) + b"HdrS" + bytes(3 << 20),
+        "script": b"#!/bin/sh\nexit 0\n",
+        "saved": b"PYHVSNAP" + bytes(3 << 20),
+        "code": b"\xf4",
         "cut.elf": hello[:100],
         "i386.elf": hello[:4] + b"\x01" + hello[5:18] + b"\x03\x00" + hello[20:],
         "arm64.elf": hello[:18] + b"\xb7\x00" + hello[20:],
@@ -53,11 +56,14 @@ def assert_refused(done: Any, subject: str, *words: str) -> None:
         ("missing", ["No such file or directory"]),
         ("empty", ["is empty"]),
         ("folder", ["is a directory", "give an image file"]),
-        ("large", ["3145728 bytes", "--mem"]),
+        ("large", ["3146246 bytes", "--mem"]),
         ("cut.elf", ["outside the file"]),
         ("i386.elf", ["its program headers", "outside the file"]),  # which are elsewhere in a 32-bit file
         ("arm64.elf", ["not an x86 image", "64-bit AArch64"]),
         ("linux", ["is a damaged Linux kernel"]),
+        ("script", ["is a script (/bin/sh)"]),
+        ("saved", ["is a pyhv snapshot; pyhv restore FILE lets it go on"]),
+        ("code", ["is not recognised as an image", "--boot flat runs it"]),
         ("fifo", ["not a regular file"]),
     ],
 )

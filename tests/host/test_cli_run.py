@@ -214,7 +214,7 @@ def test_two_runs_at_once() -> None:
 def test_a_file_and_a_guest_of_the_same_name(tmp_path: Path) -> None:
     (tmp_path / "hello").write_bytes(b"\xb0\x09\xe6\xf4\xf4")  # mov al, 9; out 0xf4, al; hlt
     done = subprocess.run(
-        [*COMMAND, "run", "./hello"], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT,
-        check=False, env=environment() | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        [*COMMAND, "run", "./hello", "--boot", "flat"], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True,
+        timeout=TIMEOUT, check=False, env=environment() | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (9, b"", b"")

@@ -17,7 +17,7 @@ import pytest
 import pyhv
 from pyhv import guests
 from pyhv.accel.tracepoint import Traced, Tracepoint, _Root
-from pyhv.boot import image
+from pyhv.boot import recognise
 from pyhv.cpu import dumps, features
 from pyhv.cpu.features import Word
 from pyhv.cpu.host import Verdict
@@ -50,7 +50,7 @@ def printed(text: str) -> dict[tuple[int, int], tuple[int, ...]]:
 
 def site() -> int:
     """The address of the guest's only CPUID instruction."""
-    (address,) = image.read(guests.path("cpuid"), 64 << 20).cpuid_sites
+    (address,) = recognise.read(guests.path("cpuid"), 64 << 20).cpuid_sites
     return address
 
 

@@ -225,7 +225,7 @@ def test_code_where_there_is_no_memory(tmp_path: Path) -> None:
     """The words of a guest that has run away are the same kind as under KVM."""
     path = tmp_path / "image"
     path.write_bytes(bytes.fromhex("b8000000f0 ffe0"))  # jmp 0xf0000000
-    result = run(str(path))
+    result = run(str(path), boot="flat")
     assert (result.cause, result.status) == ("not-executable", 122)
     assert result.message == "vCPU 0: the emulator finds no instruction there: it is no RAM at rip 0xf0000000"
 

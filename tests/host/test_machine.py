@@ -192,8 +192,10 @@ def test_memory_above_4_gib_is_mapped() -> None:
 def test_flat_binary(tmp_path: Path) -> None:
     image = tmp_path / "flat"
     image.write_bytes(bytes.fromhex("66baf400b007ee"))  # mov dx, 0xf4; mov al, 7; out dx, al
-    result = run(str(image))
+    result = run(str(image), boot="flat")
     assert (result.cause, result.status) == ("guest-exit", 7)
+    with pytest.raises(pyhv.BadInput, match=r"flat: is not recognised as an image; .*, --boot flat runs it"):
+        pyhv.Machine(str(image))
 
 
 def test_a_vm_that_cannot_be_built_gives_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:

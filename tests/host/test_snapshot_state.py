@@ -89,7 +89,7 @@ GUESTS = [
     ("timer", {"append": "ms=4000"}, 0.3),  # the LAPIC's timer is armed
     ("timer", {"append": "ms=4000 deadline"}, 0.3),
     ("dispatch", {"compat": True}, 0.0),
-    ("flat", {}, 0.0),  # an image without notes has a PIT
+    ("flat", {"boot": "flat"}, 0.0),  # an image without notes has a PIT
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyhv.boot import elf, image, start64
+from pyhv.boot import elf, image, recognise, start64
 from pyhv.errors import BadInput
 
 MEMORY = 64 << 20
@@ -84,7 +84,9 @@ def test_notes_of_others_are_not_ours() -> None:
         (make_elf(machine=4711), "machine 4711"),
         (make_elf(endian=2), "big-endian"),
         (make_elf(kind=3), "position-independent or shared"),
-        (make_elf(kind=1), "of type 1"),
+        (make_elf(kind=1), "that is not linked: an object file or a kernel module; link it"),
+        (make_elf(kind=4), "that is a core dump"),
+        (make_elf(kind=9), "of type 9, not an executable"),
         (make_elf()[:100], "program headers"),
         (make_elf(segments=((1, 0x100000, b"12345678", 8),))[:-1], "segment 0 (0x8 bytes at offset 0x78) lies outside"),
         (make_elf(segments=((1, 0x100000, b"12", 1),)), "more bytes in the file (0x2) than in memory (0x1)"),
@@ -126,9 +128,9 @@ def test_a_damaged_image_is_refused_or_parsed(data: st.DataObject) -> None:
 
 
 def test_files_that_are_no_images(tmp_path: Path) -> None:
-    def problem(path: Path, memory: int = MEMORY) -> str:
+    def problem(path: Path, memory: int = MEMORY, kind: str = "") -> str:
         with pytest.raises(BadInput) as error:
-            image.read(str(path), memory)
+            recognise.read(str(path), memory, kind)
         return str(error.value)
 
     assert "is a directory" in problem(tmp_path)
@@ -139,7 +141,7 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
     assert problem(empty) == f"{empty}: is empty"
     large = tmp_path / "large"
     large.write_bytes(bytes(5000))
-    assert "is 5000 bytes, the guest has 4096 bytes of memory" in problem(large, 4096)
+    assert "is 5000 bytes, the guest has 4096 bytes of memory" in problem(large, 4096, "flat")
     kernel = tmp_path / "bzImage"
     kernel.write_bytes(bytes(0x202) + b"HdrS" + bytes(50))
     assert "is a Linux kernel cut off in its set-up header (568 bytes)" in problem(kernel)
@@ -148,7 +150,7 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
 def test_a_flat_binary_goes_to_1_mib(tmp_path: Path) -> None:
     path = tmp_path / "flat"
     path.write_bytes(b"\xf4")
-    flat = image.read(str(path), MEMORY)
+    flat = recognise.read(str(path), MEMORY, "flat")
     assert (flat.kind, flat.entry, flat.segments) == ("flat", 0x100000, (image.Segment(0x100000, b"\xf4", 1),))
     assert flat.user_word is None
 
@@ -157,7 +159,7 @@ def test_a_large_image_is_the_same_though_it_is_mapped(tmp_path: Path) -> None:
     path, content = tmp_path / "large", bytes(range(256)) * (image._MAP_FROM // 256)
     for size in (len(content) - 1, len(content)):
         path.write_bytes(content[:size])
-        (piece,) = image.read(str(path), 4 * MEMORY).segments
+        (piece,) = recognise.read(str(path), 4 * MEMORY, "flat").segments
         assert piece == image.Segment(0x100000, content[:size], size)
 
 

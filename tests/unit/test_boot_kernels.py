@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyhv.accel.data import Segment, Sregs
-from pyhv.boot import elf, image, isa, linux, memory_map, multiboot, pvh
+from pyhv.boot import elf, image, isa, linux, memory_map, multiboot, pvh, recognise
 from pyhv.boot.image import Image, Module
 from pyhv.errors import BadInput
 from pyhv.vm.memory import GuestMemory
@@ -211,6 +211,22 @@ def test_a_pvh_kernel_finds_its_start_info(maker: Callable[..., bytes], memory: 
     assert memory.read(second[0], 5000) == b"2" * 5000
 
 
+LINUX = note(0x100, b"\0", owner=b"Linux\0")
+XEN_LINUX = note(6, b"linux\0", owner=b"Xen\0")
+
+
+@pytest.mark.parametrize(("notes", "most"), [(b"", 4095), (LINUX, 2047), (XEN_LINUX, 2047)])
+def test_how_long_a_command_line_a_pvh_kernel_takes(notes: bytes, most: int, memory: GuestMemory) -> None:
+    """Linux would die of 2,048 bytes before it has a console."""
+    data = make_pvh(notes=PHYS32 + notes)
+    parsed = pvh.parse(elf.read(data, "k"), data, "k")
+    regs, _ = pvh.load(parsed, memory, "x" * most, (), RSDP, RESET)
+    (line,) = struct.unpack("<Q", memory.read(regs.rbx + 24, 8))
+    assert memory.read(line, most + 1) == b"x" * most + b"\0"
+    told = problem(lambda: pvh.load(parsed, memory, "x" * (most + 1), (), RSDP, RESET))
+    assert told.startswith(f"command line: is {most + 1} bytes long, ") and f"at most {most}" in told
+
+
 def test_faults_of_a_pvh_kernel(memory: GuestMemory) -> None:
     def parse(data: bytes) -> Image:
         return pvh.parse(elf.read(data, "k"), data, "k")
@@ -341,15 +357,13 @@ def test_what_does_not_fit_with_multiboot(memory: GuestMemory) -> None:
         (make_elf(), "elf64"),
         # Notes of pyhv's own say more than anything else.
         (make_pvh(notes=PHYS32 + note(2, b"\0")), "elf64"),
-        (b"\xf4", "flat"),
-        (header(3, checksum=1), "flat"),
     ],
 )
 def test_kinds_are_recognised(data: bytes, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(data)
-    assert image.read(str(path), 64 * MIB).kind == kind
-    assert image.read(str(path), 64 * MIB, kind).kind == kind
+    assert recognise.read(str(path), 64 * MIB).kind == kind
+    assert recognise.read(str(path), 64 * MIB, kind).kind == kind
 
 
 def test_a_kind_can_be_asked_for(tmp_path: Path) -> None:
@@ -357,7 +371,7 @@ def test_a_kind_can_be_asked_for(tmp_path: Path) -> None:
 
     def read(data: bytes, kind: str) -> Image:
         path.write_bytes(data)
-        return image.read(str(path), 64 * MIB, kind)
+        return recognise.read(str(path), 64 * MIB, kind)
 
     assert read(make_bzimage(), "flat").kind == "flat"
     assert read(make_pvh(notes=PHYS32 + note(2, b"\0")), "pvh").kind == "pvh"
@@ -397,7 +411,7 @@ def test_who_takes_which_files(tmp_path: Path) -> None:
 def test_an_elf_file_may_be_larger_than_memory(tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(make_elf() + bytes(2 * MIB))  # debug information
-    assert image.read(str(path), MIB).kind == "elf64"
+    assert recognise.read(str(path), MIB).kind == "elf64"
 
 
 # ------------------------------------------------------------------------------------------------ ISA level
@@ -486,14 +500,14 @@ def test_a_damaged_kernel_is_refused_or_loaded(
     path.write_bytes((data[:cut] if cut is not None else data) or b"\0")
     memory = GuestMemory(4 * MIB)
     try:
-        parsed = image.read(str(path), memory.size, kind)
+        parsed = recognise.read(str(path), memory.size, kind)
         for segment in parsed.segments:
             assert len(segment.data) <= segment.size
             assert segment.gpa >= (0x1000 if parsed.kind == "multiboot" else MIB)
         assert 1 <= parsed.isa_level <= 4
         if parsed.kind not in ("elf64", "flat"):
             modules = (Module("m", "", b"m" * 5000),)
-            regs, _ = image.loader(parsed.kind)(parsed, memory, "line", modules, RSDP, RESET)
+            regs, _ = recognise.loader(parsed.kind)(parsed, memory, "line", modules, RSDP, RESET)
             assert any(s.gpa <= regs.rip < s.gpa + s.size for s in parsed.segments)
     except BadInput as error:
         assert "\n" not in str(error)
