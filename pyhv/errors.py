@@ -58,11 +58,13 @@ class NotFaithful(BadInput):
 
 
 class Incompatible(BadInput):
-    """A guest cannot go on on a host. reasons: every one of them, typed (cpu/compare.py)."""
+    """A guest cannot go on on a host. reasons: every one of them, typed (cpu/compare.py), or as text where another
+    process found them; they are not part of `problem`."""
 
     def __init__(self, subject: str, problem: str, reasons: Sequence[object]) -> None:
-        self.reasons = tuple(reasons)
         super().__init__(subject, f"{problem}: {'; '.join(map(str, reasons))}")
+        self.problem = problem
+        self.reasons = tuple(reasons)
 
 
 class HandoverUnknown(HostError):

@@ -7,17 +7,17 @@ becomes one line on stderr.
 
 from __future__ import annotations
 
-import errno
 import gc
+import io
 import os
 import sys
 
-from pyhv.errors import BadInput, PyhvError
+from pyhv.errors import BadInput, HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 # Name of the command, and of its module -> what it does.
 COMMANDS = {
@@ -58,9 +58,6 @@ exit status: the guest's own where there is one, 2 for bad input or usage, 125 w
 whole table is in pyhv run --help.
 """
 
-# As in pyhv/outcome.py, which this module does not import before it must.
-_USAGE_ERROR, _INTERNAL_ERROR, _INTERRUPTED = 2, 125, 130
-
 
 def program() -> NoReturn:
     """The program `pyhv`: runs the command in sys.argv and ends the process with its status.
@@ -71,6 +68,8 @@ def program() -> NoReturn:
     # The garbage collector would look at the modules' innocent objects over and over while they are imported: 5 ms. No
     # command makes cycles as it goes on.
     gc.disable()
+    _occupy_standard_descriptors()
+    _prepare_stdout()
     os._exit(main())
 
 
@@ -78,40 +77,23 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command. arguments: without the program's name; sys.argv's by default. Returns the exit status, with
     everything flushed."""
     words = sys.argv[1:] if arguments is None else arguments
-    _occupy_standard_descriptors()
-    return guard(lambda: _command(words))
+    return guard(lambda: _command(words), lambda: _asks_for_json(words))
 
 
-def guard(work: Callable[[], int]) -> int:
-    """Does the work, whose result is an exit status. Makes a line on stderr and a status of what it raises, and flushes
-    what was printed."""
+def guard(work: Callable[[], int], asks_for_json: Callable[[], bool]) -> int:
+    """Does the work, whose result is an exit status, and flushes what was printed. What it raises becomes a line on
+    stderr and an exit status, and, if asks_for_json says so, a JSON object on stdout (docs/json.md)."""
     try:
-        try:
-            return work()
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+        status = work()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except BrokenPipeError:
         return die_of_broken_pipe()
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BadInput as error:
-        complain(str(error))
-        return _USAGE_ERROR
-    except PyhvError as error:
-        complain(str(error))
-        return _INTERNAL_ERROR
-    except Exception as error:
-        if os.environ.get("PYHV_DEBUG"):
-            import traceback
+    except (KeyboardInterrupt, Exception) as error:
+        from pyhv.cli import failure
 
-            traceback.print_exc()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            complain(f"{os.strerror(error.errno)}, while writing")  # no fault of ours
-        else:
-            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            complain(f"internal error: {what}; please report this, with what PYHV_DEBUG=1 in the environment adds")
-        return _INTERNAL_ERROR
+        return failure.report(error, asks_for_json())
 
 
 def _command(arguments: list[str]) -> int:
@@ -134,17 +116,36 @@ def _command(arguments: list[str]) -> int:
         advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}; see pyhv --help"
         raise BadInput(name, "is no option of pyhv" if name.startswith("-") else "is no command", advice)
     try:
-        # As importlib.import_module() does; importlib itself would have to be imported.
-        status: int = __import__(f"pyhv.cli.{name}", fromlist=["main"]).main(rest)
+        status: int = _module(name).main(rest)
     except SystemExit:  # after --help
         status = 0
     return status
 
 
-def complain(text: str) -> None:
-    """Prints one line on stderr, whatever the text contains; quietly not, where stderr is closed."""
+def _module(command: str) -> Any:
+    # As importlib.import_module() does; importlib itself would have to be imported.
+    return __import__(f"pyhv.cli.{command}", fromlist=["main"])
+
+
+def _asks_for_json(words: list[str]) -> bool:
+    """Whether what was typed asks for JSON, also where the rest of it is wrong."""
+    if "--json" not in words:
+        return False
+    if words[0] not in COMMANDS:
+        return True
     try:
-        os.write(2, f"pyhv: {one_line(text)}\n".encode())
+        asked: bool = _module(words[0]).COMMAND.has_switch("--json", words[1:])
+    except ImportError:  # which is what is being reported
+        return True
+    return asked
+
+
+def complain(text: str, *more: str) -> None:
+    """Prints a line on stderr, and below it a line for each of `more`, whatever the texts contain; quietly not, where
+    stderr is closed."""
+    lines = [f"pyhv: {one_line(text)}\n", *(f"  {one_line(line)}\n" for line in more)]
+    try:
+        os.write(2, "".join(lines).encode())
     except OSError:
         pass
 
@@ -164,6 +165,25 @@ def die_of_broken_pipe() -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGPIPE)
     return 128 + signal.SIGPIPE
+
+
+class _Stdout(io.FileIO):
+    """Descriptor 1, whose errors say that they are its own."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise HostError("stdout", error.errno or 0, "output is missing") from None
+
+
+def _prepare_stdout() -> None:
+    """Makes print() write anything in any locale, and its errors known."""
+    encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding
+    buffer = io.BufferedWriter(_Stdout(1, "w", closefd=False))
+    sys.stdout = io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=os.isatty(1))
 
 
 def _occupy_standard_descriptors() -> None:

@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 
 from pyhv.accel.choose import ACCELERATORS, open_accelerator
-from pyhv.cli import one_line, output
+from pyhv.cli import failure, one_line, output
 from pyhv.cli.options import Command, Option
-from pyhv.cpu import compare
 from pyhv.cpu.host import HostDescription, as_kvm_host
 from pyhv.errors import BadInput
 from pyhv.snapshot import file
 
-_COMMAND = Command(
+COMMAND = Command(
     "check",
     "Say whether a saved VM could go on on a host, with every reason why not. Status 0: it could; 1: it could not.",
     (
         Option("FILE", "a snapshot, as pyhv save writes it"),
-        Option(
-            "--on", "what pyhv host --json wrote there, or a dump of its processor (default: this host)", "HOST"
-        ),
+        Option("--on", "what pyhv host --json wrote there, or a dump of its processor (default: this host)", "HOST"),
         Option("--accel", "what would run it on this host (default: auto)", default="auto", choices=ACCELERATORS),
         Option("--strict-tsc", "another TSC rate is a reason even if the guest was promised none"),
-        Option("--json", "print one JSON object: runs, reasons, notes"),
+        Option("--json", "print one JSON object: file, on, runs, reasons (kind and text of each), notes"),
     ),
     """
 A dump tells only about the processor: MSRs and the TSC's rate are not compared then.
@@ -35,14 +32,15 @@ example:
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
+    given = COMMAND.parse(arguments)
     host = _this_host(given.accel) if given.on is None else read_host(given.on)
     where = given.on or "this host"
     with file.open_snapshot(given.file) as snapshot:
         reasons = snapshot.needs.reasons_against(host, given.strict_tsc)
         notes = snapshot.needs.notes(host)
     if given.json:
-        output.print_json({"runs": not reasons, "reasons": [_as_json(r) for r in reasons], "notes": notes})
+        described = [failure.reason_to_json(reason) for reason in reasons]
+        output.print_json({"file": given.file, "on": where, "runs": not reasons, "reasons": described, "notes": notes})
         return 1 if reasons else 0
     print(one_line(f"{given.file} {'cannot run' if reasons else 'can run'} on {where}"))
     for line in (*reasons, *notes):
@@ -67,7 +65,3 @@ def read_host(path: str) -> HostDescription:
 
 def _this_host(accel: str) -> HostDescription:
     return open_accelerator(accel).describe()
-
-
-def _as_json(reason: compare.Reason) -> dict[str, object]:
-    return {"kind": type(reason).__name__, "text": str(reason)}

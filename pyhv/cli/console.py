@@ -6,7 +6,7 @@ import os
 import select
 import signal
 
-from pyhv.cli import complain
+from pyhv.cli import complain, output
 from pyhv.cli.options import Command, Option
 from pyhv.cli.terminal import CHUNK, ENDING, EscapeKey, RawMode, Signals, in_foreground, is_pipe, tell
 from pyhv.control import jsonrpc
@@ -14,14 +14,23 @@ from pyhv.control.client import Client
 from pyhv.control.jsonrpc import Answer
 from pyhv.errors import HostError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _HELP = "Ctrl-A x: leave the console, the VM runs on    Ctrl-A Ctrl-A: send Ctrl-A to the guest    Ctrl-A h: this help"
 
-_COMMAND = Command(
+COMMAND = Command(
     "console",
     "Attach to the console of a running VM.",
     (
         Option("NAME", "as given to pyhv run --name; see pyhv ls"),
         Option("--read-only", "only show what the guest prints, and leave the keys to others"),
+        Option(
+            "--json",
+            "leave the keys to others, and print one JSON object when the VM ends: name, cause, status, message, "
+            "console and console_base64, missed (how many bytes of it are missing)",
+        ),
     ),
     f"""
 Shows the last 64 KiB that the guest has printed, and from then on all that it prints. Any number may watch; the keys go
@@ -42,10 +51,54 @@ _MAX_UNSENT = 64 << 10
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
+    given = COMMAND.parse(arguments)
     with Client(given.name) as client:
         client.status()  # does it answer at all?
+        if given.json:
+            return _capture(client)
         return _Session(client, not given.read_only).run()
+
+
+def _capture(client: Client) -> int:
+    """Waits for the VM's end and prints the object. Returns the exit status."""
+    data, missed = bytearray(), 0
+    client.call("console")
+    while True:
+        for answer in client.exchange():
+            facts = _facts_of(answer)
+            if answer.method == "output":
+                data += _output_of(client, facts)
+            elif answer.method == "missed":
+                missed += facts["bytes"] if type(facts.get("bytes")) is int else 0
+            elif answer.method == "end":
+                cause, message, status = facts.get("cause"), facts.get("message"), _status_of(facts)
+                end = {"name": client.name, "cause": cause, "status": status, "message": message}
+                output.print_json(end | output.console(bytes(data)) | {"missed": missed})
+                return status
+        poll = select.poll()
+        poll.register(client, select.POLLIN)
+        poll.poll()
+
+
+def _facts_of(answer: Answer) -> dict[str, Any]:
+    """What the VM says. Raises the error that it says."""
+    if answer.error is not None:
+        raise answer.error
+    return answer.result if isinstance(answer.result, dict) else {}
+
+
+def _output_of(client: Client, facts: dict[str, Any]) -> bytes:
+    """The bytes of a notification of output. Raises HostError."""
+    try:
+        return jsonrpc.decode_bytes(facts.get("data"))
+    except ValueError:
+        raise HostError(f"the control socket of {client.name}", 0, "its output is no base64") from None
+
+
+def _status_of(end: dict[str, Any]) -> int:
+    """The exit status in a notification of the end."""
+    status = end.get("status")
+    return status if type(status) is int and 0 <= status <= 255 else 125
 
 
 class _Session:
@@ -107,23 +160,17 @@ class _Session:
 
     def _take(self, answer: Answer) -> int | None:
         """Shows what came from the VM. Returns the exit status where that is the end."""
-        if answer.error is not None:
-            raise answer.error
-        facts = answer.result if isinstance(answer.result, dict) else {}
+        facts = _facts_of(answer)
         if answer.method == "output":
-            try:
-                data = jsonrpc.decode_bytes(facts.get("data"))
-            except ValueError:
-                raise HostError(f"the control socket of {self._client.name}", 0, "its output is no base64") from None
+            data = _output_of(self._client, facts)
             while data:
                 data = data[os.write(1, data) :]
         elif answer.method == "missed":
             self._say(f"{facts.get('bytes')} bytes of the console are missing: they came too fast")
         elif answer.method == "end":
             self._raw.leave()
-            cause, status, message = (facts.get(key) for key in ("cause", "status", "message"))
-            complain(f"{self._client.name} has ended: {message or cause}")
-            return status if type(status) is int and 0 <= status <= 255 else 125
+            complain(f"{self._client.name} has ended: {facts.get('message') or facts.get('cause')}")
+            return _status_of(facts)
         return None
 
     def _type(self, keys: bytes) -> bool:

@@ -33,7 +33,7 @@ examples:
 exit status: 0 no difference, 1 differences, 2 bad input
 """
 
-_COMMAND = Command(
+COMMAND = Command(
     "diff",
     "Compare two processors, profiles or hosts, feature by feature.",
     (
@@ -85,7 +85,7 @@ class Comparison(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
+    given = COMMAND.parse(arguments)
     a, b = _side(given.a), _side(given.b)
     comparisons = compare(a, b)
     same = all(comparison.same for comparison in comparisons)

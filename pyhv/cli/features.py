@@ -18,16 +18,16 @@ NAME is any name that a feature goes by: Linux's, QEMU's, libvirt's or the manua
 examples:
   pyhv features popcnt          all about one feature
   pyhv features --leaf 7.1      the bits of leaf 7, subleaf 1
-  pyhv features --json | jq -r '.[] | select(.barred != "") | .name'
+  pyhv features --json | jq -r '.features[] | select(.barred != "") | .name'
 """
 
-_COMMAND = Command(
+COMMAND = Command(
     "features",
     "List the processor features that pyhv knows, or show all about one.",
     (
         Option("NAME", "a feature (default: list all)", required=False),
         Option("--leaf", "list those of one leaf, such as 7, 7.1 or 0x80000001", "L"),
-        Option("--json", "print JSON: a list, or with NAME one object"),
+        Option("--json", "print one JSON object: features, a list; with NAME all about it"),
     ),
     _DETAILS,
 )
@@ -50,7 +50,7 @@ _BARRED = {
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
+    given = COMMAND.parse(arguments)
     if given.name is not None:
         if given.leaf is not None:
             raise BadInput("--leaf", "cannot be combined with the name of a feature")
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         return 0
     chosen = FEATURES if given.leaf is None else _in_leaf(given.leaf)
     if given.json:
-        output.print_json([_to_json(feature) for feature in chosen])
+        output.print_json({"features": [_to_json(feature) for feature in chosen]})
     else:
         _list(chosen)
     return 0

@@ -29,7 +29,7 @@ examples:
   pyhv host --json > a.json        a description for other hosts: pyhv diff a.json host
 """
 
-_COMMAND = Command(
+COMMAND = Command(
     "host",
     "Show what this host is and can do.",
     (
@@ -46,7 +46,7 @@ _LEVELS = {0: "CPL 0, kernels", 3: "CPL 3, programs"}
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
+    given = COMMAND.parse(arguments)
     profile = None if given.profile is None else profiles.load(given.profile)
     host = describe(probed=True, accel=given.accel)
     if given.json:

@@ -11,7 +11,7 @@ from pyhv.cli.options import Command, Option
 from pyhv.snapshot import file
 from pyhv.snapshot.file import Snapshot
 
-_COMMAND = Command(
+COMMAND = Command(
     "inspect",
     "Show what is inside a snapshot: processor, features that the guest saw, memory, registers, sections.",
     (
@@ -29,7 +29,7 @@ example:
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
+    given = COMMAND.parse(arguments)
     with file.open_snapshot(given.file) as snapshot:
         description = describe(snapshot)
     if given.json:

@@ -10,16 +10,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_COMMAND = Command(
+COMMAND = Command(
     "ls",
     "List the VMs that run under a name, and remove what dead ones left behind.",
-    (Option("--json", "print one JSON array: of each VM what pyhv status --json prints"),),
+    (Option("--json", "print one JSON object: vms, a list with what pyhv status --json prints of each"),),
     """
 They are those of this user: their control sockets are in $XDG_RUNTIME_DIR/pyhv, or in /tmp/pyhv-UID where that variable
 is not set.
 
 example:
-  pyhv ls --json | jq -r '.[] | select(.state == "paused") | .name'
+  pyhv ls --json | jq -r '.vms[] | select(.state == "paused") | .name'
 """,
 )
 
@@ -31,10 +31,10 @@ _TITLES = ("NAME", "STATE", "CPUS", "MEM", "PROFILE", "UPTIME", "IMAGE")
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
+    given = COMMAND.parse(arguments)
     found = client.all_statuses(_PATIENCE)
     if given.json:
-        output.print_json([status or {"name": name, "state": None} for name, status in found])
+        output.print_json({"vms": [status or {"name": name, "state": None} for name, status in found]})
         return 0
     rows = [_TITLES, *(_row(name, status) for name, status in found)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_TITLES))]

@@ -38,33 +38,38 @@ def run(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
     if given.name is None:
         raise BadInput("--detach", "needs --name", "nobody could find the VM otherwise")
     names.check_name(given.name)
-    if given.detach and given.json:
-        raise BadInput("--json", "cannot be combined with --detach", "pyhv status NAME --json tells about a running VM")
     if given.detach:
-        return detach(lambda leave: run_as(given.name, given, make, leave), f"the VM {given.name}")
+        return detach(lambda leave: run_as(given.name, given, make, leave), f"the VM {given.name}", given.json)
     return run_as(given.name, given, make)
 
 
 def detach(
-    start: Callable[[Callable[[str], None]], int], what: str, keep: Sequence[int] = (), tell: bool = True
+    start: Callable[[Callable[[str], None]], int],
+    what: str,
+    as_json: bool,
+    keep: Sequence[int] = (),
+    tell: bool = True,
 ) -> int:
     """Runs a machine in a process of its own, and returns once it runs; what goes wrong before that ends both processes
     as it would have ended one.
 
     start: runs the machine there and returns the exit status; it calls what it is given, with the VM's name, when the
-    VM runs. what: what errors call that process. keep: descriptors that it needs. tell: print a line about the VM.
+    VM runs. what: what errors call that process. as_json: whether its errors, and what is told here, are JSON. keep:
+    descriptors that it needs. tell: print a line about the VM, or its object.
     """
     ready, tell_ready = os.pipe()
     sys.stdout.flush()
     # Nothing has started a thread yet: the child is as good as its parent.
     child = os.fork()
     if child == 0:
-        os._exit(cli.guard(lambda: _in_background(start, keep, tell_ready)))
+        os._exit(cli.guard(lambda: _in_background(start, keep, tell_ready), lambda: as_json))
     os.close(tell_ready)
     with open(ready, "rb", buffering=0) as pipe:
         name = pipe.read().decode()
     if name:
-        if tell:
+        if tell and as_json:
+            output.print_json({"name": name, "pid": child})
+        elif tell:
             print(f"{name} runs in the background, pid {child}")
         return 0
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -110,9 +115,10 @@ def run_as(
     """
     # Such a process may live for weeks.
     gc.enable()
+    captures = given.json and not given.detach
     with (
         names.claim(name, predecessor) as claim,
-        _NamedConsole(given.json, given.detach) as console,
+        _NamedConsole(captures, given.detach) as console,
         Server(claim) as server,
         make(console_in=console.input, console_out=console.output) as machine,
         Operations(name, machine) as operations,
@@ -136,11 +142,11 @@ def run_as(
             operations.ended(result)
             console.drain(signals, patient=machine.vm.stopped is not None)
         server.finish()
-        if given.json:
+        if captures:
             result = result._replace(console=console.captured())
-        description = run_command.describe(machine, result) if given.json else {}
+        description = run_command.describe(machine, result) if captures else {}
     run_command.tell(result)
-    if given.json:
+    if captures:
         output.print_json(description)
     return result.status
 

@@ -32,7 +32,8 @@ class Option(NamedTuple):
     required: bool = True
     """For an argument: whether it must be given."""
     repeated: bool = False
-    """Whether it may be given several times: its value is a list then, empty by default."""
+    """Whether it may be given several times: its value is a list then, empty by default. Of the arguments one may be,
+    and takes what the others leave."""
 
     @property
     def attribute(self) -> str:
@@ -104,15 +105,36 @@ class Command:
         values = {option.attribute: given.get(name, _default(option)) for name, option in self.options.items()}
         return SimpleNamespace(**values, **self._place(arguments))
 
-    def _place(self, words: list[str]) -> dict[str, str | None]:
+    def has_switch(self, switch: str, words: list[str]) -> bool:
+        """Whether the switch is among the words, which may be wrong otherwise; a value that looks like it is not it."""
+        rest = iter(words)
+        for word in rest:
+            if word == "--":
+                break
+            if word == switch:
+                return True
+            option = self.options.get(word)
+            if option is not None and (option.value or option.choices):
+                next(rest, None)
+        return False
+
+    def _place(self, words: list[str]) -> dict[str, str | list[str] | None]:
         """The arguments by name. Raises BadInput where there are too few or too many."""
-        for argument in self.arguments[len(words) :]:
+        single = [argument for argument in self.arguments if not argument.repeated]
+        more = len(words) - len(single)
+        for argument in single[len(words) :]:
             if argument.required:
                 raise BadInput(argument.name, f"{self.name} needs it", self._advice())
-        if len(words) > len(self.arguments):
-            raise BadInput(words[len(self.arguments)], f"{self.name} takes no further argument", self._advice())
-        padded = [*words, *[None] * len(self.arguments)]
-        return {argument.attribute: word for argument, word in zip(self.arguments, padded, strict=False)}
+        if more > 0 and len(single) == len(self.arguments):
+            raise BadInput(words[len(single)], f"{self.name} takes no further argument", self._advice())
+        placed: dict[str, str | list[str] | None] = {}
+        rest = list(words)
+        for argument in self.arguments:
+            if argument.repeated:
+                placed[argument.attribute] = [rest.pop(0) for _ in range(more)]
+            else:
+                placed[argument.attribute] = rest.pop(0) if rest else None
+        return placed
 
     def _unknown(self, name: str) -> BadInput:
         import difflib
@@ -141,7 +163,8 @@ class Command:
         return "\n\n".join(parts) + "\n"
 
     def _usage(self) -> list[str]:
-        words = [a.name if a.required else f"[{a.name}]" for a in self.arguments]
+        named = [(a.name + "..." * a.repeated, a.required) for a in self.arguments]
+        words = [name if required else f"[{name}]" for name, required in named]
         if self._either:
             words.append("[" + " | ".join(self.options[name].shown for name in self._either) + "]")
         return words + [f"[{option.shown}]" for name, option in self.options.items() if name not in self._either]

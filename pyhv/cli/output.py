@@ -21,18 +21,20 @@ def width() -> int:
         return 100
 
 
-def print_json(value: Any) -> None:
-    """Prints one JSON value."""
+def print_json(value: dict[str, Any]) -> None:
+    """Prints what a command with --json prints: one object (docs/json.md)."""
     import json
 
     print(json.dumps(value, indent=2))
 
 
-def print_event(event: str, facts: dict[str, Any]) -> None:
-    """Prints one JSON object in a line, at once."""
-    import json
+def console(data: bytes) -> dict[str, str]:
+    """A guest's output in a JSON object: as text, in which "\\xff" may stand for a byte that is no text or for itself,
+    and byte for byte."""
+    import binascii
 
-    print(json.dumps({"event": event, **facts}), flush=True)
+    text = data.decode("utf-8", "backslashreplace")
+    return {"console": text, "console_base64": binascii.b2a_base64(data, newline=False).decode()}
 
 
 def fill(text: str, first: str = "", others: str = "") -> str:
@@ -111,16 +113,17 @@ def bar(done: int, total: int, width: int = 30) -> str:
 
 
 class StatusLine:
-    """A line on stderr about work that goes on: drawn anew on a terminal, one of JSON after the other elsewhere. A
-    context manager, which clears it.
+    """A line on stderr about work that goes on: drawn anew on a terminal, elsewhere one after the other, with KEY=VALUE
+    each or, where JSON is asked for, an object each. A context manager, which clears it.
 
-    title: what the work is called in JSON. drawn, written: seconds between two lines there and there. quiet: nothing is
-    shown of work that takes no longer."""
+    title: what the work is called there. drawn, written: seconds between two lines on a terminal and elsewhere. quiet:
+    nothing is shown of work that takes no longer."""
 
-    def __init__(self, title: str, drawn: float, written: float, quiet: float = 0.0) -> None:
+    def __init__(self, title: str, as_json: bool, drawn: float, written: float, quiet: float = 0.0) -> None:
         self.begin = time.monotonic()
         self._title = title
-        self._terminal = os.isatty(2)
+        self._as_json = as_json
+        self._terminal = os.isatty(2) and not as_json
         self._interval = drawn if self._terminal else written
         self._next = self.begin + max(self._interval, quiet)
         self._drawn = False
@@ -134,14 +137,20 @@ class StatusLine:
         return True
 
     def show(self, text: str, facts: dict[str, Any]) -> None:
-        """Shows one or the other."""
+        """Shows the text or the facts."""
         if self._terminal:
             self._drawn = True
-            os.write(2, f"\r{text}\x1b[K".encode())
-        else:
+            line = f"\r{text}\x1b[K"
+        elif self._as_json:
             import json
 
-            os.write(2, (json.dumps({"progress": self._title, **facts}) + "\n").encode())
+            line = json.dumps({"progress": self._title, **facts}) + "\n"
+        else:
+            line = " ".join([f"pyhv: {self._title}:", *(f"{name}={value}" for name, value in facts.items())]) + "\n"
+        try:
+            os.write(2, line.encode())
+        except OSError:  # nobody reads it: the work goes on
+            pass
 
     def __enter__(self) -> Self:
         return self
@@ -155,8 +164,8 @@ class Progress(StatusLine):
     """Shows how far some work over bytes is, if it takes longer than a second. Call it with the bytes done and all that
     there are."""
 
-    def __init__(self, title: str) -> None:
-        super().__init__(title, 0.1, 1, quiet=1)
+    def __init__(self, title: str, as_json: bool) -> None:
+        super().__init__(title, as_json, 0.1, 1, quiet=1)
 
     def __call__(self, done: int, total: int) -> None:
         if self.is_due():

@@ -1,17 +1,23 @@
-"""`pyhv pause NAME`: stops a running VM between two instructions."""
+"""`pyhv pause NAME...`: stops running VMs between two instructions."""
 
 from __future__ import annotations
 
-from pyhv.cli.options import Command, Option
-from pyhv.control.client import Client
+from typing import Any
 
-_COMMAND = Command(
+from pyhv.cli import several
+from pyhv.cli.options import Command, Option
+
+COMMAND = Command(
     "pause",
     "Stop a running VM between two instructions.",
-    (Option("NAME", "as given to pyhv run --name; see pyhv ls"),),
+    (
+        several.NAMES,
+        several.ALL,
+        Option("--json", "print one JSON object: name, state; of several VMs vms, a list of such objects"),
+    ),
     """
-Returns when every vCPU stands. A paused VM stays as it is; pyhv resume lets it run on. A --timeout that it was started
-with goes on.
+Returns when every vCPU is stopped. A paused VM stays as it is; pyhv resume lets it run on. A --timeout that it was
+started with goes on. A VM that is being migrated is not paused.
 
 example:
   pyhv pause t
@@ -21,8 +27,10 @@ example:
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
-    with Client(given.name) as client:
-        client.status()  # does it answer at all?
+    return several.each(COMMAND.parse(arguments), "pause", _pause)
+
+
+def _pause(name: str) -> dict[str, Any]:
+    with several.reach(name) as client:
         client.pause()
-    return 0
+        return {"state": client.status()["state"]}

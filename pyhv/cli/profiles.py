@@ -22,12 +22,12 @@ examples:
   pyhv profiles ./mine.toml    checks a file of your own
 """
 
-_COMMAND = Command(
+COMMAND = Command(
     "profiles",
     "List the profiles, the processors that a guest can be shown, or show one.",
     (
         Option("NAME", "a profile or its file (default: list the built-in ones)", required=False),
-        Option("--json", "print JSON: a list, or with NAME one object"),
+        Option("--json", "print one JSON object: profiles, a list; with NAME all about it"),
     ),
     _DETAILS,
 )
@@ -37,11 +37,12 @@ _VENDORS = {"intel": "Intel", "amd": "AMD"}
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
+    given = COMMAND.parse(arguments)
     if given.name is None:
         found = [profiles.load(name) for name in profiles.names()]
         if given.json:
-            output.print_json([{"name": p.name, "title": p.title, "moving": p.moving} for p in found])
+            titles = [{"name": p.name, "title": p.title, "moving": p.moving} for p in found]
+            output.print_json({"profiles": titles})
         else:
             output.print_rows([(p.name, p.title) for p in found])
         return 0

@@ -18,7 +18,7 @@ from pyhv.machine import Machine, check_processors
 from pyhv.migration import protocol, transport
 from pyhv.migration.destination import Destination
 
-_COMMAND = Command(
+COMMAND = Command(
     "receive",
     "Wait for a VM that is migrated to here, run it, and end with its guest's exit status.",
     (
@@ -33,7 +33,7 @@ _COMMAND = Command(
         run.PIN_OPTION,
         Option("--insecure", "allow tcp:// at other addresses than loopback: anybody may send a VM"),
         *TLS_OPTIONS,
-        Option("--json", "capture the console and print one JSON object, as pyhv run does"),
+        Option("--json", "capture the console and print one JSON object, as pyhv run does; not with -"),
     ),
     f"""
 One VM is taken. Whether it can run on this host is decided before anything is moved; if it cannot, the source hears
@@ -50,7 +50,7 @@ example:
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
+    given = COMMAND.parse(arguments)
     if given.name is not None:
         from pyhv.control import names
 
@@ -65,8 +65,8 @@ def main(arguments: list[str]) -> int:
         tls = transport.Tls(given.tls_cert or "", given.tls_key or "", given.tls_ca or "")
     address = transport.parse(given.uri, given.insecure)
     given.detach = given.detach or given.uri == "-"
-    if given.detach and given.json:
-        raise BadInput("--json", "cannot be combined with --detach", "pyhv status NAME --json tells about a running VM")
+    if given.uri == "-" and given.json:
+        raise BadInput("--json", "cannot be combined with -", "stdout is the link")
     if not given.detach:
         return _receive(given, address, tls, lambda name: None)
     from pyhv.cli import named
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
         address = address._replace(fds=(os.dup(address.fds[0]), os.dup(address.fds[1])))
     keep = [fd for fd in address.fds if fd >= 0]
     tell = given.uri != "-"  # with it our stdout is the link
-    return named.detach(lambda leave: _receive(given, address, tls, leave), "the receiver", keep, tell)
+    return named.detach(lambda leave: _receive(given, address, tls, leave), "the receiver", given.json, keep, tell)
 
 
 def _receive(

@@ -10,7 +10,7 @@ from pyhv.cli.options import Command, Option
 from pyhv.cli.terminal import HELP
 from pyhv.machine import Machine
 
-_COMMAND = Command(
+COMMAND = Command(
     "restore",
     "Let a saved VM go on, and end with its guest's exit status.",
     (
@@ -43,7 +43,7 @@ examples:
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
+    given = COMMAND.parse(arguments)
     make = functools.partial(
         Machine.restore,
         given.file,

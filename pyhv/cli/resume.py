@@ -1,16 +1,20 @@
-"""`pyhv resume NAME`: lets a paused VM run on."""
+"""`pyhv resume NAME...`: lets paused VMs run on."""
 
 from __future__ import annotations
 
-from pyhv.cli.options import Command, Option
-from pyhv.control.client import Client
+from typing import Any
 
-_COMMAND = Command(
+from pyhv.cli import several
+from pyhv.cli.options import Command, Option
+
+COMMAND = Command(
     "resume",
     "Let a paused VM run on.",
     (
-        Option("NAME", "as given to pyhv run --name; see pyhv ls"),
+        several.NAMES,
+        several.ALL,
         Option("--force", "also one that was handed over to another host by a migration, whatever became of it there"),
+        Option("--json", "print one JSON object: name, state; of several VMs vms, a list of such objects"),
     ),
     """
 A running VM stays as it is. One that was handed over, and whose other side did not answer, may run there: --force is
@@ -24,8 +28,11 @@ example:
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
-    with Client(given.name) as client:
-        client.status()  # does it answer at all?
-        client.resume(given.force)
-    return 0
+    given = COMMAND.parse(arguments)
+
+    def resume(name: str) -> dict[str, Any]:
+        with several.reach(name) as client:
+            client.resume(given.force)
+            return {"state": client.status()["state"]}
+
+    return several.each(given, "resume", resume)

@@ -110,7 +110,7 @@ NAME_OPTIONS = (
     Option("--detach", "return once the VM runs, and leave it in the background; needs --name"),
 )
 
-_COMMAND = Command(
+COMMAND = Command(
     "run",
     "Boot a guest and end with its exit status.",
     (
@@ -121,8 +121,9 @@ _COMMAND = Command(
         Option(
             "--json",
             "capture the console and print one JSON object: cause, status, message, registers, profile, intercept, "
-            "note, vcpus, console, counters; of a guest that prints CPUID as `cpuid -r` does (the guest cpuid) also "
-            "cpuid, the table that it printed, and features, their names in it",
+            "note, notes, vcpus, console and console_base64, counters; of a guest that prints CPUID as `cpuid -r` does "
+            "(the guest cpuid) also cpuid, the table that it printed, and features, their names in it. With --detach "
+            "name and pid",
         ),
     ),
     _details,
@@ -132,7 +133,7 @@ _COMMAND = Command(
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
+    given = COMMAND.parse(arguments)
     if given.reboot and (given.name is not None or given.detach):
         raise BadInput("--reboot", "cannot be combined with --name and --detach", "leave one out")
     if given.name is None and not given.detach:
@@ -166,18 +167,6 @@ def machine_arguments(given: SimpleNamespace) -> dict[str, Any]:
 def run_machine(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
     """Runs a machine with given.name, detach, timeout and json. make: gets console_in and console_out. Returns the exit
     status; raises what making and running the machine raise."""
-    if not given.json:
-        return _run(given, make)
-    try:
-        return _run(given, make)
-    except PyhvError as error:
-        # Nothing else can tell a guest that ended with status 2 from a VM that was never made.
-        cause = "usage" if isinstance(error, BadInput) else "internal-error"
-        output.print_json({"cause": cause, "status": outcome.status_of(cause), "message": str(error)})
-        raise
-
-
-def _run(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
     if given.name is not None or given.detach:
         from pyhv.cli import named
 
@@ -212,7 +201,7 @@ def tell(result: RunResult) -> None:
 
 def describe(machine: Machine, result: RunResult) -> dict[str, Any]:
     """What --json prints."""
-    text = result.console.decode("utf-8", "backslashreplace")
+    console = output.console(result.console)
     description = {
         "cause": result.cause,
         "status": result.status,
@@ -221,11 +210,12 @@ def describe(machine: Machine, result: RunResult) -> dict[str, Any]:
         "profile": machine.guest.profile,
         "intercept": machine.choice.intercept,
         "note": machine.choice.note,
+        "notes": machine.notes,
         "vcpus": len(machine.vm.vcpus),
-        "console": text,
+        **console,
         "counters": result.counters,
     }
-    return description | _parse_cpuid(text)
+    return description | _parse_cpuid(console["console"])
 
 
 def _parse_cpuid(text: str) -> dict[str, Any]:

@@ -1,46 +1,64 @@
-"""`pyhv save NAME FILE`: saves a running VM to a file."""
+"""`pyhv save NAME FILE`: saves a running VM, or several, to files."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
-from pyhv.cli import output
+from pyhv.cli import output, several
 from pyhv.cli.options import Command, Option
-from pyhv.control.client import Client
+from pyhv.errors import BadInput
 
-_COMMAND = Command(
+COMMAND = Command(
     "save",
     "Save a running VM to a file, from which pyhv restore lets it go on.",
     (
-        Option("NAME", "as given to pyhv run --name; see pyhv ls"),
-        Option("FILE", "where to; a file that is there is replaced all at once, when the new one is complete"),
+        several.NAMES,
+        Option(
+            "FILE",
+            "where to; a file that is there is replaced all at once, when the new one is complete. Of several VMs, or "
+            "with --all, a directory, in which each gets a file NAME.pyhv",
+        ),
+        several.ALL,
         Option("--stop", "end the VM then, with the cause stopped; nothing in it runs after what was saved"),
-        Option("--json", "print one JSON object a line: its event is progress (done, total: bytes of memory) or saved"),
+        Option(
+            "--json",
+            "print one JSON object: name, path, stopped; of several VMs vms, a list of such objects. On stderr one a "
+            "line meanwhile: done, total, bytes_per_second",
+        ),
     ),
     """
 The VM is paused until its memory is written and runs on then, unless it was paused before. If it cannot be saved it
-goes on as it was, and a file that is there stays as it was. Ctrl-C gives it up.
+goes on as it was, and a file that is there stays as it was. Ctrl-C gives it up. A VM that is being migrated is not
+saved.
 
-example:
+examples:
   pyhv save t t.pyhv --stop; pyhv restore t.pyhv
+  pyhv save --all .
 """,
 )
 
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
-    path = os.path.abspath(given.file)
-    with Client(given.name) as client:
-        client.status()  # does it answer at all?
-        if given.json:
+    given = COMMAND.parse(arguments)
+    path = absolute(given.file)
+    folder = given.all or len(given.name) > 1
+    if folder and not os.path.isdir(path):
+        raise BadInput(given.file, "is no directory, which several VMs are saved to", "name one that is there")
 
-            def tell(done: int, total: int) -> None:
-                output.print_event("progress", {"done": done, "total": total})
+    def save(name: str) -> dict[str, Any]:
+        target = os.path.join(path, f"{name}.pyhv") if folder else path
+        with several.reach(name) as client, output.Progress("save", given.json) as progress:
+            client.save(target, given.stop, progress)
+        return {"path": target, "stopped": given.stop}
 
-            client.save(path, given.stop, tell)
-            output.print_event("saved", {"path": path})
-        else:
-            with output.Progress("save") as progress:
-                client.save(path, given.stop, progress)
-    return 0
+    return several.each(given, "save", save)
+
+
+def absolute(path: str) -> str:
+    """The path for the VM's process, which has another working directory. Raises BadInput where ours is gone."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise BadInput(path, "the working directory is gone", "give an absolute path") from None

@@ -15,7 +15,7 @@ from pyhv.cli.options import Command, Option
 from pyhv.errors import BadInput
 from pyhv.soak import FAULTS, Hop, Plan, Ring, quantile
 
-_COMMAND = Command(
+COMMAND = Command(
     "soak",
     "Migrate one guest round a ring of processes, and check on every hop that nothing is lost.",
     (
@@ -52,7 +52,7 @@ _LEG = 10_000
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
+    given = COMMAND.parse(arguments)
     state = _State(given.state)
     snapshot = f"{given.state}.pyhv" if given.state else ""
     if given.count < 1:
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     plan = Plan(0, given.nodes, given.pages, not given.no_compat, save=snapshot, accel=given.accel)
     plan = plan._replace(fault=given.plant or "")
     failure = ""
-    with _Progress(state.hops, given.count) as progress:
+    with _Progress(state.hops, given.count, given.json) as progress:
         while state.hops < given.count and not failure:
             left = given.count - state.hops
             start = snapshot if state.hops and os.path.exists(snapshot) else ""
@@ -154,8 +154,8 @@ class _State:
 class _Progress(output.StatusLine):
     """Shows the hops. first: how many there were at the beginning, of `total`."""
 
-    def __init__(self, first: int, total: int) -> None:
-        super().__init__("soak", 0.2, 10)
+    def __init__(self, first: int, total: int, as_json: bool) -> None:
+        super().__init__("soak", as_json, 0.2, 10)
         self._first = first
         self._total = total
 

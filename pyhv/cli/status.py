@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from pyhv.cli import ls, one_line, output
+from pyhv.cli import ls, one_line, output, several
 from pyhv.cli.options import Command, Option
 from pyhv.control.client import Client
 
-_COMMAND = Command(
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+COMMAND = Command(
     "status",
     "Tell what a running VM is and does.",
     (
-        Option("NAME", "as given to pyhv run --name; see pyhv ls"),
+        several.NAMES,
+        several.ALL,
         Option(
             "--json",
             "print one JSON object: name, state, doing, uptime, uuid, profile, intercept, note, vcpus, memory, image, "
-            "pid, counters; cause, status and message, which are null while it runs",
+            "pid, counters; cause, status and message, which are null while it runs; of several VMs vms, a list of "
+            "such objects",
         ),
     ),
     """
@@ -28,12 +34,25 @@ example:
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
-    with Client(given.name) as client:
-        status = client.status()
-    if given.json:
-        output.print_json(status)
-        return 0
+    given = COMMAND.parse(arguments)
+    found = []
+
+    def ask(name: str) -> dict[str, Any]:
+        with Client(name) as client:
+            status = client.status()
+        found.append(status)
+        return status
+
+    result = several.each(given, "status", ask)
+    if not given.json:
+        for index, status in enumerate(found):
+            if index:
+                print()
+            _print(status)
+    return result
+
+
+def _print(status: dict[str, Any]) -> None:
     status["uptime"] = ls.uptime(status.get("uptime"))
     status["memory"] = ls.memory(status.get("memory"))
     counters = status.get("counters")
@@ -41,4 +60,3 @@ def main(arguments: list[str]) -> int:
         status["counters"] = ", ".join(f"{name} {count}" for name, count in counters.items())
     shown = {key: value for key, value in status.items() if value not in (None, "")}
     output.print_rows([(one_line(key), one_line(str(value))) for key, value in shown.items()])
-    return 0

@@ -48,7 +48,7 @@ exit status: the guest's, as with pyhv run
 """
 
 
-_COMMAND = Command(
+COMMAND = Command(
     "trace",
     "Boot a guest and show each CPUID that it executes.",
     (
@@ -159,7 +159,7 @@ class Trace:
 
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
-    given = _COMMAND.parse(arguments)
+    given = COMMAND.parse(arguments)
     if given.via == "trap" and given.intercept == "kernel":
         raise BadInput("--via trap", "cannot be had with --intercept kernel", "leave --intercept away")
     if given.via == "tracepoint" and given.intercept == "trap":

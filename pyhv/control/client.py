@@ -90,12 +90,16 @@ class Client:
 
         self.call("save", params, tell)
 
-    def stop(self) -> None:
-        """Ends the VM, with the cause "stopped"; returns when its name is free. Raises BadInput where it has been
-        migrated in the meantime, and runs there."""
+    def stop(self) -> dict[str, Any]:
+        """Ends the VM, with the cause "stopped", unless it has just ended by itself; returns how it ended (cause,
+        status, message), when its name is free. Raises BadInput where it has been migrated in the meantime, and runs
+        there."""
         end = self.call("stop")
-        if isinstance(end, dict) and end.get("cause") == "migrated":
+        if not isinstance(end, dict):
+            raise self._broken("what came from it is no end")
+        if end.get("cause") == "migrated":
             raise BadInput(self.name, f"was not stopped: {end.get('message')}", "stop it there")
+        return end
 
     def call(
         self,

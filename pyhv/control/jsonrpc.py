@@ -12,7 +12,7 @@ import json
 import os
 from typing import Any, NamedTuple
 
-from pyhv.errors import BadInput, HostError
+from pyhv.errors import BadInput, HostError, Incompatible
 
 MAX_LINE = 64 << 10
 MAX_ANSWER = 1 << 20
@@ -126,6 +126,11 @@ def encode_error(id: object, error: BaseException) -> bytes:
     match error:
         case RpcError():
             code, message = error.code, error.message
+        case Incompatible():
+            code, message = BAD_INPUT, str(error)
+            # Clients of the version before know of no reasons: for them all is in the problem.
+            data = {"subject": error.subject, "problem": message.removeprefix(f"{error.subject}: ")}
+            data |= {"summary": error.problem, "reasons": [str(reason) for reason in error.reasons]}
         case BadInput():
             code, message = BAD_INPUT, str(error)
             data = {"subject": error.subject, "problem": error.problem}
@@ -183,6 +188,9 @@ def _error_of(value: Any, name: str) -> Exception:
     if not all(isinstance(fact, str) for fact in (message, *facts)) or type(errnum) is not int:
         raise ValueError
     if value["code"] == BAD_INPUT:
+        summary, reasons = data.get("summary"), data.get("reasons")
+        if isinstance(summary, str) and isinstance(reasons, list):
+            return Incompatible(facts[0], summary, [str(reason) for reason in reasons])
         return BadInput(*facts)
     if value["code"] == HOST_ERROR:
         return HostError(facts[0], max(0, min(errnum, 4095)), *facts[1:])

@@ -110,14 +110,16 @@ class Operations:
         return "paused" if self._paused else "running"
 
     def submit(self, call: Call) -> None:
-        """Queues a call. After close() it fails with BadInput at once, and so does a second migration."""
+        """Queues a call. After close() it fails with BadInput at once, unless it asks for the VM's end, and so does
+        during a migration what would have to wait for it, and then find nothing."""
         current = self._current
-        if current is not None and current.method == "migrate":
-            if call.method == "migrate":
-                call.finished(BadInput(self._name, "is being migrated already", "pyhv status tells about it"))
-                return
+        if current is not None and current.method == "migrate" and not self._closed:
             if call.method == "stop":  # whoever ends the VM does not wait until it is gone elsewhere
                 current.cancelled = True
+            else:
+                already = " already" if call.method == "migrate" else ""
+                call.finished(BadInput(self._name, f"is being migrated{already}", "pyhv status tells about it"))
+                return
         self._calls.put(call)
         if self._closed:
             self._refuse_rest()
@@ -158,7 +160,7 @@ class Operations:
             call = self._calls.get()
             if call is None or self._closed:
                 if call is not None:
-                    call.finished(_over(self._name))
+                    self._refuse(call)
                 return
             self._current = call
             try:
@@ -175,8 +177,12 @@ class Operations:
             except queue.Empty:
                 break
             if call is not None:
-                call.finished(_over(self._name))
+                self._refuse(call)
         self._calls.put(None)  # the worker, if it is still at work, needs one to come to its end
+
+    def _refuse(self, call: Call) -> None:
+        """Of a VM that has come to its end nothing but that can be had."""
+        call.finished(Deferred() if call.method == "stop" else _over(self._name))
 
     def _carry_out(self, call: Call) -> object:
         vm = self._machine.vm

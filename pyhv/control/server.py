@@ -201,8 +201,8 @@ class Server:
             return False
         if time.monotonic() >= self._leave_at:
             return True
-        return self._console < 0 and not any(
-            c.outgoing or (c.position is not None and not c.told_end) for c in self._connections
+        return self._console < 0 and not self._posted and not any(
+            c.outgoing or c.deferred or (c.position is not None and not c.told_end) for c in self._connections
         )
 
     def _turn(self) -> None:

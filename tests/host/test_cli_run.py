@@ -191,13 +191,13 @@ def test_a_reader_that_goes_away_ends_it_quietly(words: tuple[str, ...]) -> None
         assert b"pyhv:" not in err
 
 
-@pytest.mark.parametrize("words", [("features",), ("run", "hello", "--json")])
+@pytest.mark.parametrize("words", [("features",), ("run", "hello", "--json"), ("--help",), ("ls",)])
 def test_a_full_disk_is_said(words: tuple[str, ...]) -> None:
     done = subprocess.run(
         ["sh", "-c", f"exec {' '.join([*COMMAND, *words])} >/dev/full"], stdin=subprocess.DEVNULL, capture_output=True,
         timeout=TIMEOUT, check=False, env=environment(),
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (125, b"pyhv: No space left on device, while writing\n")
+    assert (done.returncode, done.stderr) == (125, b"pyhv: stdout: No space left on device, output is missing\n")
 
 
 def test_two_runs_at_once() -> None:

@@ -125,12 +125,12 @@ def test_features_lists_all(capfd: pytest.CaptureFixture[str]) -> None:
     _, out, _ = call(capfd, "features")
     lines = [line.split()[1] for line in out.splitlines() if line[:5].strip().isdigit()]
     assert lines == [feature.name for feature in features.FEATURES]
-    assert [row["name"] for row in call_json(capfd, "features")] == lines
+    assert [row["name"] for row in call_json(capfd, "features")["features"]] == lines
 
 
 def test_features_of_a_leaf(capfd: pytest.CaptureFixture[str]) -> None:
     for text, leaf, subleaves in (("7", 7, {0, 1, 2}), ("7.1", 7, {1}), ("0x80000001", 0x80000001, {0})):
-        rows = call_json(capfd, "features", "--leaf", text)
+        rows = call_json(capfd, "features", "--leaf", text)["features"]
         assert {int(row["leaf"], 16) for row in rows} == {leaf}
         assert {row["subleaf"] for row in rows} == subleaves
 

@@ -138,7 +138,7 @@ def test_the_clients_requests_are_requests() -> None:
         (BadInput("a\nb", "is wrong", "mend it"), BadInput),
         (BadInput("a", "is wrong"), BadInput),
         (NotAvailable("/dev/kvm", "is missing"), BadInput),
-        (Incompatible("f", "cannot run", ["one", "two"]), BadInput),
+        (Incompatible("f", "cannot run", ["one", "two"]), Incompatible),
         (HostError("write /x", 28, "no snapshot was made", "make room"), HostError),
         (HostError("pause", 0), HostError),
     ],
@@ -147,7 +147,7 @@ def test_errors_arrive_as_they_left(error: Exception, kind: type[Exception]) -> 
     answer = parse_answer(jsonrpc.encode_error(1, error), "t")
     assert type(answer.error) is kind
     assert str(answer.error) == str(error)
-    assert json.loads(jsonrpc.encode_error(1, error))["error"]["code"] == (2 if kind is BadInput else 125)
+    assert json.loads(jsonrpc.encode_error(1, error))["error"]["code"] == (2 if issubclass(kind, BadInput) else 125)
 
 
 def test_of_an_unexpected_error_only_the_kind_is_told() -> None:
