@@ -237,25 +237,30 @@ def test_a_summary_for_a_person() -> None:
     assert "the guest stood at most 12.3 ms" in command._describe(SUMMARY | {"one_clock": False})
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_shown(terminal: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("terminal", "as_json"), [(True, False), (False, False), (True, True)])
+def test_progress_is_shown(
+    terminal: bool, as_json: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setattr("os.isatty", lambda fd: terminal)
     facts = Progress(2, 5 << 20, 10 << 20, 7 << 20, 1e8, 1e6, 0.04)._asdict()
-    with command._Progress() as progress:
-        progress(facts)  # at once is too early
+    with command._Progress(as_json) as progress:
+        if not as_json:
+            progress(facts)  # at once is too early
         now[0] += 2
         progress(facts)
         now[0] += 2
         progress(facts | {"round": 0, "total": 0, "left": 0})
     said = capfd.readouterr().err
-    if terminal:
+    if as_json:
+        assert said.count('{"progress": "migrate", "round": ') == 2 == said.count("\n")
+    elif terminal:
         first, second = re.findall(r"\r([^\r]+)\x1b\[K", said)
         assert first.startswith("round 2 [##########..........] 5") and "would stand 40 ms" in first
         assert second.startswith("hand-over [") and said.endswith("\r\x1b[K")
     else:
-        assert said.count('{"progress": "migrate", "round": ') == 2 == said.count("\n")
+        assert said.count("pyhv: migrate: round=") == 2 == said.count("\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
