@@ -6,7 +6,16 @@ with pyhv.Machine(image="cpuid", compat=True) as vm:
 
 from __future__ import annotations
 
-from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible, NotAvailable, NotFaithful, PyhvError
+from pyhv.errors import (
+    BadInput,
+    HandoverUnknown,
+    HostError,
+    Incompatible,
+    NotAvailable,
+    NotFaithful,
+    PyhvError,
+    WrongState,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +31,7 @@ __all__ = [
     "NotFaithful",
     "PyhvError",
     "RunResult",
+    "WrongState",
 ]
 __version__ = "0.1.0"
 

@@ -42,6 +42,18 @@ class HostError(PyhvError):
         super().__init__(f"{what}: {', '.join(parts)}" + (f"; {advice}" if advice else ""))
 
 
+class WrongState(BadInput):
+    """What was asked of a VM cannot be done in the state that it is in; nothing was done.
+
+    state: one of pyhv.vm.life.STATES. asked: what was asked, such as "save".
+    """
+
+    def __init__(self, state: str, asked: str, problem: str, advice: str = "") -> None:
+        self.state = state
+        self.asked = asked
+        super().__init__("this VM", problem, advice)
+
+
 class NotAvailable(BadInput):
     """What was asked for cannot be had on this machine (no /dev/kvm, no permission): exit status 2."""
 

@@ -12,9 +12,10 @@ from pyhv.boot import recognise, start64
 from pyhv.cpu import policy, profiles
 from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible, PyhvError
 from pyhv.light import NamedTuple
+from pyhv.vm import life
 from pyhv.vm.devices import Devices, is_pc
 from pyhv.vm.memory import HIGH_RAM_BASE, LOW_RAM_LIMIT, PAGE_SIZE, GuestMemory, check_fits
-from pyhv.vm.vm import Stopped, Trap, Vm
+from pyhv.vm.vm import Departure, Stopped, Trap, Vm, check_timeout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -90,9 +91,6 @@ class Machine:
     Raises BadInput (NotAvailable, NotFaithful) for what the caller can mend, HostError for what the host refuses.
     Needs close(), or use as a context manager.
     """
-
-    handed_over = ""
-    """The side that this VM was handed over to by a migration; "" if it is here."""
 
     _rehearsed: tuple[str, ...] = ()  # accelerators, by this process
     _arrival: Destination | None = None  # of a VM that was migrated to here and has not run yet
@@ -381,16 +379,22 @@ class Machine:
         """
         from pyhv.migration import transport
 
-        self._check_may_leave(limits)  # before the other side, who takes one VM, is bothered
-        with transport.connect(transport.parse(uri, insecure), tls) as channel:
-            try:
-                return self.depart(channel, limits=limits, name=name, strict_tsc=strict_tsc, progress=progress)
-            except HostError as error:
-                complaint = "" if isinstance(error, HandoverUnknown) else channel.complaint()
-                if not complaint:
-                    raise
-                detail = f"{error.detail}: {complaint}"
-                raise HostError(error.what, error.errnum, detail, error.advice) from None
+        address = transport.parse(uri, insecure)
+        if limits is not None:
+            limits.check()
+
+        def go(departure: Departure) -> Summary:
+            with transport.connect(address, tls) as channel:
+                try:
+                    return self._depart(departure, channel, limits, name, strict_tsc, progress, lambda: True)
+                except HostError as error:
+                    complaint = "" if isinstance(error, HandoverUnknown) else channel.complaint()
+                    if not complaint:
+                        raise
+                    detail = f"{error.detail}: {complaint}"
+                    raise HostError(error.what, error.errnum, detail, error.advice) from None
+
+        return self.vm.leave(uri, go)  # before the other side, who takes one VM, is bothered
 
     def depart(
         self,
@@ -404,10 +408,26 @@ class Machine:
     ) -> Summary:
         """As migrate(), over a connection that is there and stays the caller's. may_stop: the guest is not stopped
         before it says so."""
+        if limits is not None:
+            limits.check()
+        return self.vm.leave(
+            channel.peer,
+            lambda departure: self._depart(departure, channel, limits, name, strict_tsc, progress, may_stop),
+        )
+
+    def _depart(
+        self,
+        departure: Departure,
+        channel: Channel,
+        limits: Limits | None,
+        name: str,
+        strict_tsc: bool,
+        progress: Callable[[Progress], None] | None,
+        may_stop: Callable[[], bool],
+    ) -> Summary:
         from pyhv.migration import protocol, source
         from pyhv.state import capture
 
-        self._check_may_leave(limits)
         limits = limits or source.Limits()
         record = self._record()
         host = self.choice.accelerator.describe()
@@ -415,11 +435,13 @@ class Machine:
         hello = protocol.hello(self.vm, record, host, limits.heartbeat, limits.silence)
         hello = hello._replace(name=name, strict_tsc=strict_tsc, zstd=limits.compress)
 
-        def commit() -> None:
-            self.handed_over = channel.peer
+        def tell(facts: Progress) -> None:
+            departure.check()
+            if progress is not None:
+                progress(facts)
 
-        outgoing = source.Outgoing(self.vm, hello, lambda: capture.capture_raw(self.vm), commit)
-        return source.Source(outgoing, channel, limits, progress, may_stop).run()
+        outgoing = source.Outgoing(self.vm, hello, lambda: capture.capture_raw(self.vm), departure)
+        return source.Source(outgoing, channel, limits, tell, may_stop).run()
 
     def save(self, path: str, progress: Callable[[int, int], None] | None = None) -> None:
         """Writes the VM's whole state to `path`, in place of a file that is there.
@@ -433,29 +455,24 @@ class Machine:
         from pyhv.snapshot import file
         from pyhv.state import capture
 
-        self._check_is_here()
-        running = self.vm.running
-        self.vm.pause()
-        try:
-            if self.vm.stopped is not None:
-                raise BadInput("this VM", "has come to its end: there is nothing to save")
+        writers = []
+
+        def write() -> None:
             state = capture.capture(self.vm, self._record())
-            writer = file.begin(path, capture.writer(self.host), state, self.vm.memory, progress)
-        finally:
-            if running:
-                self.vm.start()
-        writer.commit()
+            writers.append(file.begin(path, capture.writer(self.host), state, self.vm.memory, tell))
 
-    def _check_is_here(self) -> None:
-        if self.handed_over:
-            raise BadInput("this VM", f"was handed over to {self.handed_over}", "it belongs to that side now")
+        def tell(done: int, total: int) -> None:
+            self.vm.life.check_open()
+            if progress is not None:
+                progress(done, total)
 
-    def _check_may_leave(self, limits: Limits | None) -> None:
-        self._check_is_here()
-        if not self.vm.running:
-            raise BadInput("this VM", "does not run", "let it run first")
-        if limits is not None:
-            limits.check()
+        try:
+            self.vm.save(write)
+        except BaseException:
+            for writer in writers:
+                writer.close()
+            raise
+        writers[0].commit()
 
     def _record(self) -> MachineRecord:
         from pyhv.state.records import MachineRecord
@@ -524,14 +541,65 @@ class Machine:
         boot.set_regs(regs)
         self.image, self._modules = self.image._replace(segments=()), ()  # they are in guest memory now
 
+    @property
+    def state(self) -> str:
+        """Where the VM is in its life, one of pyhv.vm.life.STATES: "built", "running", "paused", "ended" ... Any thread
+        may ask."""
+        return self.vm.life.state
+
+    @property
+    def handed_over(self) -> str:
+        """The side that this VM was handed over to by a migration; "" if it is here."""
+        return self.vm.life.peer if self.vm.life.is_away else ""
+
     def run(self, timeout: float | None = None) -> RunResult:
-        """Runs the guest until it ends, at most `timeout` seconds; then it is paused and can be run on."""
+        """Runs the guest until it ends, at most `timeout` seconds; then it is paused and can be run on. So it is after
+        stop() in another thread or a callback; after a migration in another thread it is there, and the cause is
+        "migrated". One that is under way when the time is over is waited for.
+
+        Raises WrongState, also where another thread closes the VM, and what a callback on a vCPU's thread raised.
+        """
+        check_timeout(timeout)
         self.start()
+        reason = ""
         try:
-            self.vm.wait(timeout)
+            reason = self.vm.wait_for(timeout)
         finally:
-            self.pause()
-        return self.result(self.vm.stopped)  # it may have come to its end just before it was paused
+            # All in one turn: nobody can let it run again before its registers are read.
+            with self.vm.life.leaving, self.vm.life.turn:
+                if not self.vm.life.is_away:
+                    self.pause()
+                if reason:
+                    result = self._result_of(reason)
+        return result
+
+    def wait(self, timeout: float | None = None) -> RunResult | None:
+        """Waits until the guest, which start() lets run, comes to its end, or leaves by a migration, or stop() is
+        called, at most `timeout` seconds. It is paused then; but None is returned where none of that has happened, and
+        nothing is changed. Raises what run() raises.
+        """
+        reason = self.vm.wait_for(timeout)
+        if reason == "timeout":
+            return None
+        with self.vm.life.leaving, self.vm.life.turn:
+            if not self.vm.life.is_away:
+                self.pause()
+            return self._result_of(reason)
+
+    def stop(self) -> None:
+        """Makes the run() or wait() that is under way, or else the next one, return with the cause "stopped". Any
+        thread, and callbacks."""
+        self.vm.interrupt()
+
+    def _result_of(self, reason: str) -> RunResult:
+        """The result of a VM that is paused now, for what wait_for() said. Raises WrongState."""
+        at = self.vm.life.at
+        if at in (life.CLOSED, life.UNKNOWN):
+            raise self.vm.life.refusal("run")
+        if at == life.MOVED:
+            return self.result(None, "migrated")
+        # It may have come to its end just before it was paused.
+        return self.result(self.vm.stopped, "stopped" if reason == "stopped" else "timeout")
 
     def pin(self, processors: Sequence[int]) -> None:
         """Binds the vCPUs to host processors, vCPU 0 to the first of them and so on, from the first again where there
@@ -542,11 +610,9 @@ class Machine:
     def start(self, force: bool = False) -> None:
         """Lets the guest run in the background. force: also one that was handed over to another host, and may run
         there: two copies that both write to the outside world do harm. Raises BadInput."""
-        if not force:
-            self._check_is_here()
-        self.handed_over = ""
-        self.vm.start()
-        arrival, self._arrival = self._arrival, None
+        self.vm.start(force)
+        with self.vm.life.turn:
+            arrival, self._arrival = self._arrival, None
         if arrival is not None:
             try:
                 since = self.vm.wait_for_entry()
@@ -560,7 +626,15 @@ class Machine:
         self.vm.pause()
 
     def result(self, stopped: Stopped | None, cause: str = "timeout") -> RunResult:
-        """The result for a paused VM; `cause` says why it is paused where the guest has not ended (stopped is None)."""
+        """The result for a paused VM; `cause` says why it is paused where the guest has not ended (stopped is None).
+        Raises WrongState for one that is running or closed."""
+        self.vm.life.check_free("be asked for a result")
+        with self.vm.life.turn:
+            if self.vm.running or self.vm.life.at == life.CLOSED:
+                raise self.vm.life.refusal("be asked for a result")
+            return self._result(stopped, cause)
+
+    def _result(self, stopped: Stopped | None, cause: str) -> RunResult:
         cut_short = False
         if stopped is not None:
             cause = outcome.cause_of(stopped.exit.stop)
@@ -586,11 +660,7 @@ class Machine:
 
     def counters(self) -> dict[str, int]:
         """Exits of all vCPUs by kind, so far. Any thread may ask."""
-        total: dict[str, int] = {}
-        for vcpu in self.vm.vcpus:
-            for name, count in vcpu.counters().items():
-                total[name] = total.get(name, 0) + count
-        return total
+        return self.vm.counters()
 
     def console(self) -> bytes:
         """What the guest has printed so far, where the console is captured; else nothing."""
@@ -600,11 +670,15 @@ class Machine:
 
     def close(self) -> None:
         """Ends the VM and gives everything back; closing twice is allowed."""
-        if self._arrival is not None:
-            self._arrival.close()
-            self._arrival = None
-        self.vm.close()
-        self._close_console()
+        try:
+            self.vm.close()
+        finally:
+            if self.vm.life.state == life.CLOSED:
+                with self.vm.life.turn:
+                    arrival, self._arrival = self._arrival, None
+                if arrival is not None:
+                    arrival.close()
+                self._close_console()
 
     def _close_console(self) -> None:
         if self._captured >= 0:

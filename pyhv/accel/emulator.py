@@ -120,8 +120,8 @@ class EmulatorVcpu:
         return structs.to_counters(lib.pyhv_emulator_vcpu_counters(self.handle))
 
     def close(self) -> None:
-        lib.pyhv_emulator_vcpu_destroy(self.handle)
-        self.handle = ffi.NULL
+        handle, self.handle = self.handle, ffi.NULL  # first: Ctrl-C may come after any call
+        lib.pyhv_emulator_vcpu_destroy(handle)
 
 
 class EmulatorVm:
@@ -168,8 +168,8 @@ class EmulatorVm:
         emulator_state.apply(self, cast("Sequence[EmulatorVcpu]", vcpus), state, elapsed)
 
     def close(self) -> None:
-        lib.pyhv_emulator_vm_destroy(self.handle)
-        self.handle = ffi.NULL
+        handle, self.handle = self.handle, ffi.NULL  # first: Ctrl-C may come after any call
+        lib.pyhv_emulator_vm_destroy(handle)
 
 
 class Emulator:

@@ -119,8 +119,8 @@ class KvmVcpu:
         return structs.to_counters(lib.pyhv_vcpu_counters(self.handle))
 
     def close(self) -> None:
-        lib.pyhv_vcpu_destroy(self.handle)
-        self.handle = ffi.NULL
+        handle, self.handle = self.handle, ffi.NULL  # first: Ctrl-C may come after any call
+        lib.pyhv_vcpu_destroy(handle)
 
 
 class KvmVm:
@@ -178,8 +178,8 @@ class KvmVm:
         kvm_state.apply(self, vcpus, tables, state, elapsed)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        lib.pyhv_vm_destroy(self.handle)
-        self.handle = ffi.NULL
+        handle, self.handle = self.handle, ffi.NULL  # first: Ctrl-C may come after any call
+        lib.pyhv_vm_destroy(handle)
 
 
 class Kvm:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pyhv.migration.transport import Channel
     from pyhv.state.records import RawMachine
-    from pyhv.vm.vm import Vm
+    from pyhv.vm.vm import Departure, Vm
 
 # A piece of work between two looks at the clock, at what the other side says, and at who waits for progress; seconds.
 _SLICE_MS = 100
@@ -130,8 +130,8 @@ class Outgoing(NamedTuple):
     hello: Hello
     capture: Callable[[], RawMachine]
     """Takes the state of the paused VM."""
-    commit: Callable[[], None]
-    """Records that the VM is not to run here again."""
+    departure: Departure
+    """Stops the VM, gives it away, or lets it go on here."""
 
 
 class Source:
@@ -180,9 +180,15 @@ class Source:
             try:
                 self._handshake()
                 self._copy()
-                with protocol.no_collection():
-                    stopped = self._stop()
-                    running = self._hand_over()
+                # Whoever else wants something of the VM waits until it is decided which side has it.
+                with protocol.no_collection(), self._out.departure.turn:
+                    try:
+                        stopped = self._stop()
+                        running = self._hand_over()
+                    except BaseException:
+                        if not self._committed:
+                            self._out.departure.resume()
+                        raise
             except BaseException as error:
                 if self._committed:
                     raise
@@ -208,7 +214,7 @@ class Source:
 
     def _resume(self, error: BaseException) -> None:
         """Lets the VM run on, first of all; then tells the other side."""
-        self._vm.start()
+        self._out.departure.resume()
         self._vm.log_dirty(False)
         broken = isinstance(error, HostError) and error.errnum in (errno.EPIPE, errno.ETIMEDOUT, errno.EBADMSG)
         if not broken and not isinstance(error, _Refused):
@@ -312,7 +318,7 @@ class Source:
 
     def _stop(self) -> int:
         """Stops the VM and sends the rest of its memory. Returns the CLOCK_MONOTONIC in ns of its last instruction."""
-        self._vm.pause()
+        self._out.departure.stop()
         self._check_guest()
         self._vm.take_dirty(self._pages)
         if left := len(self._pages) * PAGE_SIZE:
@@ -431,12 +437,14 @@ class Source:
         self._send(end)
         self._expect(Ready)
         self._committed = True
-        self._out.commit()
+        self._out.departure.commit(self._peer)
         try:
             self._send(Commit())
-            return self._expect(Running)
+            running = self._expect(Running)
         except (HostError, BadInput) as error:
             raise HandoverUnknown(self._peer, protocol.reason_of(error)) from None
+        self._out.departure.finish()
+        return running
 
 
 class _Refused(Incompatible):

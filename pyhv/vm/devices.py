@@ -42,6 +42,7 @@ class Devices:
         self.bus: Any = check(lib.pyhv_bus_create(error), error)
         self._has_input = console_in >= 0
         self._pump: threading.Thread | None = None
+        self._pump_told = False  # to end
         self._uart: Any = None
         self._devices: dict[str, Any] = {}
         try:
@@ -119,6 +120,7 @@ class Devices:
     def start_input(self) -> None:
         """Starts moving console input to the UART; a VM without input needs no thread for it."""
         if self._has_input and self._pump is None:
+            self._pump_told = False
             self._pump = threading.Thread(
                 target=lambda: lib.pyhv_uart16550_pump_input(self._uart, ffi.NULL), name="console-input", daemon=True
             )
@@ -127,12 +129,14 @@ class Devices:
     def stop_input(self) -> None:
         """Stops it: what has not been read by then stays where it comes from, for whoever lets the VM run on."""
         if self._pump is not None:
-            lib.pyhv_uart16550_stop_input(self._uart)
+            if not self._pump_told:  # once: a second word would end the next one
+                self._pump_told = True
+                lib.pyhv_uart16550_stop_input(self._uart)
             self._pump.join()
             self._pump = None
 
     def close(self) -> None:
         """Stops the input and destroys bus and devices. No vCPU may run any more."""
         self.stop_input()
-        lib.pyhv_bus_destroy(self.bus)
-        self.bus = ffi.NULL
+        bus, self.bus = self.bus, ffi.NULL  # first: Ctrl-C may come after any call
+        lib.pyhv_bus_destroy(bus)

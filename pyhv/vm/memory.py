@@ -170,6 +170,8 @@ class GuestMemory:
         return self.ram.of_a_file and os.fstat(self.ram.fd).st_size < self.ram.offset + self.size
 
     def close(self) -> None:
+        """No VM may use it any more, and nobody can read or write it."""
+        self.regions = []
         self.ram.close()
 
     def _offset(self, gpa: int, size: int) -> int:

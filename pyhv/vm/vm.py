@@ -7,19 +7,24 @@ import threading
 import time
 
 from pyhv.accel.data import CpuidRecord, Exit, Stop
-from pyhv.errors import HostError
+from pyhv.errors import BadInput, HostError
 from pyhv.light import NamedTuple
+from pyhv.vm import life
 from pyhv.vm.devices import Devices
+from pyhv.vm.life import Life
 from pyhv.vm.memory import GuestMemory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import TypeVar
 
     from pyhv._native.link import PageSet
     from pyhv.accel.protocol import Accelerator, AccelVcpu, AccelVm
     from pyhv.accel.state import ProcessorsState, RawState
     from pyhv.cpu.table import CpuidTable
+
+    T = TypeVar("T")
 
 # How long a VM must look idle before it is asked whether it can ever wake up, in seconds; doubled after each "yes, it
 # can" so that a guest that sleeps properly is not disturbed. While it computes, the look takes processor time from it:
@@ -27,6 +32,12 @@ if TYPE_CHECKING:
 _FIRST_IDLE_CHECK, _LAST_IDLE_CHECK, _LAST_BUSY_CHECK = 0.05, 2.0, 0.4
 
 _KICK_AGAIN = 0.005
+
+# Not more than threading takes.
+_FOR_EVER = 1e6
+
+# How often something is begun again that was interrupted; nobody presses Ctrl-C as quickly.
+_ATTEMPTS = 10
 
 
 class Trap(NamedTuple):
@@ -49,10 +60,13 @@ class _VcpuThread:
     """The thread of a vCPU. It waits between the runs and is there until the VM ends: a guest that is paused for a
     moment, or has just been migrated to here, need not wait until a thread has ended or begun."""
 
-    def __init__(self, vcpu: AccelVcpu, run: Callable[[AccelVcpu], None]) -> None:
+    def __init__(self, vcpu: AccelVcpu, run: Callable[[AccelVcpu], None], idents: set[int]) -> None:
+        """idents: has this thread's in it as long as the thread is there."""
         self.vcpu = vcpu
         self._run = run
+        self._idents = idents
         self._runs = self._over = False
+        self._turn = 0
         # Each is released for the side that waits for it.
         self._go, self._stood = threading.Lock(), threading.Lock()
         self._go.acquire()
@@ -60,15 +74,21 @@ class _VcpuThread:
         self._thread.start()
 
     def _loop(self) -> None:
+        self._idents.add(threading.get_ident())
         while self._go.acquire() and not self._over:
             self._run(self.vcpu)
             self._runs = False
             if self._stood.locked():  # else nobody has waited the last time
                 self._stood.release()
+        self._idents.discard(threading.get_ident())  # another thread may get it now
 
-    def go(self) -> None:
-        """Lets it run; it stands."""
+    def go(self, turn: int) -> None:
+        """Lets it run; it stands. turn: a number, with which it is done once however often it is called."""
+        if self._turn == turn:
+            return
         self._stood.acquire(blocking=False)
+        # Ctrl-C comes after a call at the earliest: all of the rest is done or nothing.
+        self._turn = turn
         self._runs = True
         self._go.release()
 
@@ -97,7 +117,8 @@ class _VcpuThread:
 
 
 class Vm:
-    """A VM that is paused until start(). Several threads may start, pause and wait; close() is the last call.
+    """A VM that is paused until start(). Any thread may call: life.py has what each call does in which state; close()
+    is the last one.
 
     accelerator: what runs it. memory, devices: given over; close() closes them. tables: one CPUID table a vCPU.
     trap: answer CPUID from the tables instead of letting the accelerator do it. irqchip, pit, quick: see
@@ -127,11 +148,13 @@ class Vm:
         self._vm: AccelVm | None = None
         self._threads: list[_VcpuThread] = []
         self.running = False
-        self._control = threading.RLock()  # one start, pause or close at a time
-        self._result = threading.Lock()
-        self._ended = threading.Event()
+        self.life = Life()
+        self._starts = 0
+        self._noted = threading.Lock()  # held for moments, by the vCPUs' threads too
+        self._changed = threading.Condition(self._noted)
         self._pausing = False
-        self._interrupted = False
+        # How often wait() was to be interrupted, and how often it was.
+        self._interrupts = self._interrupted = 0
         self._failure: BaseException | None = None
         self._tsc_khz = 0
         self.processors: tuple[int, ...] = ()
@@ -160,23 +183,37 @@ class Vm:
         """Rate of the TSC, of a VM that runs or has run. A running vCPU cannot be asked: it answers when it stands."""
         return self._tsc_khz
 
-    def start(self) -> None:
-        """Lets the vCPUs run, or run on after pause(). No effect on a running VM or one that came to its end."""
-        with self._control:
-            if self.running or self.stopped is not None:
-                return
-            self._pausing = False
-            self._tsc_khz = self._tsc_khz or self.vcpus[0].read_tsc_khz()
-            self.prepare_start()
-            self.devices.start_input()
-            self.running = True
-            for thread in self._threads:
-                thread.go()
+    def start(self, force: bool = False) -> None:
+        """Lets the vCPUs run, or run on after pause(). No effect on a running VM or one that came to its end. force:
+        also one that was given away. Raises WrongState, HostError."""
+        self.life.check_thread(life.START)
+        self.life.perform(life.START, self._start, force)
+
+    def _start(self) -> None:
+        """For whoever holds the turn. Until all of it is done the VM is a paused one."""
+        self._go()
+        self.life.at = life.RUNNING
+
+    def _go(self) -> None:
+        """Lets the vCPUs run."""
+        if self.running or self.stopped is not None:
+            return
+        self._pausing = False
+        self._tsc_khz = self._tsc_khz or self.vcpus[0].read_tsc_khz()
+        self.prepare_start()
+        self._starts += 1
+        self.running = True
+        _to_its_end(self._let_go)
+
+    def _let_go(self) -> None:
+        self.devices.start_input()
+        for thread in self._threads:
+            thread.go(self._starts)
 
     def prepare_start(self) -> None:
         """Does what else the first start() would take longer for."""
         for vcpu in self.vcpus[len(self._threads) :]:
-            self._threads.append(_VcpuThread(vcpu, self._run_vcpu))
+            self._threads.append(_VcpuThread(vcpu, self._run_vcpu, self.life.guest_threads))
 
     def wait_for_entry(self) -> int:
         """Waits until the first vCPU of a VM that was started is entered; the CLOCK_MONOTONIC in ns of that."""
@@ -186,43 +223,125 @@ class Vm:
 
     def pause(self) -> None:
         """Stops every vCPU between two instructions, and the input, and returns when all stand. No effect on a paused
-        VM."""
-        with self._control:
-            self._pausing = True
-            if self.running:
-                for vcpu in self.vcpus:
-                    vcpu.kick()
-                for thread in self._threads:
-                    thread.stop()
-                self.devices.stop_input()  # or bytes would get into a VM whose state is saved already
-                self.running = False
-            failure, self._failure = self._failure, None
-            if failure is not None:
-                raise failure
+        VM. Raises WrongState, and what a vCPU's thread failed with."""
+        self.life.check_thread(life.PAUSE)
+        self.life.perform(life.PAUSE, self._pause)
+
+    def _pause(self) -> None:
+        try:
+            self._stand()
+        finally:
+            if not self.running and self.life.at == life.RUNNING:
+                self.life.at = life.PAUSED
+        self._raise_failure()
+
+    def _stand(self) -> None:
+        """Stops the vCPUs and the input, for whoever holds the turn."""
+        self._pausing = True
+        if self.running:
+            _to_its_end(self._stop_all)
+
+    def _stop_all(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.kick()
+        for thread in self._threads:
+            thread.stop()
+        self.devices.stop_input()  # or bytes would get into a VM whose state is saved already
+        self.running = False
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def save(self, work: Callable[[], None]) -> None:
+        """Does `work` with the VM paused for it; afterwards it is as it was. Raises WrongState, what a vCPU's thread
+        failed with, and what `work` raises."""
+        self.life.check_thread(life.SAVE)
+        if self.life.at in (life.MIGRATING, life.HANDING_OVER):
+            raise self.life.refusal(life.SAVE)  # at once: the hand-over has the turn
+
+        def hold() -> None:
+            at, running = self.life.at, self.running
+            try:
+                self.life.busy_thread = threading.get_ident()
+                self.life.at = life.SAVING
+                self._stand()
+                self._raise_failure()
+                if self.stopped is None:
+                    work()
+            finally:
+                self.life.at, self.life.busy_thread = life.PAUSED if running else at, 0
+                if running:
+                    self._start()
+            if self.stopped is not None:
+                raise self.life.refusal(life.SAVE)
+
+        self.life.perform(life.SAVE, hold)
+
+    def leave(self, peer: str, work: Callable[[Departure], T]) -> T:
+        """Does `work`, a migration to `peer`: it says what has become of the VM, which else goes on here. Raises
+        WrongState, and what `work` raises."""
+        self.life.check_thread(life.MIGRATE)
+        if self.life.at in (life.MIGRATING, life.HANDING_OVER):
+            raise self.life.refusal(life.MIGRATE)  # at once
+        departure = Departure(self)
+        with self.life.leaving:
+            busy = self.life.busy_thread
+            try:
+                self.life.perform(life.MIGRATE, lambda: departure.begin(peer))
+                return work(departure)
+            finally:
+                self.life.busy_thread = busy
+                if departure.is_open:
+                    departure.resume()
 
     def wait(self, timeout: float | None = None) -> Stopped | None:
-        """Waits until the guest comes to its end, at most `timeout` seconds; None if it has not, or after interrupt().
+        """As wait_for(); how the guest came to its end, or None."""
+        self.wait_for(timeout)
+        return self.stopped
 
-        A guest whose vCPUs are all halted with interrupts off has come to its end: Stop.HALTED.
+    def wait_for(self, timeout: float | None = None) -> str:
+        """Waits until the guest comes to its end ("ended"; the VM is paused then), or was moved away ("moved"), or
+        somebody closes the VM ("closed") or calls interrupt() ("stopped"), at most `timeout` seconds ("timeout"); which
+        of them.
+
+        A guest whose vCPUs are all halted with interrupts off has come to its end: Stop.HALTED. Raises WrongState,
+        BadInput for a timeout that is none, and what a vCPU's thread failed with.
         """
+        check_timeout(timeout)
+        self.life.check_free("wait")
         deadline = None if timeout is None else time.monotonic() + timeout
         idle_check = _FIRST_IDLE_CHECK
-        while not self._ended.is_set():
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                return None
-            if self._ended.wait(idle_check if left is None else min(idle_check, left)):
+        interrupts = self._interrupted
+        while True:
+            left = _FOR_EVER if deadline is None else deadline - time.monotonic()
+            with self._noted:
+                reason = self._reason(interrupts)
+                if not reason and left > 0:
+                    self._changed.wait(min(idle_check, left))
+                    reason = self._reason(interrupts)
+                if reason == "stopped":
+                    self._interrupted = self._interrupts
+            if reason == "ended":
                 break
+            if reason or left <= 0:
+                return reason or "timeout"
             if not self._sleeps():
                 idle_check = min(2 * idle_check, _LAST_BUSY_CHECK)
             elif not self._halted_for_good():
                 idle_check = min(2 * idle_check, _LAST_IDLE_CHECK)
-        if self._interrupted and self.stopped is None and self._failure is None:
-            self._interrupted = False
-            self._ended.clear()
-            return None
-        self.pause()
-        return self.stopped
+        with self.life.turn:
+            self._pause()
+        return reason
+
+    def _reason(self, interrupts: int) -> str:
+        """Why there is nothing to wait for any more, or "". interrupts: so many were answered before."""
+        if self.life.at in (life.MOVED, life.CLOSED):
+            return "moved" if self.life.at == life.MOVED else "closed"
+        if self.stopped is not None or self._failure is not None:
+            return "ended"
+        return "stopped" if self._interrupts > interrupts else ""
 
     def log_dirty(self, on: bool) -> None:
         """Begins, or ends, to note which pages of guest RAM are written, by the guest or the host. Raises HostError."""
@@ -268,27 +387,50 @@ class Vm:
         self._vm.apply(self.vcpus, self.tables, state, elapsed)
 
     def interrupt(self) -> None:
-        """Makes the current or the next wait() return at once. Any thread."""
-        self._interrupted = True
-        self._ended.set()
+        """Makes every wait() that is under way return at once, or the next one. Any thread."""
+        with self._noted:
+            self._interrupts += 1
+            self._changed.notify_all()
+
+    def counters(self) -> dict[str, int]:
+        """Exits of all vCPUs by kind, so far; of a closed VM none. Any thread."""
+        total: dict[str, int] = {}
+        with self._noted:  # close() takes them away
+            for vcpu in self.vcpus:
+                for name, count in vcpu.counters().items():
+                    total[name] = total.get(name, 0) + count
+        return total
 
     def close(self) -> None:
-        """Ends the VM, whatever it is doing, and gives everything back."""
-        with self._control:
-            try:
-                self.pause()
-            finally:
-                for thread in self._threads:
-                    thread.end()
-                self._threads = []
-                for vcpu in self.vcpus:
-                    vcpu.close()
-                self.vcpus = []
-                if self._vm is not None:
-                    self._vm.close()
-                    self._vm = None
-                self.devices.close()
-                self.memory.close()
+        """Ends the VM, whatever it is doing, and gives everything back. A save or a migration is given up; one that is
+        handed over already is waited for. Raises WrongState inside a callback, and what a vCPU's thread failed with."""
+        self.life.check_free(life.CLOSE)
+        self.life.closing = True
+        try:
+            with self.life.leaving:
+                self.life.perform(life.CLOSE, lambda: _to_its_end(self._close))
+        finally:
+            self.life.closing = False
+        self._raise_failure()
+
+    def _close(self) -> None:
+        """May be called once more where it was interrupted."""
+        self._stand()
+        for thread in self._threads:
+            thread.end()
+        self._threads = []
+        with self._noted:
+            while self.vcpus:
+                self.vcpus[-1].close()
+                self.vcpus.pop()
+        if self._vm is not None:
+            self._vm.close()
+            self._vm = None
+        self.devices.close()
+        self.memory.close()
+        with self._noted:
+            self.life.at = life.CLOSED
+            self._changed.notify_all()
 
     def _run_vcpu(self, vcpu: AccelVcpu) -> None:
         try:
@@ -310,14 +452,16 @@ class Vm:
                     continue  # left over from the last pause, which had kicked more often than was needed
                 return
         except BaseException as failure:
-            self._failure = failure
-            self._ended.set()
+            with self._noted:
+                self._failure = failure
+                self._changed.notify_all()
 
     def _end(self, stopped: Stopped) -> None:
-        with self._result:
+        with self._noted:
             if self.stopped is None:
                 self.stopped = stopped
-        self._ended.set()
+                self.life.ended = True
+            self._changed.notify_all()
 
     def _sleeps(self) -> bool:
         """Whether no vCPU is using a processor right now."""
@@ -325,16 +469,94 @@ class Vm:
 
     def _halted_for_good(self) -> bool:
         """Looks, with the VM paused for a moment, whether any vCPU can ever run again; if none can, that is the end."""
-        with self._control:
+        with self.life.turn:
             if not self.running:
                 return False
-            self.pause()
-            if self.stopped is None and all(vcpu.waits_for_ever() for vcpu in self.vcpus):
-                regs = self.vcpus[0].get_regs()
-                self._end(Stopped(0, Exit(Stop.HALTED, 0, 0, 0, 0, regs.rip, (), b"", "")))
-                return True
-            self.start()
-            return False
+            at = self.life.at
+            try:
+                self._stand()
+                if self.stopped is None and all(vcpu.waits_for_ever() for vcpu in self.vcpus):
+                    regs = self.vcpus[0].get_regs()
+                    self._end(Stopped(0, Exit(Stop.HALTED, 0, 0, 0, 0, regs.rip, (), b"", "")))
+            finally:
+                self.life.at = life.PAUSED
+                self._go()
+                self.life.at = at
+            return self.stopped is not None
+
+
+class Departure:
+    """What becomes of a VM that is migrated: begin(), stop(), commit() and finish() in this order, with resume() as the
+    way back from each but the last."""
+
+    def __init__(self, vm: Vm) -> None:
+        self.turn = vm.life.turn
+        """To be held from stop() until it is decided which side has the VM."""
+        self.is_open = False
+        """Whether the VM is still to be let go on here, or to be given away."""
+        self._vm = vm
+        self._life = vm.life
+        self._ran = True
+
+    def begin(self, peer: str) -> None:
+        """The guest runs on meanwhile."""
+        self._life.peer = peer
+        self._life.busy_thread = threading.get_ident()
+        self._life.at = life.MIGRATING
+        self._ran = self._vm.running
+        self.is_open = True
+
+    def check(self) -> None:
+        """Raises WrongState where somebody wants to close the VM, which gives the migration up."""
+        self._life.check_open(life.MIGRATE)
+
+    def stop(self) -> None:
+        """Stops the guest, to hand it over. Raises what a vCPU's thread failed with."""
+        self._life.at = life.HANDING_OVER
+        self._vm._stand()
+        self._vm._raise_failure()
+
+    def commit(self, peer: str) -> None:
+        """From here on the VM is not let run here by anybody who does not insist on it."""
+        self._life.peer = peer
+        self._life.at = life.UNKNOWN
+        self.is_open = False
+
+    def resume(self) -> None:
+        """The other side does not have it: it goes on here. Also after commit(), where that is certain."""
+        with self.turn:
+            if self._life.at not in (life.MIGRATING, life.HANDING_OVER, life.UNKNOWN):
+                return
+            self._life.at = life.PAUSED
+            self.is_open = False
+            if self._ran:
+                self._vm._start()
+
+    def finish(self) -> None:
+        """The other side runs it."""
+        with self._vm._noted:
+            self._life.at = life.MOVED
+            self._vm._changed.notify_all()
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Raises BadInput for what is no time to wait for."""
+    if timeout is not None and not timeout >= 0:
+        raise BadInput(f"timeout {timeout}", "is no number of seconds from 0 on", "give None to wait without end")
+
+
+def _to_its_end(work: Callable[[], None]) -> None:
+    """Does what may be begun again to its end, and raises then what came in between: Ctrl-C, which is not to leave some
+    of the vCPUs running and others not."""
+    first: BaseException | None = None
+    for _ in range(_ATTEMPTS):
+        try:
+            work()
+            break
+        except BaseException as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 def _bind_thread(processor: int) -> None:

@@ -346,7 +346,7 @@ def test_after_a_commit_without_an_answer_only_force_lets_it_run(tmp_path: Path)
     for words in (("resume", "t"), ("migrate", "t", f"unix:{tmp_path}/m"), ("save", "t", f"{tmp_path}/s")):
         refused = call(*words)
         assert refused.returncode == 2
-        assert f"was handed over to unix:{tmp_path}/m; it belongs to that side now" in refused.stderr
+        assert f"was handed over to unix:{tmp_path}/m, and may run there: it cannot be " in refused.stderr
     time.sleep(0.1)
     assert rounds_of("t") == counted
     ok("resume", "t", "--force")

@@ -298,6 +298,6 @@ def test_a_vm_that_cannot_be_saved_runs_on(tmp_path: Path) -> None:
         assert machine.vm.stopped is None
     with pyhv.Machine("hello") as machine:
         machine.run(20)
-        with pytest.raises(pyhv.BadInput, match="nothing to save"):
+        with pytest.raises(pyhv.BadInput, match="has come to its end: it cannot be saved"):
             machine.save(str(tmp_path / "s.pyhv"))
     assert os.listdir(tmp_path) == []
