@@ -97,6 +97,7 @@ def failing(error: BaseException, as_json: bool = True) -> int:
 ERRORS = [
     errors.PyhvError("what"),
     errors.BadInput("x", "is wrong", "mend it"),
+    errors.WrongState("saving", "start", "is being saved"),
     errors.NotAvailable("x", "is missing"),
     errors.NotFaithful("x", "shows", "hide", ["avx", "sse4_2"]),
     INCOMPATIBLE,
