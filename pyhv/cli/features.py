@@ -41,6 +41,7 @@ _SENSE = {
     "plain": "set means that it is there",
     "inverted": "set means that something is absent: the profile decides, not the host",
     "any-of": "set means that software has to take care: shown if any host of a pool has it",
+    "hint": "set means that something is quick: as the starting host has it, and no reason against a move",
 }
 _BARRED = {
     "nested": "no profile shows it: virtualization inside the guest",

@@ -37,7 +37,7 @@ class Feature(NamedTuple):
     vendor: str  # "any", "intel" or "amd"
     word: Word
     bit: int
-    sense: str  # "plain", "inverted" or "any-of"
+    sense: str  # "plain", "inverted", "any-of" or "hint"
     requires: tuple[str, ...]
     xsave: tuple[int, ...]
     kvm: str  # "passes", "provides" or "never"
@@ -67,6 +67,32 @@ class XsaveComponent(NamedTuple):
     supervisor: bool
 
 
+class Number(NamedTuple):
+    """A number in CPUID that belongs to a feature; features.toml says more about each field."""
+
+    name: str
+    title: str
+    word: Word
+    low: int
+    bits: int
+    needs: str
+    most: int  # the highest value that is shown; 0: any
+    compare: str  # "at most", "at least" or "equal"
+
+    @property
+    def mask(self) -> int:
+        return (1 << self.bits) - 1 << self.low
+
+    def of(self, word: int) -> int:
+        """The number in a register's 32 bits."""
+        return (word & self.mask) >> self.low
+
+    def shown(self, word: int) -> int:
+        """The bits that a guest is shown where the host's register is `word`."""
+        value = self.of(word)
+        return (min(value, self.most) if self.most else value) << self.low
+
+
 class Closure(NamedTuple):
     """What closure() found. dropped: name -> what it requires and lacks (not there, or dropped itself)."""
 
@@ -88,6 +114,7 @@ WORDS: Mapping[Word, tuple[Feature, ...]] = _read_words()
 FEATURES: tuple[Feature, ...] = tuple([feature for features in WORDS.values() for feature in features])
 BY_NAME: Mapping[str, Feature] = {feature.name: feature for feature in FEATURES}
 XSAVE_COMPONENTS: Mapping[int, XsaveComponent] = {row[0]: XsaveComponent(*row) for row in _features.XSAVE}
+NUMBERS: tuple[Number, ...] = tuple([Number(row[0], row[1], Word(*row[2]), *row[3:]) for row in _features.NUMBERS])
 
 # CpuidTable.vendor -> the vendor whose features and limits such a processor has. Hygon's are AMD's Zen under licence;
 # Centaur's and Zhaoxin's follow Intel (leaf numbering, VMX, out-of-range leaves), as KVM treats them.

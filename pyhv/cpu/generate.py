@@ -28,9 +28,10 @@ REPOSITORY = HERE.parent.parent
 
 REGISTERS = ("eax", "ebx", "ecx", "edx")
 VENDORS = ("any", "intel", "amd")
-SENSES = ("plain", "inverted", "any-of")
+SENSES = ("plain", "inverted", "any-of", "hint")
 KVM = ("passes", "provides", "never")
 BARRED = ("", "nested", "pmu")
+COMPARE = ("at most", "at least", "equal")
 PROJECTS = ("linux", "qemu", "libvirt")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
@@ -78,11 +79,25 @@ class XsaveEntry(NamedTuple):
     supervisor: bool
 
 
+class NumberEntry(NamedTuple):
+    """One [[number]], in the order of pyhv.cpu.features.Number's fields. most: 0 where it has no limit."""
+
+    name: str
+    title: str
+    word: tuple[int, int, str]
+    low: int
+    bits: int
+    needs: str
+    most: int
+    compare: str
+
+
 class Table(NamedTuple):
     """features.toml, parsed and checked."""
 
     entries: tuple[Entry, ...]
     xsave: tuple[XsaveEntry, ...]
+    numbers: tuple[NumberEntry, ...]
 
 
 def word_name(word: tuple[int, int, str]) -> str:
@@ -214,6 +229,48 @@ def _xsave(raw: object) -> Iterator[XsaveEntry]:
         yield component
 
 
+_NUMBER_KEYS: dict[str, tuple[type, object]] = {
+    "leaf": (int, None),
+    "subleaf": (int, 0),
+    "register": (str, None),
+    "low": (int, None),
+    "bits": (int, None),
+    "name": (str, None),
+    "title": (str, None),
+    "needs": (str, None),
+    "most": (int, 0),
+    "compare": (str, None),
+}
+
+
+def _numbers(raw: object) -> Iterator[NumberEntry]:
+    if not isinstance(raw, list):
+        raise TableError("[[number]] must be an array of tables")
+    for item in raw:
+        where = f"number {item.get('name', '?')}"
+        for key in item:
+            if key not in _NUMBER_KEYS:
+                raise TableError(f"{where}: unknown key {key!r}")
+        for key, (kind, default) in _NUMBER_KEYS.items():
+            if key not in item and default is None:
+                raise TableError(f"{where}: no {key}")
+            if not _is(item.setdefault(key, default), kind):
+                raise TableError(f"{where}: {key} is {item[key]!r}; it must be of type {kind.__name__}")
+        word = (item.pop("leaf"), item.pop("subleaf"), item.pop("register"))
+        number = NumberEntry(word=word, **item)
+        if min(word[:2]) < 0 or max(word[:2]) > 0xFFFFFFFF or word[2] not in REGISTERS:
+            raise TableError(f"{where}: there is no such leaf, subleaf or register")
+        if not _NAME.fullmatch(number.name) or not number.title.strip():
+            raise TableError(f"{where}: the name is not of lower-case letters, digits and _, or the title is empty")
+        if number.low < 0 or number.bits < 1 or number.low + number.bits > 32:
+            raise TableError(f"{where}: {number.bits} bits from bit {number.low} are not in 0 to 31")
+        if not 0 <= number.most < 1 << number.bits:
+            raise TableError(f"{where}: most is {number.most}, which does not fit {number.bits} bits")
+        if number.compare not in COMPARE:
+            raise TableError(f"{where}: compare is {number.compare!r}; it must be one of {', '.join(COMPARE)}")
+        yield number
+
+
 def parse_table(text: str) -> Table:
     """features.toml -> Table. Raises TableError."""
     try:
@@ -221,9 +278,11 @@ def parse_table(text: str) -> Table:
     except tomllib.TOMLDecodeError as error:
         raise TableError(str(error)) from None
     for key in raw:
-        if key not in ("word", "xsave"):
+        if key not in ("word", "xsave", "number"):
             raise TableError(f"unknown table {key!r}")
-    table = Table(tuple(_words(raw.get("word"))), tuple(_xsave(raw.get("xsave", []))))
+    table = Table(
+        tuple(_words(raw.get("word"))), tuple(_xsave(raw.get("xsave", []))), tuple(_numbers(raw.get("number", [])))
+    )
     _check_unique(table)
     _check_references(table)
     _check_cycles(table)
@@ -261,6 +320,14 @@ def _check_unique(table: Table) -> None:
             raise TableError(f"xsave component {component.number}: its number or its name is there twice")
         numbers.add(component.number)
         labels.add(component.name)
+    taken = {(entry.word, entry.bit): entry.name for entry in table.entries}
+    for number in table.numbers:
+        if number.name in names:
+            raise TableError(f"number {number.name}: the name is {names[number.name].name}'s too")
+        for bit in range(number.low, number.low + number.bits):
+            other = taken.setdefault((number.word, bit), number.name)
+            if other != number.name:
+                raise TableError(f"number {number.name}: bit {bit} of word {word_name(number.word)} is {other}'s too")
 
 
 def _check_references(table: Table) -> None:
@@ -274,6 +341,9 @@ def _check_references(table: Table) -> None:
         for number in entry.xsave:
             if number not in components:
                 raise TableError(f"{_where(entry)}: brings xsave component {number}, which has no [[xsave]] table")
+    for value in table.numbers:
+        if value.needs not in names:
+            raise TableError(f"number {value.name}: needs {value.needs!r}, which is no feature's canonical name")
     for component in table.xsave:
         if component.number not in used:
             raise TableError(f"xsave component {component.number}: no feature brings it")
@@ -625,6 +695,10 @@ class _ProfileCompiler:
                 self._report_feature(field, feature, f"belongs under `{feature.vendor}`: no other vendor has it")
             elif moving and feature.name in CLOCKS:
                 self._report_feature(field, feature, "cannot be shown by a profile for moving: TSC rates differ")
+            elif moving and not feature.migratable:
+                self._report_feature(
+                    field, feature, "cannot be shown by a profile for moving: it ties a guest to its host"
+                )
             else:
                 shown.append(feature)
         return shown
@@ -680,6 +754,7 @@ def render_module(table: Table, profiles: Sequence[ProfileLiteral]) -> str:
                 lines.append(f"        {(*entry[:3], *entry[4:-1])!r},")
         lines.append("    )),")
     lines += [")", "", "XSAVE = (", *(f"    {tuple(component)!r}," for component in table.xsave), ")"]
+    lines += ["", "NUMBERS = (", *(f"    {tuple(number)!r}," for number in table.numbers), ")"]
     lines += ["", "PROFILES = {", *(f"    {profile[0]!r}: {profile!r}," for profile in profiles), "}", ""]
     return "\n".join(lines)
 

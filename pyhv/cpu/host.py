@@ -6,10 +6,11 @@ processor dump, so that a move can be judged without the machine.
 
 from __future__ import annotations
 
-from pyhv.cpu.features import FEATURES, WORDS, Word, find
+from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS, WORDS, Word
 from pyhv.cpu.table import (
     EXTENDED,
     HYPERVISOR,
+    KVM_SIGNATURE,
     NAME_LEAVES,
     REGISTERS,
     ZEROS,
@@ -36,9 +37,8 @@ _FIELDS = (
 _MAX_MSRS = 4096
 _MAX_TEXT = 256
 
-#: KVM's own leaf: HYPERVISOR, its highest leaf and "KVMKVMKVM" (Documentation/virt/kvm/x86/cpuid.rst).
+#: KVM's own features (Documentation/virt/kvm/x86/cpuid.rst).
 KVM_FEATURES = HYPERVISOR + 1
-KVM_SIGNATURE = Registers(KVM_FEATURES, 0x4B4D564B, 0x564B4D56, 0x4D)
 
 
 class Verdict(NamedTuple):
@@ -143,7 +143,7 @@ class HostDescription(NamedTuple):
     @property
     def kvm_features(self) -> int:
         """KVM's paravirtual features: leaf 0x40000001 EAX, 0 where the accelerator has none."""
-        return self.table.get(KVM_FEATURES).eax
+        return self.table.get(KVM_FEATURES).eax if self.table.is_kvm else 0
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object, `"format": "pyhv-host/1"`."""
@@ -231,7 +231,7 @@ def _number(value: object, most: int, where: str, name: str) -> int:
 
 # ---------------------------------------------------------------------------------- a host made of a raw dump
 
-#: The highest leaves that KVM passes on, whatever the processor has (__do_cpuid_func(), Linux 6.16).
+#: The highest leaves that KVM passes on, whatever the processor has (__do_cpuid_func(), Linux 6.18).
 _KVM_MAX_BASIC = 0x24
 _KVM_MAX_EXTENDED = 0x80000022
 _KVM_MAX_SUBLEAF_7 = 2
@@ -242,7 +242,7 @@ _KVM_PASSES = frozenset(
 )
 
 #: And these, where the feature that announces the leaf is visible.
-_KVM_ANNOUNCED = {0x12: "sgx", 0x14: "intel_pt", 0x1D: "amx_tile", 0x1E: "amx_tile", 0x24: "avx10"}
+_KVM_ANNOUNCED = {0x12: "sgx", 0x14: "intel_pt"}
 
 
 def as_kvm_host(
@@ -251,8 +251,9 @@ def as_kvm_host(
     """The host that KVM would make of the processor that answered `raw`: what KVM_GET_SUPPORTED_CPUID would give there.
 
     Each feature by its column `kvm` of the feature table: as the processor has it, provided on every host, or never
-    given. Leaves are limited as KVM limits them, KVM's own are added, and APIC ids are zero. What a dump cannot say is
-    the caller's to give or unknown: the TSC's rate and scaling, MSRs (none), the kernel.
+    given; with what KVM adds and leaves out by the processor's kind (_adjusted()). Leaves are limited as KVM limits
+    them, KVM's own are added, and APIC ids are zero. What a dump cannot say is the caller's to give or unknown: the
+    TSC's rate and scaling, MSRs (none), the kernel.
 
     Raises BadInput, called `name`, where the dump's numbers make no table.
     """
@@ -265,8 +266,12 @@ def as_kvm_host(
     words = _kvm_words(raw, max_basic, max_extended)
 
     def visible(feature: str) -> bool:
-        wanted = find(feature)
+        wanted = BY_NAME[feature]
         return bool(words[wanted.word] & wanted.mask)
+
+    for number in NUMBERS:
+        if visible(number.needs):
+            words[number.word] = words.get(number.word, 0) | number.shown(raw.word(number.word))
 
     entries: dict[tuple[int, int], Registers] = {}
     announced = {leaf for leaf, feature in _KVM_ANNOUNCED.items() if visible(feature)}
@@ -279,20 +284,22 @@ def as_kvm_host(
         entries[1, 0] = raw.get(1)._replace(ebx=raw.get(1).ebx & 0xFFFF)
     if max_basic >= 7:
         entries[7, 0] = ZEROS._replace(eax=min(raw.get(7).eax, _KVM_MAX_SUBLEAF_7))
+    for leaf in (0x1E, 0x24):
+        entries[leaf, 0] = ZEROS._replace(eax=max((w.subleaf for w in words if w.leaf == leaf and words[w]), default=0))
     if visible("xsave"):
         # KVM enables the components of the features it gives; not that of processor trace, which it handles by MSRs.
         # Bit 2 of the flags: whether XFD can disable the component.
         components = {n for f in FEATURES for n in f.xsave if words[f.word] & f.mask and f.migratable}
-        areas = {n: area for n, area in raw.xsave_areas().items() if n in components}
-        if not visible("xfd"):
-            areas = {n: area._replace(flags=area.flags & ~4) for n, area in areas.items()}
+        xfd = visible("xfd")
+        areas = {n: area.shown(True, xfd) for n, area in raw.xsave_areas().items() if n in components}
         entries.update(xsave_leaf(areas, 0, visible("xsavec") or visible("xsaves")))
     if (EXTENDED, 0) in entries:
         entries[EXTENDED, 0] = entries[EXTENDED, 0]._replace(eax=max_extended)
     if max_extended >= 0x80000008:
         # EAX[23:16], the addresses that nested paging can map, is the physical width up to 48 bits.
         physical, linear = raw.physical_bits, max(raw.linear_bits, 48)
-        entries[0x80000008, 0] = Registers(min(physical, 48) << 16 | linear << 8 | physical, 0, 0, 0)
+        mapped = min(physical, 48) if _has_nested_paging(raw) else 0
+        entries[0x80000008, 0] = Registers(mapped << 16 | linear << 8 | physical, 0, 0, 0)
     if visible("svm"):
         entries[0x8000000A, 0] = Registers(1, 8, 0, 0)  # revision 1, 8 address space ids
     entries[HYPERVISOR, 0] = KVM_SIGNATURE
@@ -305,7 +312,7 @@ def as_kvm_host(
         return HostDescription(
             CpuidTable(entries),
             accelerator="kvm",
-            tsc_khz=tsc_khz or _tsc_khz(raw),
+            tsc_khz=tsc_khz,
             tsc_scaling=tsc_scaling,
         )
     except BadInput as error:
@@ -315,6 +322,7 @@ def as_kvm_host(
 def _kvm_words(raw: CpuidTable, max_basic: int, max_extended: int) -> dict[Word, int]:
     """The feature words that KVM would offer on this processor."""
     vendors = ("any", raw.lineage)
+    adjusted = _adjusted(raw)
     words = {}
     for word, features in WORDS.items():
         if word.leaf >= EXTENDED:
@@ -325,23 +333,87 @@ def _kvm_words(raw: CpuidTable, max_basic: int, max_extended: int) -> dict[Word,
             in_range = word.leaf <= max_basic
         if word.leaf == 7:
             in_range = in_range and word.subleaf <= min(raw.get(7).eax, _KVM_MAX_SUBLEAF_7)
+        elif word.leaf in (0x1E, 0x24):
+            in_range = in_range and word.subleaf <= raw.get(word.leaf).eax
         words[word] = 0
         if in_range:
             ours = [f for f in features if f.vendor in vendors]
             passed = sum(f.mask for f in ours if f.kvm == "passes")
             provided = sum(f.mask for f in ours if f.kvm == "provides")
             words[word] = raw.word(word) & passed | provided
-    if raw.vendor == "intel":
-        # Intel shows SYSCALL to 64-bit code only (SDM Vol. 2A, CPUID leaf 80000001H): a dump that a 32-bit program made
-        # lacks it, while KVM asks in 64-bit mode.
-        syscall, lm = find("syscall"), find("lm")
-        if raw.has(lm):
-            words[syscall.word] |= syscall.mask
+            words[word] |= sum(f.mask for f in ours if adjusted.get(f.name) is True)
+            words[word] &= ~sum(f.mask for f in ours if adjusted.get(f.name) is False)
     return words
 
 
-def _tsc_khz(raw: CpuidTable) -> int:
-    """The TSC's rate where the processor tells it: leaf 0x15, the crystal's Hz (ECX) times EBX / EAX; else 0."""
-    denominator, numerator, crystal, _ = raw.get(0x15)
-    khz = crystal * numerator // denominator // 1000 if denominator else 0
-    return khz if khz <= _U32 else 0
+def _adjusted(raw: CpuidTable) -> dict[str, bool]:
+    """What KVM adds to the features that this processor's CPUID tells of, or leaves out of them, by what Linux knows of
+    the processor: kvm_set_cpu_caps(), and vmx_set_cpu_caps() or svm_set_cpu_caps() (arch/x86/kvm, Linux 6.18);
+    arch/x86/kernel/cpu for what Linux finds out. True: KVM offers it where its leaf exists. What only an MSR tells is
+    taken to be as the newest kernel and microcode have it on that family."""
+    has = raw.features()
+    family, model, _ = raw.signature
+    found: dict[str, bool] = {}
+
+    # Linux keeps one flag for each ability of SPEC_CTRL, whichever vendor's bit tells of it, and KVM shows both bits.
+    ibrs = "spec_ctrl" in has or "amd_ibrs" in has
+    ibpb = "spec_ctrl" in has or "amd_ibpb" in has
+    stibp = "intel_stibp" in has or "amd_stibp" in has
+    if ibrs:
+        found["amd_ibrs"] = True
+    if ibpb:
+        found["amd_ibpb"] = True
+    if stibp:
+        found |= {"amd_stibp": True, "intel_stibp": True}
+    if "spec_ctrl_ssbd" in has:
+        found["amd_ssbd"] = True
+    if "amd_ssbd" in has:
+        found["spec_ctrl_ssbd"] = True
+    if {"amd_ibpb_ret", "amd_ibpb", "amd_ibrs"} <= has:
+        found["spec_ctrl"] = True
+    # Return predictions outlive IBPB on the processors that have enhanced IBRS, of which ARCH_CAPABILITIES would tell.
+    if "spec_ctrl" in has and "arch_capabilities" not in has:
+        found["amd_ibpb_ret"] = True
+
+    if not _has_nested_paging(raw):
+        found |= {"pdpe1gb": "lm" in has, "pku": False}  # KVM walks 1 GiB pages of the guest's itself
+
+    if raw.lineage == "intel":
+        # SYSCALL is shown to 64-bit code only (SDM Vol. 2A, CPUID leaf 80000001H): a dump that a 32-bit program made
+        # lacks it, while KVM asks in 64-bit mode.
+        if raw.vendor == "intel" and "lm" in has:
+            found["syscall"] = True
+        # What UMIP forbids can be intercepted (descriptor-table exiting) since the generation that brought EPT.
+        if _has_nested_paging(raw):
+            found["umip"] = True
+    elif raw.lineage == "amd":
+        found |= {"bus_lock_detect": False, "lfence_rdtsc": True}
+        if family == 0x17 and model >= 0x30:  # Zen 2 clears the base and does not tell of it; its successors do
+            found["null_sel_clr_base"] = True
+        if family in (0xF, 0x10, 0x11, 0x12):
+            found["amd_ssb_no"] = True
+        if "amd_ssbd" in has or (family in (0x15, 0x16, 0x17) and "virt_ssbd" not in has):
+            found["virt_ssbd"] = True  # by SPEC_CTRL, or by the MSR that these families have for it
+        if family == 0x17 and "amd_ibpb" in has:
+            found["ibpb_brtype"] = True
+        elif family in (0x19, 0x1A):
+            found |= {"ibpb_brtype": True, "sbpb": True}
+        if family == 0x19:
+            found["verw_clear"] = True
+        else:
+            found |= {"tsa_sq_no": True, "tsa_l1_no": True}
+    return found
+
+
+def _has_nested_paging(raw: CpuidTable) -> bool:
+    """Whether KVM has nested paging there. AMD tells; of Intel's, which have it since Nehalem, only an MSR tells."""
+    if raw.lineage == "amd":
+        return raw.has(BY_NAME["npt"])
+    if raw.vendor != "intel":
+        return raw.lineage == "intel"
+    family, model, _ = raw.signature
+    return family == 6 and model not in _INTEL_WITHOUT_EPT
+
+
+#: Models of Intel's family 6 that have VT-x and no EPT: Yonah, Merom, Penryn, Dunnington, Bonnell.
+_INTEL_WITHOUT_EPT = (14, 15, 22, 23, 28, 29)

@@ -18,44 +18,57 @@ a guest without XSAVE a piece of it.
     0x6                  its feature bits (of which a guest can have ARAT); no thermal sensors
     0x7                  features; the highest subleaf is the last one with a feature
     0x9, 0xA             nothing (DCA, performance monitoring)
-    0xB, 0x1F            topology, where the highest leaf allows it
+    0xB, 0x1F            topology, where the highest leaf allows it. More than 64 vCPUs of an Intel processor have 0xB
+                         even where the host does not: leaf 0x4 cannot tell of so many
     0xD                  components, sizes and offsets of the visible XSAVE features; without XSAVE nothing
     0xF, 0x10            nothing (resource monitoring and allocation: a guest cannot have their MSRs)
     0x12                 nothing (SGX: enclave memory is the host's and cannot move)
     0x14                 nothing (processor trace is a host's own)
-    0x15, 0x16           clock rates: as the host offers them, and nothing from a profile for moving: rates differ
+    0x15, 0x16           clock rates: as the host offers them where the TSC is visible, and nothing from a profile for
+                         moving: rates differ
     0x17, 0x18, 0x1A     nothing (system-on-chip vendor, TLB details, kind of core)
     0x19                 nothing (key locker: the key is in the processor)
     0x1B, 0x1C, 0x20     nothing (PCONFIG, last branch records, HRESET)
-    0x1D, 0x1E           as the host has them, where AMX is visible
+    0x1D, 0x1E           the tiles' numbers, where AMX is visible; its features
     0x23                 nothing (performance monitoring)
-    0x24                 as the host has it, where AVX10 is visible
+    0x24                 AVX10's version and features, where it is visible
     0x29                 features, where APX is visible
-    0x40000000, ...1     KVM's signature; its features by the profile
+    0x40000000, ...1     KVM's signature; its features by the profile. Of a host under another signature: nothing
     0x80000000           vendor; highest leaf as for 0x0
     0x80000001           family and package of the host, features
     0x80000002 to ...4   the host's name
     0x80000005, ...6     caches and TLBs of the host
     0x80000007           its feature bits (of which a guest can have the invariant TSC); no power management
-    0x80000008           address bits: the profile's, or the host's if those are fewer; features; AMD: number of vCPUs
+    0x80000008           address bits: the profile's, or the host's if those are fewer; without 64-bit mode 32 bits of
+                         linear address; features; AMD: number of vCPUs
     0x8000000A           nothing (SVM)
     0x80000019           TLBs for 1 GiB pages of the host, where those are visible
-    0x8000001A           performance hints: as the host offers them, and nothing from a profile for moving
+    0x8000001A           performance hints: features
     0x8000001B, ...1C    nothing (instruction-based sampling, lightweight profiling)
     0x8000001D, ...1E    caches of the host, with the VM's sharing, and topology, where TOPOEXT is visible
     0x8000001F           nothing (memory encryption)
     0x80000020           nothing (resource allocation)
-    0x80000021           features
+    0x80000021           features, and the number that belongs to ERAPS
     0x80000022 and up    nothing (performance monitoring, memory encryption, the host's own topology)
     all others           nothing
 """
 
 from __future__ import annotations
 
-from pyhv.cpu.features import BY_NAME, FEATURES, Feature, closure, pack
-from pyhv.cpu.host import KVM_SIGNATURE, HostDescription
+from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS, Feature, closure, pack
+from pyhv.cpu.host import HostDescription
 from pyhv.cpu.profiles import Limits, Profile
-from pyhv.cpu.table import EXTENDED, HYPERVISOR, NAME_LEAVES, ZEROS, CpuidTable, Registers, XsaveArea, xsave_leaf
+from pyhv.cpu.table import (
+    EXTENDED,
+    HYPERVISOR,
+    KVM_SIGNATURE,
+    NAME_LEAVES,
+    ZEROS,
+    CpuidTable,
+    Registers,
+    XsaveArea,
+    xsave_leaf,
+)
 from pyhv.errors import BadInput
 from pyhv.light import NamedTuple
 
@@ -72,10 +85,18 @@ Entries = dict[tuple[int, int], Registers]
 _AS_HOST = (0x2, *NAME_LEAVES, 0x80000005, 0x80000006)
 
 #: Leaves that are as the host offers them, unless the profile is for moving.
-_AS_HOST_STAYING = (0x15, 0x16, 0x8000001A)
+_AS_HOST_STAYING = (0x15, 0x16)
 
-#: Leaves that are as the host has them, where the guest sees the feature that announces them.
-_ANNOUNCED = {0x1D: "amx_tile", 0x1E: "amx_tile", 0x24: "avx10", 0x80000019: "pdpe1gb"}
+#: The leaf that says how many TLB entries there are for 1 GiB pages; as the host has it, where those are visible.
+_TLB_1GIB = 0x80000019
+
+#: Leaf 4 can tell of so many cores (EAX[31:26], SDM Vol. 2A, CPUID leaf 04H); a processor with more has the leaf that
+#: numbers topology levels. Without it Linux takes the rest for threads.
+_LEAF_4_CORES = 64
+_TOPOLOGY_LEAF = 0xB
+
+#: Leaves whose EAX is their highest subleaf, where they hold features in several.
+_COUNT_SUBLEAVES = (0x7, 0x1E, 0x24)
 
 
 class Topology(NamedTuple):
@@ -169,6 +190,11 @@ def guest_table(host: HostDescription, profile: Profile, topology: Topology) -> 
     leaves = _Leaves(
         _least(offered.max_basic, limits.max_basic_leaf), _least(offered.max_extended, limits.max_extended_leaf)
     )
+    if offered.lineage != "amd" and topology.vcpus > _LEAF_4_CORES and leaves.max_basic < _TOPOLOGY_LEAF:
+        if limits.max_basic_leaf is not None and limits.max_basic_leaf < _TOPOLOGY_LEAF:
+            problem = f"profile {profile.name} has no leaf {_TOPOLOGY_LEAF:#x}, which tells of so many"
+            raise BadInput(f"{topology.vcpus} vCPUs", problem, f"choose 1 to {_LEAF_4_CORES}, or another profile")
+        leaves = leaves._replace(max_basic=_TOPOLOGY_LEAF)
     areas = offered.xsave_areas() if 0xD in leaves else {}
     allowed = profile.allowed(offered.vendor)
     has = offered.features()
@@ -180,8 +206,11 @@ def guest_table(host: HostDescription, profile: Profile, topology: Topology) -> 
         if feature.barred or feature.topology or feature.dynamic:
             continue  # whatever a profile lists
         if feature.name in allowed and feature.vendor in vendors and feature.word.leaf in leaves:
-            host_decides = feature.sense == "plain" or profile.everything
-            if (feature.name in has or not host_decides) and not _lacking_components(feature, areas, leaves):
+            host_decides = feature.sense in ("plain", "hint") or profile.everything
+            # A mirror follows what it repeats (it requires that), wherever there is its register.
+            follows = feature.mirrors and (not feature.word.subleaf or feature.word[:2] in offered.entries)
+            had = feature.name in has or follows or not host_decides
+            if had and not _lacking_components(feature, areas, leaves):
                 candidates.add(feature.name)
     closed = closure(candidates)
     visible = closed.kept
@@ -276,32 +305,40 @@ def _entries(
     entries: Entries = {(0, 0): offered.get(0)._replace(eax=leaves.max_basic)}
     leaf1 = offered.get(1)
     clflush = leaf1.ebx & 0xFF00 if limits.clflush_size is None else limits.clflush_size // 8 << 8
+    if "clflush" not in visible:
+        clflush = 0
     entries[1, 0] = Registers(leaf1.eax, topology.vcpus << 16 | clflush | leaf1.ebx & 0xFF, 0, 0)
-    for leaf in _AS_HOST if profile.moving else _AS_HOST + _AS_HOST_STAYING:
+    rates = _AS_HOST_STAYING if "tsc" in visible and not profile.moving else ()
+    for leaf in (*_AS_HOST, *rates):
         entries[leaf, 0] = offered.get(leaf)
-    for leaf, feature in _ANNOUNCED.items():
-        if feature in visible:
-            entries.update(_all_of(offered, leaf))
+    if "pdpe1gb" in visible:
+        entries[_TLB_1GIB, 0] = offered.get(_TLB_1GIB)
     if offered.lineage != "amd":
         entries.update(_caches(_all_of(offered, 4), topology, cores=True))
     for leaf in (0xB, 0x1F):
         entries.update(_levels(leaf, topology))
     if "xsave" in visible:
         components = {n for name in visible for n in BY_NAME[name].xsave if n >= 2}
-        shown = {n: areas[n] for n in components}
-        entries.update(xsave_leaf(shown, 0, "xsavec" in visible or "xsaves" in visible))
-    if "hypervisor" in visible and offered.get(HYPERVISOR) != ZEROS:
+        compacts = "xsavec" in visible or "xsaves" in visible
+        shown = {n: areas[n].shown(compacts, "xfd" in visible) for n in components}
+        entries.update(xsave_leaf(shown, 0, compacts))
+    if "hypervisor" in visible and offered.is_kvm:
         entries[HYPERVISOR, 0] = KVM_SIGNATURE
 
     entries[EXTENDED, 0] = offered.get(EXTENDED)._replace(eax=leaves.max_extended)
     entries[0x80000001, 0] = offered.get(0x80000001)
-    entries[0x80000008, 0] = _address_leaf(offered, limits, topology, "la57" in visible)
+    linear = 32 if "lm" not in visible else offered.linear_bits if "la57" in visible else 48
+    entries[0x80000008, 0] = _address_leaf(offered, limits, topology, linear)
     if "topoext" in visible:  # leaf 0x8000001E is all zeros for vCPU 0: APIC id, core and node 0, one thread a core
         entries.update(_caches(_all_of(offered, 0x8000001D), topology, cores=False))
 
     words = pack(visible)
-    subleaves = [word.subleaf for word, value in words.items() if word.leaf == 7 and value]
-    entries[7, 0] = ZEROS._replace(eax=max(subleaves, default=0))
+    for number in NUMBERS:
+        if number.needs in visible:
+            words[number.word] = words.get(number.word, 0) | number.shown(offered.word(number.word))
+    for leaf in _COUNT_SUBLEAVES:
+        subleaves = [word.subleaf for word, value in words.items() if word.leaf == leaf and value]
+        entries[leaf, 0] = ZEROS._replace(eax=max(subleaves, default=0))
     for word, value in words.items():
         key = (word.leaf, word.subleaf)
         if value or key in entries:
@@ -317,11 +354,10 @@ def _all_of(table: CpuidTable, leaf: int) -> Entries:
     return {key: registers for key, registers in table.entries.items() if key[0] == leaf}
 
 
-def _address_leaf(offered: CpuidTable, limits: Limits, topology: Topology, wide: bool) -> Registers:
+def _address_leaf(offered: CpuidTable, limits: Limits, topology: Topology, linear: int) -> Registers:
     """Leaf 0x80000008 but for its feature word. EAX: physical and linear address bits; ECX on AMD: the number of cores
     less one, and how many bits of an APIC id number them (APM Vol. 3, appendix E)."""
     eax = offered.get(0x80000008).eax
-    linear = offered.linear_bits if wide else 48
     if limits.physical_address_bits is None:
         eax = eax & ~0xFF00 | linear << 8
     else:
@@ -365,6 +401,28 @@ def _apic_ids(table: CpuidTable, apic_id: int) -> Entries:
     if table.has(BY_NAME["topoext"]) and table.max_extended >= 0x8000001E:
         changed[0x8000001E, 0] = Registers(apic_id, apic_id & 0xFF, 0, 0)
     return changed
+
+
+def same_but_apic_ids(first: CpuidTable, other: CpuidTable) -> bool:
+    """Whether two vCPUs' tables differ in nothing but what _apic_ids() changes from one to the next."""
+    if first.indexed != other.indexed:
+        return False
+    mine, theirs = first.entries, other.entries
+    for key in mine.keys() | theirs.keys():
+        a, b = mine.get(key, ZEROS), theirs.get(key, ZEROS)
+        if a != b and _without_apic_id(key[0], a) != _without_apic_id(key[0], b):
+            return False
+    return True
+
+
+def _without_apic_id(leaf: int, registers: Registers) -> Registers:
+    if leaf == 1:
+        return registers._replace(ebx=registers.ebx & 0x00FFFFFF)
+    if leaf in (0xB, 0x1F):
+        return registers._replace(edx=0)
+    if leaf == 0x8000001E:
+        return registers._replace(eax=0, ebx=registers.ebx & ~0xFF)
+    return registers
 
 
 def _levelled(offered: CpuidTable, table: CpuidTable) -> tuple[Levelled, ...]:

@@ -53,6 +53,10 @@ class Registers(NamedTuple):
 
 ZEROS = Registers(0, 0, 0, 0)
 
+#: Leaf HYPERVISOR of KVM: its highest leaf and "KVMKVMKVM" (Documentation/virt/kvm/x86/cpuid.rst). Another hypervisor's
+#: leaves after it mean something else.
+KVM_SIGNATURE = Registers(HYPERVISOR + 1, 0x4B4D564B, 0x564B4D56, 0x4D)
+
 
 class XsaveArea(NamedTuple):
     """Where an XSAVE state component lives: leaf 0xD, subleaf = the component (SDM Vol. 1, 13.2).
@@ -72,6 +76,11 @@ class XsaveArea(NamedTuple):
     @property
     def aligned(self) -> bool:
         return bool(self.flags & 2)
+
+    def shown(self, compacts: bool, xfd: bool) -> XsaveArea:
+        """The area as a processor tells of it that has the compacted format (XSAVEC, XSAVES) or not, and XFD or not:
+        bit 1 of the flags belongs to the one, bit 2 to the other."""
+        return self._replace(flags=self.flags & (1 | (2 if compacts else 0) | (4 if xfd else 0)))
 
 
 #: The XSAVE area begins with the 512 bytes of FXSAVE, which hold components 0 and 1, and a header of 64 bytes (SDM
@@ -257,18 +266,26 @@ class CpuidTable:
                 areas[component] = XsaveArea(registers.eax, registers.ebx, registers.ecx)
         return areas
 
+    @property
+    def is_kvm(self) -> bool:
+        """Whether the hypervisor's leaves are KVM's."""
+        return self.get(HYPERVISOR)[1:] == KVM_SIGNATURE[1:]
+
     def has(self, feature: Feature) -> bool:
-        """Whether the feature's bit is set, and means that feature for this vendor. The bit of an inverted feature
-        says that something is absent: has() is about the bit."""
+        """Whether the feature's bit is set, and means that feature for this vendor and this hypervisor. The bit of an
+        inverted feature says that something is absent: has() is about the bit."""
+        if HYPERVISOR <= feature.word.leaf < EXTENDED and not self.is_kvm:
+            return False
         return feature.vendor in ("any", self.lineage) and bool(self.word(feature.word) >> feature.bit & 1)
 
     def features(self) -> frozenset[str]:
         """The names of all features whose bits are set."""
         vendors = ("any", self.lineage)
+        is_kvm = self.is_kvm
         names = []
         for word, members in WORDS.items():
             value = self.word(word)
-            if value:
+            if value and (is_kvm or not HYPERVISOR <= word.leaf < EXTENDED):
                 names += [f.name for f in members if value >> f.bit & 1 and f.vendor in vendors]
         return frozenset(names)
 

@@ -26,7 +26,15 @@ class Needs(NamedTuple):
 
     def reasons_against(self, host: HostDescription, strict_tsc: bool = False) -> list[compare.Reason]:
         """Every reason why the guest cannot go on on this host."""
-        return compare.problems(self.tables[0], host, self.msrs, self.tsc_khz, strict_tsc)
+        first = self.tables[0]
+        found = compare.problems(first, host, self.msrs, self.tsc_khz, strict_tsc)
+        reasons: list[compare.Reason] = [*found]
+        for vcpu, table in enumerate(self.tables[1:], 1):
+            if not policy.same_but_apic_ids(first, table):
+                reasons.append(compare.VcpusDiffer(vcpu))
+                own = compare.problems(table, host, self.msrs, self.tsc_khz, strict_tsc)
+                reasons += [compare.OnVcpu(vcpu, reason) for reason in own if reason not in found]
+        return reasons
 
     def check(self, host: HostDescription, where: str, strict_tsc: bool = False) -> None:
         """Raises Incompatible, about `where`, with every reason against running the guest on this host."""

@@ -10,15 +10,21 @@ from pyhv.cpu import profiles
 from pyhv.cpu.compare import (
     ClflushSizeDiffers,
     MissingFeature,
+    NotForGuests,
+    NotKnown,
+    NumberDiffers,
+    OnVcpu,
     OtherVendor,
     TooManyAddressBits,
+    VcpusDiffer,
     XsaveDiffers,
     problems,
 )
-from pyhv.cpu.features import BY_NAME, FEATURES
+from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS, Word
 from pyhv.cpu.host import HostDescription, as_kvm_host
 from pyhv.cpu.policy import Topology, guest_table
-from pyhv.cpu.table import CpuidTable, Registers, XsaveArea, xsave_leaf
+from pyhv.cpu.table import KVM_SIGNATURE, CpuidTable, Registers, XsaveArea, xsave_leaf
+from pyhv.state.needs import Needs
 
 from . import cpus
 
@@ -65,7 +71,9 @@ def test_without_compatibility_mode_a_move_to_an_older_processor_is_refused_by_n
     assert {"avx512f", "avx_vnni", "movdiri"} <= set(down)
     down = missing("amd-zen-ryzen-1800x", "amd-k8-opteron-2210-he")
     assert {"ssse3", "sse4_1", "sse4_2", "sse4a", "abm", "popcnt", "xsave", "avx", "avx2", "misalignsse"} <= set(down)
-    assert {"3dnow", "3dnowext"} == set(missing("amd-k10-opteron-2431", "amd-bulldozer-opteron-6238"))
+    # K10 is not affected by speculative store bypass, Bulldozer is.
+    down = missing("amd-k10-opteron-2431", "amd-bulldozer-opteron-6238")
+    assert {"3dnow", "3dnowext", "amd_ssb_no"} == set(down)
 
 
 @cpus.needs_processors
@@ -123,14 +131,17 @@ def test_missing_features_are_all_named() -> None:
         "the host does not offer avx2 (AVX2)",
     ]
     # KVM's own features are features.
-    (reason,) = problems(table("kvm_steal_time"), HostDescription(table()))
+    kvm = {(0x40000000, 0): KVM_SIGNATURE}
+    (reason,) = problems(table("kvm_steal_time").replace(kvm), HostDescription(table()))
     assert reason == MissingFeature("kvm_steal_time", "Steal time")
 
 
 def test_a_repeated_bit_is_not_named_twice() -> None:
     reasons = problems(table("mmx", "mmx_mirror", vendor=cpus.AMD), HostDescription(table(vendor=cpus.AMD)))
     assert [reason.name for reason in reasons if isinstance(reason, MissingFeature)] == ["mmx"]
-    (reason,) = problems(table("mmx", "mmx_mirror", vendor=cpus.AMD), HostDescription(table("mmx", vendor=cpus.AMD)))
+    # It follows what it repeats: a host that has that can show it too.
+    assert problems(table("mmx", "mmx_mirror", vendor=cpus.AMD), HostDescription(table("mmx", vendor=cpus.AMD))) == []
+    (reason,) = problems(table("mmx_mirror", vendor=cpus.AMD), HostDescription(table(vendor=cpus.AMD)))
     assert isinstance(reason, MissingFeature) and reason.name == "mmx_mirror"
 
 
@@ -142,10 +153,11 @@ def test_what_no_host_has_to_offer(name: str) -> None:
 
 def test_xsave() -> None:
     here = {2: XsaveArea(256, 576, 0), 9: XsaveArea(8, 2688, 2)}
-    made = table("xsave", "avx", "pku").replace(xsave_leaf(here, 0, False))
+    xsavec = BY_NAME["xsavec"].mask
+    made = table("xsave", "avx", "pku").replace(xsave_leaf(here, xsavec, True))
 
     def reasons_on(areas: dict[int, XsaveArea], *features: str) -> list[str]:
-        there = table(*features).replace(xsave_leaf(areas, 0, False))
+        there = table(*features).replace(xsave_leaf(areas, xsavec, True))
         return [str(reason) for reason in problems(made, HostDescription(there))]
 
     full = ("xsave", "avx", "pku")
@@ -162,6 +174,12 @@ def test_xsave() -> None:
         "on the host",
     ]
     assert reasons_on({2: here[2]}, *full) == ["the host does not have XSAVE component 9 (pkru)"]
+    # How components are packed matters to nobody who has only the standard format.
+    plain, packed = table(*full).replace(xsave_leaf(here, 0, False)), {**here, 9: XsaveArea(8, 2688, 0)}
+    assert problems(plain, HostDescription(table(*full).replace(xsave_leaf(packed, 0, False)))) == []
+    # A component that is announced and not described is one.
+    spoilt = plain.replace({(0xD, 0): plain.get(0xD)._replace(eax=plain.get(0xD).eax | 1 << 17)})
+    assert problems(spoilt, HostDescription(plain)) == [XsaveDiffers(17, XsaveArea(0, 0, 0), None)]
     # Where the feature is missing, its component goes without saying.
     assert reasons_on({2: here[2]}, "xsave", "avx") == ["the host does not offer pku (Protection keys for user pages)"]
 
@@ -193,6 +211,140 @@ def test_what_is_not_compared() -> None:
         }
     )
     assert problems(table("pni"), HostDescription(there)) == []
+
+
+# ------------------------------------------------------------------------------------- numbers that have a feature
+
+AMX = {(0x1D, 0): (1, 0, 0, 0), (0x1D, 1): (0x04002000, 0x00080040, 16, 0), (0x1E, 0): (0, 0x4010, 0, 0)}
+
+
+def numbered(**changes: int) -> CpuidTable:
+    """A table with AMX as Sapphire Rapids has it, AVX10.2 and ERAPS, and these numbers changed."""
+    made = table("amx_tile", "avx10", "avx10_512", vendor=cpus.INTEL)
+    made = made.replace({(0, 0): made.get(0)._replace(eax=0x24)})
+    made = made.replace({key: Registers(*registers) for key, registers in AMX.items()})
+    made = made.replace({(0x24, 0): Registers(0, BY_NAME["avx10_512"].mask | 2, 0, 0)})
+    for number in NUMBERS:
+        if number.name in changes:
+            key = number.word.leaf, number.word.subleaf
+            value = made.word(number.word) & ~number.mask | changes[number.name] << number.low
+            made = made.replace({key: made.get(*key)._replace(**{number.word.register: value})})
+    return made
+
+
+NUMBER_CASES = [
+    ("avx10_version", 2, 1, False),
+    ("avx10_version", 1, 2, True),
+    ("amx_tiles", 8, 4, False),
+    ("amx_tiles", 4, 8, True),
+    ("amx_bytes", 8192, 4096, False),
+    ("amx_tile_bytes", 1024, 512, False),
+    ("amx_tile_bytes", 512, 1024, False),
+    ("amx_row_bytes", 64, 128, False),
+    ("amx_rows", 16, 8, False),
+    ("amx_maxk", 16, 8, False),
+    ("amx_maxn", 64, 32, False),
+    ("amx_palettes", 1, 0, False),
+]
+
+
+@pytest.mark.parametrize(("name", "guest_has", "host_has", "moves"), NUMBER_CASES)
+def test_numbers_have_rules(name: str, guest_has: int, host_has: int, moves: bool) -> None:
+    found = problems(numbered(**{name: guest_has}), HostDescription(numbered(**{name: host_has})))
+    if moves:
+        assert found == []
+        return
+    (reason,) = found
+    assert isinstance(reason, NumberDiffers) and (reason.name, reason.guest, reason.host) == (name, guest_has, host_has)
+    assert str(reason).startswith(f"{name} (") and f"is {guest_has} for the guest and {host_has} on the host" in str(
+        reason
+    )
+
+
+def test_every_number_has_been_tried() -> None:
+    assert {n.name for n in NUMBERS} == {name for name, *_ in NUMBER_CASES} | {"rap_size"}
+
+
+def test_vectors_of_512_bits_are_a_feature() -> None:
+    narrow = numbered().replace({(0x24, 0): Registers(0, BY_NAME["avx10_256"].mask | 2, 0, 0)})
+    (reason,) = problems(numbered(), HostDescription(narrow))
+    assert reason == MissingFeature("avx10_512", "AVX10 on 512-bit vectors")
+
+
+def test_a_larger_return_predictor_is_a_reason() -> None:
+    def amd(size: int) -> CpuidTable:
+        made = table("eraps", vendor=cpus.AMD)
+        return made.replace({(0x80000021, 0): made.get(0x80000021)._replace(ebx=size << 16)})
+
+    assert problems(amd(8), HostDescription(amd(8))) == [] == problems(amd(16), HostDescription(amd(8)))
+    (reason,) = problems(amd(8), HostDescription(amd(16)))
+    assert str(reason) == "rap_size (size of the return address predictor) is 8 for the guest and 16 on the host"
+
+
+def test_linear_address_bits() -> None:
+    wide = table().replace({(0x80000008, 0): Registers(57 << 8 | 40, 0, 0, 0)})
+    (reason,) = problems(wide, HostDescription(table()))
+    assert str(reason) == "the guest has 57 linear address bits, the host 48"
+
+
+# ------------------------------------------------------------------------------------------ what no guest is shown
+
+
+def test_what_is_for_no_guest_is_a_reason_on_every_host() -> None:
+    for name, vendor in (("svm", cpus.AMD), ("vmx", cpus.INTEL), ("pdcm", cpus.INTEL), ("perfctr_core", cpus.AMD)):
+        shown = table(name, vendor=vendor)
+        (reason,) = problems(shown, HostDescription(shown))
+        assert reason == NotForGuests(name, BY_NAME[name].title)
+        assert str(reason) == f"the guest sees {name} ({BY_NAME[name].title}), which is for no guest"
+
+
+@pytest.mark.parametrize("leaf", [0x3, 0x5, 0x9, 0xA, 0xF, 0x10, 0x12, 0x17, 0x18, 0x1C, 0x23, 0x80000022, 0x20000000])
+def test_a_leaf_that_no_guest_has_is_a_reason_on_every_host(leaf: int) -> None:
+    shown = table().replace({(leaf, 0): Registers(0x07300402, 0, 0, 0x603)})
+    reasons = problems(shown, HostDescription(shown))
+    assert reasons == [NotKnown(leaf, 0, "eax", 0x07300402), NotKnown(leaf, 0, "edx", 0x603)]
+    assert str(reasons[1]).startswith(f"the guest sees bits 0x00000603 of CPUID 0x{leaf:x}.edx")
+
+
+def test_unknown_bits_of_known_registers_are_a_reason() -> None:
+    words = [(Word(7, 0, "ecx"), 17), (Word(1, 0, "edx"), 10), (Word(0x24, 0, "ebx"), 30)]
+    words.append((Word(0x80000001, 0, "ecx"), 2))  # AMD's SVM, and this is Intel's
+    for word, bit in words:
+        shown = table().replace({word[:2]: table().get(*word[:2])._replace(**{word.register: 1 << bit})})
+        assert problems(shown, HostDescription(shown)) == [NotKnown(*word, 1 << bit)]
+    (reason,) = problems(shown := table().replace({(0xD, 1): Registers(1 << 9, 0, 0, 0)}), HostDescription(shown))
+    assert reason == NotKnown(0xD, 1, "eax", 1 << 9)
+
+
+# --------------------------------------------------------------------------------------------------- several vCPUs
+
+
+def test_every_vcpus_table_is_judged() -> None:
+    host = HostDescription(table("pni"))
+    ours, theirs = table("pni"), table("pni", "avx", "vmx")
+    needs = Needs("x", True, (ours, theirs, ours), frozenset(), 0)
+    assert [str(reason) for reason in needs.reasons_against(host)] == [
+        "vCPU 1 sees another processor than vCPU 0",
+        "vCPU 1: the guest sees vmx (VT-x), which is for no guest",
+        "vCPU 1: the host does not offer avx (AVX)",
+    ]
+    # What holds for all is said once.
+    both = Needs("x", True, (theirs, theirs), frozenset(), 0).reasons_against(host)
+    assert len(both) == 2 and not any(isinstance(reason, OnVcpu) for reason in both)
+
+
+@cpus.needs_processors
+def test_vcpus_that_differ_in_apic_ids_are_alike() -> None:
+    for name, host in cpus.hosts().items():
+        for profile in (COMPAT, EVERYTHING):
+            made = guest_table(host, profile, Topology(3))
+            tables = tuple(made.table_for(vcpu) for vcpu in range(3))
+            needs = Needs(profile.name, True, tables, frozenset(), 0)
+            assert needs.reasons_against(host) == [], (name, profile.name)
+            # One bit elsewhere makes a difference.
+            last = tables[2]
+            spoilt = last.replace({(1, 0): last.get(1)._replace(ebx=last.get(1).ebx ^ 1)})
+            assert VcpusDiffer(2) in needs._replace(tables=(*tables[:2], spoilt)).reasons_against(host)
 
 
 # --------------------------------------------------------------------------------------------- on random input

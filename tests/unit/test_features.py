@@ -150,6 +150,33 @@ def test_features_that_stand_alone(name: str) -> None:
     assert find(name).requires == ()
 
 
+# Linux's table of requirements (arch/x86/kernel/cpu/cpuid-deps.c), by our names: what it switches off with a feature
+# must not be left to a guest that does not see that feature. Not here: cmov and mmx, which Linux ties to FXSR and
+# processors do not, and what it has as features of its own.
+LINUX_REQUIRES = """
+    xsaveopt xsave; xsavec xsave; xsaves xsave; avx xsave; pku xsave; mpx xsave; xgetbv1 xsave; mmxext mmx
+    fxsr_opt fxsr; fxsr fpu; xsave fxsr; sse fxsr; sse2 sse; pni sse2; sse4_1 sse2; sse4_2 sse2; ssse3 sse2
+    sse4a pni; sha_ni sse2; pclmulqdq sse2; gfni sse2; aes sse2; lm sse2; f16c sse2; fma avx; vaes avx
+    vpclmulqdq avx; avx2 avx; avx512f avx
+    avx512ifma avx512f; avx512pf avx512f; avx512er avx512f; avx512cd avx512f; avx512dq avx512f; avx512bw avx512f
+    avx512vl avx512f; avx512vbmi avx512f; avx512_vbmi2 avx512vl; avx512_vnni avx512vl; avx512_bitalg avx512vl
+    avx512_4vnniw avx512f; avx512_4fmaps avx512f; avx512_vpopcntdq avx512f; avx512_vp2intersect avx512vl
+    avx512_bf16 avx512vl; avx512_fp16 avx512bw; enqcmd xsaves; sgx_lc sgx; xfd xsaves; xfd xgetbv1; amx_tile xfd
+    amx_fp16 amx_tile; amx_bf16 amx_tile; amx_int8 amx_tile; cet_ss xsaves; fred lkgs; lass smap
+    spec_ctrl_ssbd spec_ctrl
+    intel_stibp spec_ctrl; intel_psfd spec_ctrl; ipred_ctrl spec_ctrl; rrsba_ctrl spec_ctrl; bhi_ctrl spec_ctrl
+    avx10 avx512f; avx10 avx512bw; avx10 avx512vl; avx10 avx512dq; avx10 avx512cd
+"""
+
+
+@pytest.mark.parametrize("pair", re.findall(r"\w+ \w+", LINUX_REQUIRES))
+def test_requires_what_linux_does(pair: str) -> None:
+    """And, in the last two lines, what only manuals say: SPEC_CTRL's bits are in the MSR that spec_ctrl announces (SDM
+    Vol. 4), and AVX10 comes with these parts of AVX-512 (Intel's AVX10 specification)."""
+    feature, needs = pair.split()
+    assert feature in closure({f.name for f in FEATURES} - {needs}).dropped
+
+
 def test_every_avx512_and_amx_feature_needs_its_foundation() -> None:
     for prefix, foundation in (("avx512", "avx512f"), ("amx_", "amx_tile")):
         group = {f.name for f in FEATURES if f.name.startswith(prefix)} - {foundation}
@@ -398,12 +425,24 @@ name = "state"
 size = 256
 offset = 576
 supervisor = false
+
+[[number]]
+leaf = 0x1
+register = "ecx"
+low = 8
+bits = 4
+name = "count"
+title = "A number"
+needs = "one"
+most = 3
+compare = "at most"
 """
 
 
 def test_a_sound_table_passes() -> None:
     table = generate.parse_table(SOUND)
     assert [e.name for e in table.entries] == ["one", "two", "three", "one_mirror", "secret"]
+    assert table.numbers == (("count", "A number", (1, 0, "ecx"), 8, 4, "one", 3, "at most"),)
     assert (table.entries[0].linux, table.entries[3].requires, table.entries[2].kvm) == ("one", ("one",), "never")
 
 
@@ -436,7 +475,7 @@ def test_a_sound_table_passes() -> None:
         (
             '"inverted"',
             '"odd"',
-            "word 0x80000001.edx: secret: sense is 'odd'; it must be one of plain, inverted, any-of",
+            "word 0x80000001.edx: secret: sense is 'odd'; it must be one of plain, inverted, any-of, hint",
         ),
         ('barred = "pmu"', 'barred = "x"', "word 0x80000001.edx: secret: barred is 'x'; it must be one of nested, pmu"),
         ("PYHV_CPUID_TWO", "TWO", "word 0x1.ecx: two: c is 'TWO'; it must begin with PYHV_CPUID_"),
@@ -495,6 +534,15 @@ def test_a_sound_table_passes() -> None:
             "xsave component 2: supervisor state has no offset in the standard",
         ),
         ('name = "state"', "name = 2", "xsave component 2: name is 2; it must be of type str"),
+        ("low = 8", "low = 0", "number count: bit 0 of word 0x1.ecx is one's too"),
+        ("low = 8", "low = 29", "number count: 4 bits from bit 29 are not in 0 to 31"),
+        ("low = 8\n", "", "number count: no low"),
+        ("most = 3", "most = 16", "number count: most is 16, which does not fit 4 bits"),
+        ("most = 3", "mast = 3", "number count: unknown key 'mast'"),
+        ('"at most"', '"more"', "number count: compare is 'more'; it must be one of at most, at least, equal"),
+        ('needs = "one"', 'needs = "uno"', "number count: needs 'uno', which is no feature's canonical name"),
+        ('name = "count"', 'name = "one"', "number one: the name is one's too"),
+        ('bits = 4', 'bits = "4"', "number count: bits is '4'; it must be of type int"),
         ("[[xsave]]", "[[xsav]]", "unknown table 'xsav'"),
         ("[[xsave]]", "[[xsave", "Expected ']]' at the end of an array declaration (at line 23, column 8)"),
     ],

@@ -298,6 +298,7 @@ FAULTS: list[tuple[tuple[str, str], int, str, str]] = [
     (('"sse3"', '"sse3", "osxsave"'), 15, "features.common", "osxsave follows what the guest's system switches on"),
     (('"sse4a"]', '"fpu_mirror"]'), 18, "features.amd", "fpu_mirror goes where fpu goes: list that instead"),
     (('"sse3"', '"sse3", "invtsc"'), 15, "features.common", "invtsc cannot be shown by a profile for moving"),
+    (('["ss"]', '["ss", "sgx"]'), 17, "features.intel", "sgx cannot be shown by a profile for moving: it ties"),
     (('"tsc"', '"tsc",\n"tsc-deadline"'), 14, "features.common", "tsc_deadline_timer cannot be shown by a profile for"),
     (('["ss"]', '["ss", "pse36"]'), 17, "features.intel", "pse36 requires pse, which is not listed for intel"),
     (('intel = ["ss"]', 'hide = ["ss"]'), 17, "features.hide", "it goes only with `all`: without, what is not listed"),
