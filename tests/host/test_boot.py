@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import struct
+import subprocess
 import time
 from pathlib import Path
 
@@ -60,6 +62,60 @@ def test_a_pvh_kernel_is_told_everything(tmp_path: Path) -> None:
     assert "command line: some words\n" in text and "ACPI tables at 0x000e0000\n" in text
     assert "module without a string: 0x00001388 bytes, sum 0x1388\n" in text
     assert "module its words: 0x00000001 bytes, sum 0x0002\n" in text
+
+
+# A kernel with a 32-bit entry, somewhere behind its beginning. It loads every selector from the table that the protocol
+# asks for, prints its command line, and ends with the first byte of its initrd.
+_KERNEL_32 = """
+    .code32
+    .fill 64, 1, 0xcc
+    mov $1, %edx
+    or %ebx, %ebp
+    or %ebp, %edi
+    jnz end
+    mov $0x18, %eax
+    mov %eax, %ds
+    mov %eax, %es
+    mov %eax, %fs
+    mov %eax, %gs
+    mov %eax, %ss
+    mov 0x214(%esi), %eax        # where it is
+    lea reloaded - 64(%eax), %eax
+    push $0x10
+    push %eax
+    lret
+reloaded:
+    mov 0x228(%esi), %ebx
+    mov $0x3f8, %edx
+1:  mov (%ebx), %al
+    inc %ebx
+    outb %al, %dx
+    test %al, %al
+    jnz 1b
+    mov 0x218(%esi), %ebx
+    mov (%ebx), %dl
+end:
+    mov %edx, %eax
+    outb %al, $0xf4
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None or shutil.which("objcopy") is None, reason="needs gcc and binutils")
+@pytest.mark.parametrize("header", [{"flags": 0}, {"version": 0x205}], ids=["2.15", "2.05"])
+@pytest.mark.parametrize("accel", ["kvm", "emulator"])
+def test_a_kernel_with_a_32_bit_entry(accel: str, header: dict[str, int], tmp_path: Path) -> None:
+    from tests.unit.test_boot_kernels import make_bzimage
+
+    source, made, code, initrd = (tmp_path / name for name in ("a.S", "a.o", "code", "initrd"))
+    source.write_text(_KERNEL_32)
+    subprocess.run(["gcc", "-m32", "-c", "-o", str(made), str(source)], check=True, timeout=60)
+    subprocess.run(["objcopy", "-O", "binary", "-j", ".text", str(made), str(code)], check=True, timeout=60)
+    kernel = make_bzimage(kernel=code.read_bytes(), code32_start=0x100000 + 64, **header)  # type: ignore[arg-type]
+    image = tmp_path / "bzImage"
+    image.write_bytes(kernel)
+    initrd.write_bytes(b"\x2a rest")
+    result = run(str(image), append="a line", initrd=str(initrd), accel=accel)
+    assert (result.cause, result.status, result.console) == ("guest-exit", 42, b"a line\0"), result.message
 
 
 @pytest.mark.parametrize(
