@@ -25,6 +25,7 @@ struct pyhv_vm {
     bool irqchip;  /* wanted */
     bool pit;      /* wanted with it */
     bool complete; /* see pyhv_vm_complete() */
+    bool triple_fault_event; /* a pending triple fault is part of a vCPU's events */
     struct pyhv_bus *bus;
     uint32_t slot_count;
     struct pyhv_slot slots[PYHV_VM_MAX_SLOTS];

@@ -13,6 +13,16 @@
 #include "devices/device.h"
 #include "kvm/kvm.h"
 
+/* Before the CPUID table is set: from then on a paravirtual MSR whose feature the table hides is a #GP for the guest, and
+ * a hypercall whose feature it hides fails. Without it KVM answers them all. */
+static int enforce_pv_cpuid(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
+{
+    struct kvm_enable_cap enforce = {.cap = KVM_CAP_ENFORCE_PV_FEATURE_CPUID, .args[0] = 1};
+    if (ioctl(vcpu->fd, KVM_ENABLE_CAP, &enforce) < 0)
+        return pyhv_fail_errno(error, "KVM_ENABLE_CAP(KVM_CAP_ENFORCE_PV_FEATURE_CPUID)");
+    return 0;
+}
+
 struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct pyhv_error *error)
 {
     if (pyhv_vm_complete(vm, error) < 0)
@@ -41,6 +51,10 @@ struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct py
         pyhv_fail(error, errno, "mmap", "struct kvm_run of vCPU %u", index);
         close(vcpu->fd);
         goto fail;
+    }
+    if (enforce_pv_cpuid(vcpu, error) < 0) {
+        pyhv_vcpu_destroy(vcpu);
+        return NULL;
     }
     return vcpu;
 

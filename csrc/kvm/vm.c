@@ -113,6 +113,23 @@ struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, 
             goto fail;
         }
     }
+    /* A triple fault that is pending is then among a vCPU's events (Linux 6.0), so that it can be saved. */
+    if (ioctl(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_X86_TRIPLE_FAULT_EVENT) > 0) {
+        struct kvm_enable_cap event = {.cap = KVM_CAP_X86_TRIPLE_FAULT_EVENT, .args[0] = 1};
+        if (ioctl(vm->fd, KVM_ENABLE_CAP, &event) < 0) {
+            pyhv_fail_errno(error, "KVM_ENABLE_CAP(KVM_CAP_X86_TRIPLE_FAULT_EVENT)");
+            goto fail;
+        }
+        vm->triple_fault_event = true;
+    }
+    /* Guests are never shown a PMU. With one, KVM gives AMD guests four counters all the same, which would not travel. */
+    if (ioctl(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_PMU_CAPABILITY) > 0) {
+        struct kvm_enable_cap pmu = {.cap = KVM_CAP_PMU_CAPABILITY, .args[0] = KVM_PMU_CAP_DISABLE};
+        if (ioctl(vm->fd, KVM_ENABLE_CAP, &pmu) < 0) {
+            pyhv_fail_errno(error, "KVM_ENABLE_CAP(KVM_CAP_PMU_CAPABILITY)");
+            goto fail;
+        }
+    }
     if (!config->late && pyhv_vm_complete(vm, error) < 0)
         goto fail;
     if (bus)

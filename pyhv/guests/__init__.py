@@ -14,6 +14,7 @@ _GUESTS = {
     "faults": "ends or misbehaves in the way that its command line names",
     "hello": "says hello, echoes its command line, ends with status 0",
     "instructions": "executes an instruction of each set that compatibility mode hides, and prints which run",
+    "msrs": "writes every MSR that lets itself be written, and looks whether each keeps what it was given",
     "multiboot": "a multiboot kernel: prints its memory map, modules, command line and number of vCPUs",
     "pvh": "a PVH kernel: prints its memory map, modules and command line",
     "refuse": "demands SSE4.2; without it it ends with status 42",
