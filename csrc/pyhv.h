@@ -529,6 +529,8 @@ struct pyhv_events {
     uint32_t triple_fault_pending, reserved;
 };
 int pyhv_vcpu_get_events(struct pyhv_vcpu *vcpu, struct pyhv_events *events, struct pyhv_error *error);
+/* Fails with ERANGE, naming the field, for a number that a vCPU cannot have; so do pyhv_vcpu_set_sregs() and
+ * pyhv_vm_set_irqchip(). */
 int pyhv_vcpu_set_events(struct pyhv_vcpu *vcpu, const struct pyhv_events *events, struct pyhv_error *error);
 
 struct pyhv_debugregs {
@@ -568,7 +570,8 @@ int pyhv_vcpu_set_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, const ui
 int pyhv_vcpu_get_tsc_offset(struct pyhv_vcpu *vcpu, uint64_t *offset, struct pyhv_error *error);
 int pyhv_vcpu_set_tsc_offset(struct pyhv_vcpu *vcpu, uint64_t offset, struct pyhv_error *error);
 
-/* KVM_SET_TSC_KHZ: another rate than the host's needs hardware that scales. */
+/* KVM_SET_TSC_KHZ: another rate than the host's needs hardware that scales. Returns 1, with nothing changed, on a host
+ * that does not. */
 int pyhv_vcpu_set_tsc_khz(struct pyhv_vcpu *vcpu, uint32_t khz, struct pyhv_error *error);
 
 /* KVM_KVMCLOCK_CTRL: tells a guest with kvmclock that it was stopped, so that its watchdogs forgive. */

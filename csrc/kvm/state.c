@@ -136,6 +136,16 @@ int pyhv_vcpu_set_regs(struct pyhv_vcpu *vcpu, const struct pyhv_regs *from, str
     return ioctl(vcpu->fd, KVM_SET_REGS, &regs) < 0 ? pyhv_fail_errno(error, "KVM_SET_REGS") : 0;
 }
 
+/* A field of a structure of ours that KVM's has in 8 or 16 bits: cut, the guest would go on with another value. */
+#define CHECK_FITS(what, from, field, most)                                                                          \
+    do {                                                                                                             \
+        if ((from)->field > (most))                                                                                  \
+            return pyhv_fail(error, ERANGE, what, "%s is 0x%x, at most 0x%x is possible", #field, (from)->field, most); \
+    } while (0)
+
+/* Those bits of struct pyhv_segment's attributes that have a meaning. */
+#define SEGMENT_ATTRIBUTES 0x1f0ffu
+
 static struct pyhv_segment segment_from_kvm(const struct kvm_segment *from)
 {
     return (struct pyhv_segment){
@@ -200,8 +210,37 @@ int pyhv_vcpu_get_sregs(struct pyhv_vcpu *vcpu, struct pyhv_sregs *sregs, struct
     return 0;
 }
 
+static int check_segment(const struct pyhv_segment *segment, const char *name, struct pyhv_error *error)
+{
+    if (segment->selector > 0xffff)
+        return pyhv_fail(error, ERANGE, "KVM_SET_SREGS2", "%s: selector 0x%x has more than 16 bits", name,
+                         segment->selector);
+    if (segment->attributes & ~SEGMENT_ATTRIBUTES)
+        return pyhv_fail(error, ERANGE, "KVM_SET_SREGS2", "%s: attributes 0x%x have bits beyond 0x%x", name,
+                         segment->attributes, SEGMENT_ATTRIBUTES);
+    return 0;
+}
+
+static int check_sregs(const struct pyhv_sregs *from, struct pyhv_error *error)
+{
+    const struct {
+        const char *name;
+        const struct pyhv_segment *segment;
+    } segments[] = {{"cs", &from->cs}, {"ds", &from->ds}, {"es", &from->es}, {"fs", &from->fs},
+                    {"gs", &from->gs}, {"ss", &from->ss}, {"tr", &from->tr}, {"ldt", &from->ldt}};
+    for (size_t i = 0; i < sizeof segments / sizeof *segments; i++)
+        if (check_segment(segments[i].segment, segments[i].name, error) < 0)
+            return -1;
+    CHECK_FITS("KVM_SET_SREGS2", from, gdt_limit, 0xffffu);
+    CHECK_FITS("KVM_SET_SREGS2", from, idt_limit, 0xffffu);
+    CHECK_FITS("KVM_SET_SREGS2", from, pdptrs_valid, 1u);
+    return 0;
+}
+
 int pyhv_vcpu_set_sregs(struct pyhv_vcpu *vcpu, const struct pyhv_sregs *from, struct pyhv_error *error)
 {
+    if (check_sregs(from, error) < 0)
+        return -1;
     struct kvm_sregs2 sregs = {
         .cs = segment_to_kvm(&from->cs),
         .ds = segment_to_kvm(&from->ds),
@@ -242,9 +281,12 @@ int pyhv_vcpu_get_tsc_khz(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
 
 int pyhv_vcpu_set_tsc_khz(struct pyhv_vcpu *vcpu, uint32_t khz, struct pyhv_error *error)
 {
-    if (ioctl(vcpu->fd, KVM_SET_TSC_KHZ, (unsigned long)khz) < 0)
-        return pyhv_fail(error, errno, "KVM_SET_TSC_KHZ", "%u kHz", khz);
-    return 0;
+    if (ioctl(vcpu->fd, KVM_SET_TSC_KHZ, (unsigned long)khz) == 0)
+        return 0;
+    int errnum = errno;
+    if (ioctl(vcpu->vm->kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_TSC_CONTROL) <= 0)
+        return 1;
+    return pyhv_fail(error, errnum, "KVM_SET_TSC_KHZ", "%u kHz, though this host scales TSC rates", khz);
 }
 
 int pyhv_vcpu_set_mp_state(struct pyhv_vcpu *vcpu, uint32_t state, struct pyhv_error *error)
@@ -283,15 +325,38 @@ int pyhv_vcpu_get_events(struct pyhv_vcpu *vcpu, struct pyhv_events *events, str
         events->exception_has_payload = from.exception_has_payload;
         events->exception_payload = from.exception_payload;
     }
-#ifdef KVM_VCPUEVENT_VALID_TRIPLE_FAULT
     if (from.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT)
         events->triple_fault_pending = from.triple_fault.pending;
-#endif
+    return 0;
+}
+
+static int check_events(const struct pyhv_events *from, struct pyhv_error *error)
+{
+    const char *what = "KVM_SET_VCPU_EVENTS";
+    CHECK_FITS(what, from, exception_injected, 1u);
+    CHECK_FITS(what, from, exception_pending, 1u);
+    CHECK_FITS(what, from, exception_vector, 0xffu);
+    CHECK_FITS(what, from, exception_has_error, 1u);
+    CHECK_FITS(what, from, exception_has_payload, 1u);
+    CHECK_FITS(what, from, interrupt_injected, 1u);
+    CHECK_FITS(what, from, interrupt_vector, 0xffu);
+    CHECK_FITS(what, from, interrupt_soft, 1u);
+    CHECK_FITS(what, from, interrupt_shadow, 0xffu);
+    CHECK_FITS(what, from, nmi_injected, 1u);
+    CHECK_FITS(what, from, nmi_pending, 0xffu);
+    CHECK_FITS(what, from, nmi_masked, 1u);
+    CHECK_FITS(what, from, smm, 1u);
+    CHECK_FITS(what, from, smi_pending, 1u);
+    CHECK_FITS(what, from, smm_inside_nmi, 1u);
+    CHECK_FITS(what, from, latched_init, 1u);
+    CHECK_FITS(what, from, triple_fault_pending, 1u);
     return 0;
 }
 
 int pyhv_vcpu_set_events(struct pyhv_vcpu *vcpu, const struct pyhv_events *from, struct pyhv_error *error)
 {
+    if (check_events(from, error) < 0)
+        return -1;
     struct kvm_vcpu_events events = {
         .exception = {.injected = (uint8_t)from->exception_injected,
                       .nr = (uint8_t)from->exception_vector,
@@ -318,6 +383,12 @@ int pyhv_vcpu_set_events(struct pyhv_vcpu *vcpu, const struct pyhv_events *from,
     /* The flag is refused where the capability was not enabled, which every VM of ours does where it exists. */
     if (ioctl(vcpu->vm->kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_EXCEPTION_PAYLOAD) > 0)
         events.flags |= KVM_VCPUEVENT_VALID_PAYLOAD;
+    if (vcpu->vm->triple_fault_event) {
+        events.triple_fault.pending = (uint8_t)from->triple_fault_pending;
+        events.flags |= KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+    } else if (from->triple_fault_pending) {
+        return pyhv_fail(error, EINVAL, "KVM_SET_VCPU_EVENTS", "a triple fault is pending; this KVM cannot take that");
+    }
     return ioctl(vcpu->fd, KVM_SET_VCPU_EVENTS, &events) < 0 ? pyhv_fail_errno(error, "KVM_SET_VCPU_EVENTS") : 0;
 }
 
@@ -594,6 +665,8 @@ int pyhv_vm_get_irqchip(struct pyhv_vm *vm, struct pyhv_irqchip *irqchip, struct
 
 int pyhv_vm_set_irqchip(struct pyhv_vm *vm, const struct pyhv_irqchip *from, struct pyhv_error *error)
 {
+    for (int i = 0; i < 3; i++)
+        CHECK_FITS("KVM_SET_PIT2", from, pit[i].latched_count, 0xffffu);
     for (uint32_t id = KVM_IRQCHIP_PIC_MASTER; id < KVM_NR_IRQCHIPS; id++) {
         struct kvm_irqchip chip = {.chip_id = id};
         if (id != KVM_IRQCHIP_IOAPIC) {

@@ -100,8 +100,8 @@ static void probe(uint32_t msr, bool holds_an_address)
     for (unsigned i = 0; i < sizeof patterns / sizeof *patterns; i++)
         if (keeps(msr, old, patterns[i]))
             return;
-    for (unsigned bit = 0; bit < 64; bit++)
-        if (keeps(msr, old, old ^ UINT64_C(1) << bit))
+    for (uint64_t bit = 1; bit; bit <<= 1)
+        if (keeps(msr, old, old ^ bit))
             return;
 }
 

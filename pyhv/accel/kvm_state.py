@@ -5,11 +5,12 @@ Source of the reasons: Documentation/virt/kvm/api.rst and arch/x86/kvm/x86.c.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from pyhv._native import check, ffi, lib, new_error
+from pyhv._native import check, ffi, lib, new_error, to_exception
 from pyhv.accel import structs
 from pyhv.accel.state import RawState, RawVcpu
 from pyhv.cpu import msrs
@@ -139,7 +140,7 @@ def apply(
     pairs = list(zip(vcpus, state.vcpus, strict=True))
     values = [structs.msrs(saved) for saved in state.vcpus]
     for vcpu, saved in pairs:
-        check(lib.pyhv_vcpu_set_sregs(vcpu.handle, structs.view("pyhv_sregs", saved.sregs), error), error)
+        _check_fits(lib.pyhv_vcpu_set_sregs(vcpu.handle, structs.view("pyhv_sregs", saved.sregs), error), error)
         # CR4.OSXSAVE, which SREGS brings, decides whether XCR0 may be set; XCR0 which components XSAVE may set.
         check(lib.pyhv_vcpu_set_xcr0(vcpu.handle, saved.xcr0, error), error)
         shown = _shown(vcpu, tables[vcpu.index])
@@ -148,9 +149,9 @@ def apply(
         check(lib.pyhv_vcpu_set_xsave(vcpu.handle, area, len(area), error), error)
         # The rate before the counter: a new rate rescales what the counter holds.
         if vcpu.read_tsc_khz() != state.tsc_khz:
-            # Refused where the host cannot scale. That this guest can live with the host's rate has been decided
-            # before (cpu/compare.py), and nothing is left to do about it here.
-            lib.pyhv_vcpu_set_tsc_khz(vcpu.handle, state.tsc_khz, error)
+            # Not done where the host cannot scale. That this guest can live with the host's rate has been decided
+            # before (cpu/compare.py). Where it can scale that was the reason to take the guest, so it must.
+            check(lib.pyhv_vcpu_set_tsc_khz(vcpu.handle, state.tsc_khz, error), error)
     counters = [found.pop(msrs.IA32_TSC, None) for found in values]
     deadlines = [found.pop(msrs.IA32_TSC_DEADLINE, 0) for found in values]
     for vcpu, found in zip(vcpus, values, strict=True):
@@ -162,14 +163,14 @@ def apply(
             if len(saved.lapic) != _LAPIC_SIZE:
                 raise HostError("KVM_SET_LAPIC", 0, f"vCPU {vcpu.index}: {len(saved.lapic)} bytes, not {_LAPIC_SIZE}")
             check(lib.pyhv_vcpu_set_lapic(vcpu.handle, saved.lapic, error), error)
-        check(lib.pyhv_vm_set_irqchip(vm.handle, structs.view("pyhv_irqchip", state.irqchip), error), error)
+        _check_fits(lib.pyhv_vm_set_irqchip(vm.handle, structs.view("pyhv_irqchip", state.irqchip), error), error)
     for (vcpu, saved), deadline in zip(pairs, deadlines, strict=True):
         # After TSC and LAPIC: set before either the deadline is lost, and the timer never fires.
         if deadline:
             write_msrs(vcpu, {msrs.IA32_TSC_DEADLINE: deadline})
         # Clears pending exceptions: so before the events.
         check(lib.pyhv_vcpu_set_regs(vcpu.handle, structs.view("pyhv_regs", saved.regs), error), error)
-        check(lib.pyhv_vcpu_set_events(vcpu.handle, structs.view("pyhv_events", saved.events), error), error)
+        _check_fits(lib.pyhv_vcpu_set_events(vcpu.handle, structs.view("pyhv_events", saved.events), error), error)
         check(lib.pyhv_vcpu_set_debugregs(vcpu.handle, structs.view("pyhv_debugregs", saved.debugregs), error), error)
         # Last of the vCPU: from here on it may be woken.
         check(lib.pyhv_vcpu_set_mp_state(vcpu.handle, saved.mp_state, error), error)
@@ -177,6 +178,13 @@ def apply(
     check(lib.pyhv_vm_set_clock(vm.handle, clock, error), error)
     for vcpu in vcpus:
         check(lib.pyhv_vcpu_clock_paused(vcpu.handle, error), error)
+
+
+def _check_fits(result: int, error: Any) -> None:
+    """check() of a call that is given a saved structure: ValueError for a number that no vCPU can have."""
+    if result < 0 and error.errnum == errno.ERANGE:
+        raise ValueError(str(to_exception(error)))
+    check(result, error)
 
 
 def _apply_tsc(vcpus: Sequence[KvmVcpu], counters: Sequence[int | None], khz: int, since: int) -> None:

@@ -5,11 +5,15 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/kvm.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -19,6 +23,27 @@
 enum { RAM_SIZE = 0x10000, ENTRY = 0x1000, TIMEOUT_SECONDS = 60 };
 
 static int kvm_fd;
+
+/* The host that the engine believes to be on: whether it scales TSC rates, and whether KVM_SET_TSC_KHZ fails. */
+static struct {
+    int on, scales;
+} other_host;
+
+/* In place of the C library's. */
+int ioctl(int fd, unsigned long request, ...)
+{
+    va_list arguments;
+    va_start(arguments, request);
+    unsigned long argument = va_arg(arguments, unsigned long);
+    va_end(arguments);
+    if (other_host.on && request == KVM_SET_TSC_KHZ) {
+        errno = EINVAL;
+        return -1;
+    }
+    if (other_host.on && request == KVM_CHECK_EXTENSION && argument == KVM_CAP_TSC_CONTROL)
+        return other_host.scales;
+    return (int)syscall(SYS_ioctl, fd, request, argument);
+}
 
 /* A VM with the devices, one vCPU in real mode at ENTRY, and a guest's bytes there. */
 struct machine {
@@ -358,6 +383,94 @@ static void state_written_back_is_unchanged(void)
     destroy(&machine);
 }
 
+/* What KVM has in 8 or 16 bits is not cut to them. */
+static void numbers_that_do_not_fit_are_refused(void)
+{
+    struct machine machine;
+    struct pyhv_error error = {0};
+    struct pyhv_events events, changed;
+    struct pyhv_sregs sregs, other;
+    struct pyhv_irqchip irqchip;
+    build(&machine, "\xf4", 1, 1);
+    CHECK_EQUAL(pyhv_vcpu_get_events(machine.vcpu, &events, &error), 0);
+    static const struct {
+        const char *name;
+        size_t offset;
+    } fields[] = {
+#define FIELD(name) {#name, offsetof(struct pyhv_events, name)}
+        FIELD(exception_injected),    FIELD(exception_pending), FIELD(exception_vector), FIELD(exception_has_error),
+        FIELD(exception_has_payload), FIELD(interrupt_injected), FIELD(interrupt_vector), FIELD(interrupt_soft),
+        FIELD(interrupt_shadow),      FIELD(nmi_injected),      FIELD(nmi_pending),      FIELD(nmi_masked),
+        FIELD(smm),                   FIELD(smi_pending),       FIELD(smm_inside_nmi),   FIELD(latched_init),
+        FIELD(triple_fault_pending),
+#undef FIELD
+    };
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        changed = events;
+        memcpy((char *)&changed + fields[i].offset, &(uint32_t){0x100}, sizeof(uint32_t));
+        error = (struct pyhv_error){0};
+        CHECK_EQUAL(pyhv_vcpu_set_events(machine.vcpu, &changed, &error), -1);
+        CHECK_EQUAL(error.errnum, ERANGE);
+        CHECK(strncmp(error.detail, fields[i].name, strlen(fields[i].name)) == 0);
+    }
+    CHECK_EQUAL(pyhv_vcpu_get_sregs(machine.vcpu, &sregs, &error), 0);
+    other = sregs;
+    other.gs.selector = 0x10000;
+    CHECK_EQUAL(pyhv_vcpu_set_sregs(machine.vcpu, &other, &error), -1);
+    CHECK(strncmp(error.detail, "gs: selector 0x10000", 20) == 0);
+    other = sregs;
+    other.tr.attributes |= 1 << 8;
+    CHECK_EQUAL(pyhv_vcpu_set_sregs(machine.vcpu, &other, &error), -1);
+    CHECK_EQUAL(error.errnum, ERANGE);
+    other = sregs;
+    other.idt_limit = 0x10000;
+    CHECK_EQUAL(pyhv_vcpu_set_sregs(machine.vcpu, &other, &error), -1);
+    CHECK(strncmp(error.detail, "idt_limit is 0x10000", 20) == 0);
+    CHECK_EQUAL(pyhv_vm_get_irqchip(machine.vm, &irqchip, &error), 0);
+    irqchip.pit[1].latched_count = 0x10000;
+    CHECK_EQUAL(pyhv_vm_set_irqchip(machine.vm, &irqchip, &error), -1);
+    CHECK_EQUAL(error.errnum, ERANGE);
+    destroy(&machine);
+}
+
+static void pending_triple_fault(void)
+{
+    struct machine machine;
+    struct pyhv_error error = {0};
+    struct pyhv_events events;
+    struct pyhv_exit exit;
+    build(&machine, "\xf4", 1, 0);
+    CHECK_EQUAL(pyhv_vcpu_get_events(machine.vcpu, &events, &error), 0);
+    CHECK_EQUAL(events.triple_fault_pending, 0);
+    events.triple_fault_pending = 1;
+    int there = syscall(SYS_ioctl, kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_X86_TRIPLE_FAULT_EVENT) > 0;
+    CHECK_EQUAL(pyhv_vcpu_set_events(machine.vcpu, &events, &error), there ? 0 : -1);
+    if (there) {
+        events.triple_fault_pending = 0;
+        CHECK_EQUAL(pyhv_vcpu_get_events(machine.vcpu, &events, &error), 0);
+        CHECK_EQUAL(events.triple_fault_pending, 1);
+        pyhv_vcpu_run(machine.vcpu, &exit);
+        CHECK_EQUAL(exit.stop, PYHV_STOP_TRIPLE_FAULT);
+    }
+    destroy(&machine);
+}
+
+static void a_tsc_rate_that_is_refused(void)
+{
+    struct machine machine;
+    struct pyhv_error error = {0};
+    build(&machine, "\xf4", 1, 0);
+    other_host.on = 1;
+    other_host.scales = 0;
+    CHECK_EQUAL(pyhv_vcpu_set_tsc_khz(machine.vcpu, 1234567, &error), 1);
+    other_host.scales = 1;
+    CHECK_EQUAL(pyhv_vcpu_set_tsc_khz(machine.vcpu, 1234567, &error), -1);
+    CHECK(strcmp(error.what, "KVM_SET_TSC_KHZ") == 0);
+    CHECK_EQUAL(error.errnum, EINVAL);
+    other_host.on = 0;
+    destroy(&machine);
+}
+
 static void failures_are_named(void)
 {
     struct machine machine;
@@ -522,6 +635,9 @@ int main(void)
     }
     trap_on_the_wrong_address();
     state_written_back_is_unchanged();
+    numbers_that_do_not_fit_are_refused();
+    pending_triple_fault();
+    a_tsc_rate_that_is_refused();
     failures_are_named();
     dirty_pages();
     pit_later();

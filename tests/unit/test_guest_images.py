@@ -128,6 +128,7 @@ EXTRA = {
     "faults": {"fninit", "fld1", "faddp", "fstp"},  # on purpose: `fpu`
     "cpuid": {"iretq"},  # to CPL 3
     "timer": {"iretq", "sti", "wrmsr", "mfence"},  # it takes interrupts
+    "msrs": {"rdmsr", "wrmsr"},  # all of them
     "instructions": {"emms", "bts", *INSTRUCTION_SETS.split()},  # one of each, which is what it is for
 }
 

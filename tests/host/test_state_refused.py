@@ -1,0 +1,72 @@
+"""States that a restore must refuse, by name, instead of going on with another value than the guest's."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyhv
+from pyhv.accel import kvm_state
+from pyhv.state.records import MachineState
+
+from .test_snapshot_state import change_vcpu, forge
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "saved"
+    with pyhv.Machine("ticker", append="every=1", memory="4M", accel="kvm") as machine:
+        machine.run(0.1)
+        machine.save(str(path))
+    return path
+
+
+def refused(saved: Path, change: Any) -> pyhv.PyhvError:
+    """The error with which a snapshot that was changed is refused; nothing is left open."""
+    files = len(os.listdir("/proc/self/fd"))
+    forge(saved, saved.with_name("forged"), change)
+    with pytest.raises(pyhv.PyhvError) as error:
+        pyhv.Machine.restore(str(saved.with_name("forged")), accel="kvm").close()
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert "\n" not in str(error.value)
+    return error.value
+
+
+@pytest.mark.parametrize("field, value", [("interrupt_vector", 0x141), ("nmi_masked", 256), ("smm", 2)])
+def test_an_event_that_does_not_fit(saved: Path, field: str, value: int) -> None:
+    def change(state: MachineState) -> MachineState:
+        return change_vcpu(state, events=state.vcpus[0].events._replace(**{field: value}))
+
+    error = refused(saved, change)
+    assert isinstance(error, pyhv.BadInput)
+    assert f"{field} is {value:#x}, at most " in str(error)
+
+
+class WithoutScaling:
+    """The engine on a host that says that it scales TSC rates, and does not."""
+
+    def __init__(self, lib: Any) -> None:
+        self._lib = lib
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lib, name)
+
+    def pyhv_vcpu_set_tsc_khz(self, vcpu: Any, khz: int, error: Any) -> int:
+        error.errnum = errno.EINVAL
+        error.what = b"KVM_SET_TSC_KHZ"
+        error.detail = f"{khz} kHz".encode()
+        return -1
+
+
+def test_a_tsc_rate_that_cannot_be_had_though_it_was_promised(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvm_state, "lib", WithoutScaling(kvm_state.lib))
+
+    def change(state: MachineState) -> MachineState:
+        return state._replace(platform=state.platform._replace(tsc_khz=state.platform.tsc_khz + 1))
+
+    error = refused(saved, change)
+    assert isinstance(error, pyhv.HostError) and error.what == "KVM_SET_TSC_KHZ"
