@@ -24,9 +24,11 @@ enum { RAM_SIZE = 0x10000, ENTRY = 0x1000, TIMEOUT_SECONDS = 60 };
 
 static int kvm_fd;
 
-/* The host that the engine believes to be on: whether it scales TSC rates, and whether KVM_SET_TSC_KHZ fails. */
+/* The host that the engine believes to be on: it refuses KVM_SET_TSC_KHZ, may say that it scales TSC rates, and has a PMU
+ * that can be switched off. */
 static struct {
     int on, scales;
+    int vcpus, pmu_off; /* of vcpus, so many were made after the PMU was switched off */
 } other_host;
 
 /* In place of the C library's. */
@@ -42,6 +44,15 @@ int ioctl(int fd, unsigned long request, ...)
     }
     if (other_host.on && request == KVM_CHECK_EXTENSION && argument == KVM_CAP_TSC_CONTROL)
         return other_host.scales;
+    if (other_host.on && request == KVM_CHECK_EXTENSION && argument == KVM_CAP_PMU_CAPABILITY)
+        return KVM_PMU_CAP_DISABLE;
+    const struct kvm_enable_cap *cap = (const void *)argument;
+    if (other_host.on && request == KVM_ENABLE_CAP && cap->cap == KVM_CAP_PMU_CAPABILITY) {
+        other_host.pmu_off = other_host.vcpus == 0 && cap->args[0] == KVM_PMU_CAP_DISABLE;
+        return 0;
+    }
+    if (other_host.on && request == KVM_CREATE_VCPU)
+        other_host.vcpus++;
     return (int)syscall(SYS_ioctl, fd, request, argument);
 }
 
@@ -471,6 +482,18 @@ static void a_tsc_rate_that_is_refused(void)
     destroy(&machine);
 }
 
+/* Before the first vCPU, for it is refused later (api.rst, KVM_CAP_PMU_CAPABILITY). */
+static void no_pmu(void)
+{
+    struct machine machine;
+    other_host.on = 1;
+    build(&machine, "\xf4", 1, 0);
+    other_host.on = 0;
+    CHECK_EQUAL(other_host.vcpus, 1);
+    CHECK_EQUAL(other_host.pmu_off, 1);
+    destroy(&machine);
+}
+
 static void failures_are_named(void)
 {
     struct machine machine;
@@ -638,6 +661,7 @@ int main(void)
     numbers_that_do_not_fit_are_refused();
     pending_triple_fault();
     a_tsc_rate_that_is_refused();
+    no_pmu();
     failures_are_named();
     dirty_pages();
     pit_later();
