@@ -7,7 +7,9 @@ import json
 from pyhv.accel.choose import ACCELERATORS, open_accelerator
 from pyhv.cli import failure, one_line, output
 from pyhv.cli.options import Command, Option
+from pyhv.cpu import dumps
 from pyhv.cpu.host import HostDescription, as_kvm_host
+from pyhv.cpu.table import CpuidTable
 from pyhv.errors import BadInput
 from pyhv.snapshot import file
 
@@ -22,7 +24,7 @@ COMMAND = Command(
         Option("--json", "print one JSON object: file, on, runs, reasons (kind and text of each), notes"),
     ),
     """
-A dump tells only about the processor: MSRs and the TSC's rate are not compared then.
+A dump tells only about the processor: MSRs and the TSC's rate are not compared then. Formats are those of pyhv diff.
 
 example:
   pyhv check t.pyhv --on older-host.json
@@ -33,11 +35,16 @@ example:
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     given = COMMAND.parse(arguments)
-    host = _this_host(given.accel) if given.on is None else read_host(given.on)
+    host, dump = (_this_host(given.accel), None) if given.on is None else read_host(given.on)
     where = given.on or "this host"
     with file.open_snapshot(given.file) as snapshot:
+        if dump is not None:
+            for table in snapshot.tables:
+                _check_told(dump, table, where)
         reasons = snapshot.needs.reasons_against(host, given.strict_tsc)
         notes = snapshot.needs.notes(host)
+    if dump is not None:
+        notes.append("not compared: MSRs and the TSC's rate, of which a dump does not tell")
     if given.json:
         described = [failure.reason_to_json(reason) for reason in reasons]
         output.print_json({"file": given.file, "on": where, "runs": not reasons, "reasons": described, "notes": notes})
@@ -48,10 +55,8 @@ def main(arguments: list[str]) -> int:
     return 1 if reasons else 0
 
 
-def read_host(path: str) -> HostDescription:
-    """The host of a description or a dump. Raises BadInput."""
-    from pyhv.cpu import dumps
-
+def read_host(path: str) -> tuple[HostDescription, dumps.Dump | None]:
+    """The host of a description; or what KVM would make of a dump's processor, and the dump. Raises BadInput."""
     text = dumps.load_text(path)
     if text.lstrip().startswith("{"):
         try:
@@ -59,8 +64,17 @@ def read_host(path: str) -> HostDescription:
         except (ValueError, RecursionError) as error:
             raise BadInput(path, f"is no JSON: {error}") from None
         if isinstance(value, dict) and str(value.get("format", "")).startswith("pyhv-host/"):
-            return HostDescription.from_json(value, path)
-    return as_kvm_host(dumps.parse(text, path), name=path)
+            return HostDescription.from_json(value, path), None
+    dump = dumps.read(text, path)
+    return as_kvm_host(dump.table, name=path), dump
+
+
+def _check_told(dump: dumps.Dump, guest: CpuidTable, path: str) -> None:
+    """Raises BadInput where the dump does not tell what this guest's XSAVE area depends on."""
+    if untold := dumps.untold(dump, guest):
+        missing = f"it lacks subleaf {', '.join(map(str, untold))}, on which the guest depends"
+        advice = "make the dump again by a program that prints all subleaves, such as cpuid -r"
+        raise BadInput(path, f"leaf 0xd is cut off: {missing}", advice)
 
 
 def _this_host(accel: str) -> HostDescription:

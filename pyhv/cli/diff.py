@@ -21,8 +21,9 @@ _DETAILS = """
 A and B are each
   host       what KVM offers to guests on this machine
   PROFILE    the name of a profile (see pyhv profiles), or a profile's file NAME.toml: what it lets a guest see
-  FILE       a CPUID table: the output of `cpuid -r`, of the guest cpuid, of `kcpuid -r`, lines of CPUID LEAF:
-             EAX-EBX-ECX-EDX, or what `pyhv host --json` writes. ./NAME is always a file
+  FILE       a CPUID table: the output of `cpuid -r`, of the guest cpuid, of `kcpuid -r`, a file of AIDA64 (the
+             collection InstLatx64), lines of CPUID LEAF: EAX-EBX-ECX-EDX, or what `pyhv host --json` writes.
+             ./NAME is always a file
 
 A profile has features and limits only; two tables are compared register by register.
 

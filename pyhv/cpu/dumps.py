@@ -6,19 +6,27 @@
                  "0x00000004: subleafs:" and " 0: EAX=0x..., ..." (tools/arch/x86/kcpuid of the kernel). That tool does
                  not print answers of zeros.
     raw          "CPUID 00000001: EAX-EBX-ECX-EDX", eight hexadecimal digits each; repeated lines of a leaf are its
-                 subleaves, in order.
+                 subleaves, in order. "[SL 0B]" after it says which subleaf it is, in hexadecimal; what else stands in
+                 brackets are notes. Where leaf 0 comes again, another CPU begins: the first is taken.
+    AIDA64       the files of the collection InstLatx64, made by that program: sections under headings such as
+                 "------[ CPUID Registers / Logical CPU #0 ]------", "CPUID Registers (CPU #1):", "CPU#000 AffMask: ..."
+                 with lines as in raw, older ones also without the colon or with spaces for the dashes. All other lines
+                 (MSRs, clocks, the mainboard) are passed over. Of several CPUs the first is taken.
     JSON         what `pyhv host --json` writes ("pyhv-host/1"), or a table alone ("pyhv-cpuid/1").
 
 Lines that start with # are comments; the `cpuid` guest writes some. A line that is none of the format's is an error
-that names file and line: a dump is either understood or refused.
+that names file and line: a dump is either understood or refused. A byte order mark is passed over.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from pyhv.cpu.features import BY_NAME
 from pyhv.cpu.table import EXTENDED, HYPERVISOR, CpuidTable, Registers
 from pyhv.errors import BadInput
 
@@ -39,7 +47,15 @@ _KCPUID_VALUES = rf" EAX=0x{_HEX}, EBX=0x{_HEX}, ECX=0x{_HEX}, EDX=0x{_HEX}\s*"
 _KCPUID_LEAF = rf"0x{_HEX}:{_KCPUID_VALUES}"
 _KCPUID_SUBLEAVES = rf"0x{_HEX}: subleafs:\s*"
 _KCPUID_SUBLEAF = rf"\s*(\d{{1,10}}):{_KCPUID_VALUES}"
-_RAW = rf"CPUID {_HEX}: {_HEX}-{_HEX}-{_HEX}-{_HEX}\s*"
+_RAW_START = r"CPUID [0-9a-fA-F]{8}[ \t:].*"
+_RAW = rf"CPUID {_HEX}\s*:?\s*{_HEX}[- ]{_HEX}[- ]{_HEX}[- ]{_HEX}\s*(\[.*)?"
+_SUBLEAF_NOTE = r"\[SL ([0-9a-fA-F]{1,8})\]"
+_AIDA64_HEADING = (
+    r"-+\[ .* \]-+|(?:CPUID|MSR) Registers \(CPU #\d+.*\):|CPU#\d+ AffMask: .*|Group: 0x\S+ Affinity mask: .*"
+)
+_AIDA64_CPU = (
+    r"-+\[ (?:CPUID Registers / )?Logical CPU #(\d+) \]-+|CPUID Registers \(CPU #(\d+).*\):|CPU#(\d+) AffMask: .*"
+)
 
 
 class Dump(NamedTuple):
@@ -47,7 +63,7 @@ class Dump(NamedTuple):
 
     out_of_range: the answers to leaves above the maximum of their range. What a processor says there is an echo (Intel
     repeats its highest basic leaf) and no feature, so they are not in `table`.
-    format: "cpuid -r", "kcpuid -r", "raw" or "json".
+    format: "cpuid -r", "kcpuid -r", "raw", "AIDA64" or "json".
     """
 
     table: CpuidTable
@@ -69,10 +85,19 @@ def load_text(path: str) -> str:
         raise BadInput(path, error.strerror or "cannot be read") from None
     if len(data) > MAX_BYTES:
         raise BadInput(path, f"no CPUID dump: larger than {MAX_BYTES >> 20} MiB")
-    try:
-        return data.decode("ascii")
-    except UnicodeDecodeError:
-        raise BadInput(path, "no CPUID dump: not plain text") from None
+    text = _decode(data)
+    if "\0" in text:
+        raise BadInput(path, "no CPUID dump: not plain text")
+    return text
+
+
+def _decode(data: bytes) -> str:
+    """Text by its byte order mark, else UTF-8; what is neither is taken byte by byte: what matters here is ASCII."""
+    mark = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    for encoding in ("utf-16" if mark else "utf-8-sig", "latin-1"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    raise AssertionError("latin-1 decodes any bytes")
 
 
 def parse(text: str, name: str) -> CpuidTable:
@@ -92,15 +117,31 @@ def read(text: str, name: str) -> Dump:
         entries, form = _cpuid_r(lines, name), "cpuid -r"
     elif re.fullmatch(_KCPUID_HEADING, first):
         entries, form = _kcpuid(lines, name), "kcpuid -r"
+    elif any(re.fullmatch(_AIDA64_HEADING, line.strip()) for line in lines):
+        entries, form = _raw(_first_cpu(lines), name), "AIDA64"
     elif re.fullmatch(_RAW, first):
         entries, form = _raw(lines, name), "raw"
     else:
         raise BadInput(
             f"{name}:{number + 1}",
             f"no CPUID dump begins like this: {_quote(first)}",
-            "known are `cpuid -r`, `kcpuid -r`, lines of CPUID LEAF: EAX-EBX-ECX-EDX, and pyhv's JSON",
+            "known are `cpuid -r`, `kcpuid -r`, AIDA64, lines of CPUID LEAF: EAX-EBX-ECX-EDX, and pyhv's JSON",
         )
     return _dump(entries, form, name)
+
+
+def untold(dump: Dump, guest: CpuidTable) -> list[int]:
+    """The subleaves of leaf 0xD that the guest's XSAVE area rests on, and of which the dump tells nothing though the
+    processor has them: it is cut off there. What the host has cannot be judged then."""
+    table = dump.table
+    if dump.format == "json" or not guest.has(BY_NAME["xsave"]) or not table.has(BY_NAME["xsave"]):
+        return []
+    wanted = {0, *guest.xsave_areas()}
+    if guest.get(0xD, 1).eax and dump.format != "kcpuid -r":  # which leaves out what is zero
+        wanted.add(1)
+    told = {subleaf for leaf, subleaf in table.entries if leaf == 0xD}
+    announced = table.xcr0_mask | table.xss_mask
+    return sorted(n for n in wanted - told if n < 2 or 0 not in told or announced >> n & 1)
 
 
 def _dump(entries: Entries, form: str, name: str) -> Dump:
@@ -179,19 +220,48 @@ def _kcpuid(lines: list[str], name: str) -> Entries:
     return entries
 
 
+def _first_cpu(lines: list[str]) -> list[str]:
+    """Of AIDA64's lines those that tell CPU 0's answers, or the first CPU's; the others are empty."""
+    kept: dict[int, list[str]] = {}
+    current: int | None = None
+    for i, line in enumerate(lines):
+        heading = line.strip()
+        if match := re.fullmatch(_AIDA64_CPU, heading):
+            current = int(next(group for group in match.groups() if group))
+        elif re.fullmatch(_AIDA64_HEADING, heading):
+            current = None
+        elif current is not None and re.fullmatch(_RAW_START, line):
+            kept.setdefault(current, [""] * len(lines))[i] = line
+    if not kept:  # the oldest files have one CPU, under no heading
+        return [line if re.fullmatch(_RAW_START, line) else "" for line in lines]
+    return kept.get(0) or next(iter(kept.values()))
+
+
 def _raw(lines: list[str], name: str) -> Entries:
     answers: dict[int, list[Registers]] = {}
+    entries: Entries = {}
     last_line = {}
+    other_cpu = False
     for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
         match = re.fullmatch(_RAW, line)
         if not match:
             raise _garbage(name, i, line, "a line of CPUID LEAF: EAX-EBX-ECX-EDX")
-        leaf, *values = (int(group, 16) for group in match.groups())
+        leaf, *values = (int(group, 16) for group in match.groups()[:5])
+        other_cpu = other_cpu or (leaf == 0 and (leaf in answers or (0, 0) in entries))
+        if other_cpu:
+            continue
+        if note := re.search(_SUBLEAF_NOTE, match[6] or ""):
+            subleaf = int(note[1], 16)
+            if entries.get((leaf, subleaf)) != Registers(*values):  # some files have a line twice
+                _add(entries, leaf, subleaf, values, name, i)
+            continue
         answers.setdefault(leaf, []).append(Registers(*values))
         last_line[leaf] = i
-    entries = {(leaf, n): registers for leaf, rows in answers.items() for n, registers in enumerate(rows)}
+    for leaf, rows in answers.items():
+        for n, registers in enumerate(rows):
+            _add(entries, leaf, n, list(registers), name, last_line[leaf])
     # This format cannot say which subleaves it leaves out, and dumps leave out those of XSAVE components that do not
     # exist. Where lines in order make no sense, the masks in leaf 0xD tell which subleaves they are.
     if (0, 0) in entries and 0xD in answers and in_range(entries, 0xD):

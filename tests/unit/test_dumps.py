@@ -116,6 +116,105 @@ def test_a_range_whose_first_leaf_names_no_leaf_of_it_does_not_exist() -> None:
     assert set(dump.out_of_range) == {(5, 0), (0x40000000, 0), (0x80000000, 0), (0x80000001, 0), (0x80000002, 0)}
 
 
+AIDA64 = """\
+------[ Versions ]------
+
+Program Version : AIDA64 Engineer v7.60.7311 Beta
+LLKD Version    : 1014
+
+------[ CPU Info ]------
+
+CPU Type          : Intel\xae processor of no make
+CPUID Revision    : 000306C3h
+
+------[ CPUID Registers / Logical CPU #0 ]------
+
+allcpu: Package 0 / Core 0 / Thread 0: Valid, P-core
+
+CPUID 00000000: 00000004-756E6547-6C65746E-49656E69 [GenuineIntel]
+CPUID 00000001: 000306C3-00100800-7FFAFBFF-BFEBFBFF
+CPUID 00000004: 1C004121-01C0003F-0000003F-00000000 [SL 00] [L1D: 32 KB]
+CPUID 00000004: 1C004122-01C0003F-0000003F-00000000 [SL 0C] [L2: 1 MB] / L3: 8 MB]
+CPUID 80000000: 80000001-00000000-00000000-00000000
+CPUID 80000001: 00000000-00000000-00000021-2C100800
+
+------[ MSR Registers / Logical CPU #0 ]------
+
+MSR 0000001B: 0000-0000-FEE0-0900 [eD = 0]
+MSR 00000300: < FAILED >
+
+------[ CPUID Registers / Logical CPU #1 ]------
+
+CPUID 00000000: 00000004-756E6547-6C65746E-49656E69 [GenuineIntel]
+CPUID 00000001: 000306C3-01100800-7FFAFBFF-BFEBFBFF
+"""
+
+
+def test_aida64() -> None:
+    """By the example of files of InstLatx64: sections, notes in brackets, subleaves in hexadecimal."""
+    dump = dumps.read(AIDA64, "a")
+    assert dump.format == "AIDA64"
+    assert dict(dump.table.entries) == dict(dumps.parse(KCPUID_R, "b").entries)
+    assert not dump.out_of_range
+    # The first CPU, wherever it stands; CRLF.
+    split = AIDA64.index("------[ CPUID Registers / Logical CPU #1")
+    assert dumps.read(AIDA64[split:] + AIDA64[:split], "a") == dump
+    assert dumps.read(AIDA64.replace("\n", "\r\n"), "a") == dump
+
+
+@pytest.mark.parametrize(
+    "heading",
+    [
+        "------[ Logical CPU #0 ]------",
+        "CPUID Registers (CPU #1):",
+        "CPUID Registers (CPU #2 Virtual):",
+        "CPU#000 AffMask: 0x0000000000000001 ",
+        "CPU#000 AffMask: 0X0000000000000001:0 ",
+        "Group: 0x00 Affinity mask: 0x0000000000000001",
+    ],
+)
+def test_aida64s_headings(heading: str) -> None:
+    text = heading + AIDA64[AIDA64.index("\nCPUID 00000000") : AIDA64.index("------[ MSR")]
+    dump = dumps.read(text, "a")
+    assert dump.format == "AIDA64" and dump.table == dumps.parse(AIDA64, "a")
+
+
+@pytest.mark.parametrize("dash", ["-", " "])
+@pytest.mark.parametrize("colon", [": ", " ", " :", " : ", "  \t"])
+def test_older_lines_of_aida64(colon: str, dash: str) -> None:
+    lines = [line.split(": ") for line in RAW.splitlines()]
+    text = "".join(f"{leaf}{colon}{values.replace('-', dash)}  \n" for leaf, values in lines)
+    assert dumps.parse(text, "a") == dumps.parse(RAW, "b")
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for encoding in ("utf-8-sig", "utf-16", "utf-8", "latin-1"):
+        path.write_bytes(AIDA64.encode(encoding))
+        assert dumps.load(str(path)) == dumps.parse(AIDA64, "a"), encoding
+    path.write_bytes(b"\xef\xbb\xbf" + CPUID_R.encode())
+    assert dumps.load(str(path)) == dumps.parse(CPUID_R, "a")
+
+
+def test_damage_in_aida64s_lines_is_refused() -> None:
+    for old, new in (("-BFEBFBFF\nCPUID 00000004", "\nCPUID 00000004"), ("000306C3-00100800", "000306C3-0010080G")):
+        with pytest.raises(BadInput, match="a:16: expected a line of CPUID LEAF"):
+            dumps.parse(AIDA64.replace(old, new, 1), "a")
+    twice = AIDA64.replace("1C004122-01C0003F-0000003F-00000000 [SL 0C]", "1C004122-01C0003F-0000003F-00000000 [SL 00]")
+    with pytest.raises(BadInput, match="a:18: leaf 0x4 subleaf 0x0 is there twice"):
+        dumps.parse(twice, "a")
+    # A line that is there twice and says the same does no harm: some files have one.
+    line = "CPUID 00000004: 1C004121-01C0003F-0000003F-00000000 [SL 00] [L1D: 32 KB]\n"
+    assert dumps.parse(AIDA64.replace(line, line + line), "a") == dumps.parse(AIDA64, "a")
+
+
+def test_where_leaf_0_comes_again_another_cpu_begins() -> None:
+    other = RAW.replace("00100800", "01100800")
+    assert dumps.parse(RAW + "\n" + other, "a") == dumps.parse(RAW, "a")
+    with pytest.raises(BadInput, match="a:11: expected a line of CPUID LEAF"):
+        dumps.parse(RAW + "\n" + other.replace("-7FFAFBFF", ""), "a")
+
+
 def raw_xsave(*rows: str) -> str:
     return "CPUID 00000000: 0000000D-756E6547-6C65746E-49656E69\n" + "".join(f"CPUID 0000000D: {r}\n" for r in rows)
 
@@ -170,6 +269,31 @@ def test_raw_with_an_impossible_leaf_0xd() -> None:
             ),
             "a",
         )
+
+
+def xsave_dump(text: str) -> dumps.Dump:
+    return dumps.read(f"CPUID 00000001: 00000000-00000000-{0x14000000:08X}-00000000\n" + text, "a")
+
+
+def test_a_leaf_0xd_that_is_cut_off_is_no_processor_without_avx() -> None:
+    """What a guest's XSAVE area rests on is told, or it is known that it is not."""
+    rows = ("00000207-00000340-00000988-00000000", "0000000F-00000350-00001800-00000000")
+    rows += ("00000100-00000240-00000000-00000000", "00000008-00000980-00000000-00000000")
+    whole, cut, none = (xsave_dump(raw_xsave(*rows[:n])) for n in (4, 2, 0))
+    guest = whole.table
+    assert dumps.untold(whole, guest) == []
+    assert dumps.untold(cut, guest) == [2, 9]
+    assert dumps.untold(none, guest) == [0, 1, 2, 9]
+    # A guest that has nothing there depends on nothing there, and a component that is not announced is none.
+    bare = guest.replace({(1, 0): Registers(0, 0, 0, 0)})
+    assert dumps.untold(none, bare) == []
+    small = guest.replace({key: None for key in guest.entries if key[0] == 0xD and key[1] > 2})
+    small = small.replace({(0xD, 0): small.get(0xD)._replace(eax=7)})
+    assert dumps.untold(cut, small) == [2] and dumps.untold(whole, small) == []
+    more = guest.replace({(0xD, 5): Registers(64, 1088, 0, 0), (0xD, 0): guest.get(0xD)._replace(eax=0x227)})
+    assert dumps.untold(whole, more) == []  # the host does not have it: a reason, and no gap
+    # pyhv's own tables hold no zeros, and kcpuid prints none.
+    assert dumps.untold(dumps.read(json.dumps(cut.table.to_json()), "a"), guest) == []
 
 
 def test_json(tmp_path: Path) -> None:
@@ -247,7 +371,8 @@ def test_a_host_may_come_out_of_a_pipe_that_is_slow() -> None:
     thread = threading.Thread(target=write)
     thread.start()
     try:
-        assert check.read_host(f"/proc/self/fd/{reader}") == as_kvm_host(dumps.parse(CPUID_R, "a"), name="a")
+        host, dump = check.read_host(f"/proc/self/fd/{reader}")
+        assert dump == dumps.read(CPUID_R, "a") and host == as_kvm_host(dump.table, name="a")
     finally:
         thread.join()
         os.close(reader)
