@@ -512,6 +512,12 @@ void pyhv_vcpu_run(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit);
  * return, where a sandbox forbids to signal a thread. */
 int pyhv_vcpu_kick(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
 
+/* 1 if the vCPU is halted and only another vCPU can wake it: interrupts are off, and nothing in the VM makes an NMI, SMI or
+ * INIT; or if it waits to be started by another one. Any thread: a vCPU that runs is looked at within its run, and is
+ * reported as 0 where that takes long. Of several vCPUs each is looked at in its own moment: that all wait is certain only
+ * when none runs. -1 with an error. */
+int pyhv_vcpu_waits_for_ever(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
+
 /* Executes one instruction and stops with PYHV_STOP_DEBUG (or what else the instruction caused). */
 void pyhv_vcpu_step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit);
 
@@ -676,6 +682,7 @@ size_t pyhv_emulator_vcpu_cpuid_log(struct pyhv_emulator_vcpu *vcpu, struct pyhv
 const struct pyhv_counters *pyhv_emulator_vcpu_counters(const struct pyhv_emulator_vcpu *vcpu);
 void pyhv_emulator_vcpu_run(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit);
 int pyhv_emulator_vcpu_kick(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error);
+int pyhv_emulator_vcpu_waits_for_ever(struct pyhv_emulator_vcpu *vcpu);
 void pyhv_emulator_vcpu_step(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit);
 
 int pyhv_emulator_vcpu_get_regs(struct pyhv_emulator_vcpu *vcpu, struct pyhv_regs *regs, struct pyhv_error *error);

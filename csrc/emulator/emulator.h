@@ -48,6 +48,7 @@ struct pyhv_emulator_vm {
     pthread_mutex_t lock;
     pthread_cond_t wake; /* of the vCPU in HLT; CLOCK_MONOTONIC */
     struct irqchip chips;
+    bool asleep;        /* the vCPU's thread waits for `wake`, so its state stays as it is */
     int64_t clock_zero; /* CLOCK_MONOTONIC ns when the guest's own clock stood at 0 */
 };
 

@@ -283,6 +283,13 @@ static bool lapic_takes_extint(const struct lapic *lapic)
     return !(lint0 & LVT_MASKED) && (lint0 >> 8 & 7) == MODE_EXTINT;
 }
 
+/* Linux's NMI watchdog was made of it. */
+static bool lapic_lint0_is_nmi(const struct lapic *lapic)
+{
+    uint32_t lint0 = lapic_get(lapic, LAPIC_LVT_LINT0);
+    return !(lint0 & LVT_MASKED) && (lint0 >> 8 & 7) == MODE_NMI;
+}
+
 /* Nanoseconds a tick: KVM's APIC counts 1 GHz of bus cycles, which guests may have measured. */
 static int64_t lapic_tick(const struct lapic *lapic)
 {
@@ -620,6 +627,8 @@ static void pit_update(struct irqchip *chips, int64_t now)
     if (pit_deadline(chips, chips->pit_counted) <= now) { /* periods that went by unseen are one */
         irqchip_set_line(chips, 0, true);
         irqchip_set_line(chips, 0, false);
+        if (lapic_lint0_is_nmi(&chips->lapic)) /* as KVM does, whatever the 8259A makes of the line */
+            chips->nmi_pending = true;
     }
     chips->pit_counted = now;
 }
@@ -775,6 +784,16 @@ bool irqchip_waiting(const struct irqchip *chips)
 {
     return lapic_highest(&chips->lapic, LAPIC_IRR) >= 0 || chips->nmi_pending ||
            (pic_pending(chips) && lapic_takes_extint(&chips->lapic));
+}
+
+bool irqchip_may_send_nmi(const struct irqchip *chips, bool masked)
+{
+    if (masked)
+        return false;
+    for (unsigned pin = 0; pin < IOAPIC_PINS; pin++)
+        if (!(chips->ioapic.redirection[pin] & ENTRY_MASKED) && (chips->ioapic.redirection[pin] >> 8 & 7) == MODE_NMI)
+            return true;
+    return chips->nmi_pending || (chips->has_pit && lapic_lint0_is_nmi(&chips->lapic));
 }
 
 bool irqchip_pending(const struct irqchip *chips)

@@ -47,6 +47,10 @@ int64_t irqchip_update(struct irqchip *chips, int64_t now);
 /* Whether an interrupt waits, be it held back by the task's priority. */
 bool irqchip_waiting(const struct irqchip *chips);
 
+/* Whether the processor may get an NMI: one waits that is not masked, or a line or the PIT makes them. Nothing else wakes a
+ * processor that has switched interrupts off. */
+bool irqchip_may_send_nmi(const struct irqchip *chips, bool masked);
+
 /* Whether the processor would get one, at its task priority. */
 bool irqchip_pending(const struct irqchip *chips);
 

@@ -606,13 +606,33 @@ static void sleep_in_hlt(struct pyhv_emulator_vcpu *vcpu, int64_t deadline)
     struct pyhv_emulator_vm *vm = vcpu->vm;
     struct timespec until = {.tv_sec = deadline / 1000000000, .tv_nsec = deadline % 1000000000};
     pthread_mutex_lock(&vm->lock);
+    vm->asleep = true;
     while (!atomic_load(&vcpu->attention)) {
         if (deadline == NO_DEADLINE)
             pthread_cond_wait(&vm->wake, &vm->lock);
         else if (pthread_cond_timedwait(&vm->wake, &vm->lock, &until) == ETIMEDOUT)
             break;
     }
+    vm->asleep = false;
     pthread_mutex_unlock(&vm->lock);
+}
+
+int pyhv_emulator_vcpu_waits_for_ever(struct pyhv_emulator_vcpu *vcpu)
+{
+    struct pyhv_emulator_vm *vm = vcpu->vm;
+    pthread_mutex_lock(&vm->lock);
+    bool waits = vm->asleep;
+    if (!waits) { /* or nobody runs it */
+        pthread_mutex_lock(&vcpu->kick.lock);
+        waits = !vcpu->kick.running && vcpu->halted;
+        pthread_mutex_unlock(&vcpu->kick.lock);
+    }
+    if (waits) {
+        const struct cpu_state *state = pyhv_library_state(vcpu->engine);
+        waits = !(state->rflags & RFLAGS_IF) && !irqchip_may_send_nmi(&vm->chips, state->hflags2 & HF2_NMI);
+    }
+    pthread_mutex_unlock(&vm->lock);
+    return waits;
 }
 
 /* Lets the engine execute, `count` instructions if that is not 0, and acts on why it came back. True if the run ends. */

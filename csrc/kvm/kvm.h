@@ -55,8 +55,14 @@ struct pyhv_vcpu {
     bool debugged;   /* KVM_SET_GUEST_DEBUG is in force */
     bool io_pending; /* the last exit's port or memory access is finished by the next KVM_RUN only */
 
-    struct pyhv_kick kick; /* its lock covers kicked and run->immediate_exit, too */
+    struct pyhv_kick kick; /* its lock covers what follows, and run->immediate_exit */
     atomic_int kicked;
+
+    /* A look at the vCPU while it runs: see wake.c. */
+    enum { LOOK_NONE, LOOK_WANTED, LOOK_DONE } look;
+    int look_result;
+    struct pyhv_error look_error;
+    pthread_cond_t looked; /* CLOCK_MONOTONIC; also when a run ends */
 };
 
 /* Creates the irqchip, if one is wanted: before the first vCPU, which gets its LAPIC from it. */
@@ -70,6 +76,9 @@ size_t pyhv_vcpu_read_linear(struct pyhv_vcpu *vcpu, uint64_t linear, void *buff
 
 /* Where the vCPU stands: CS base + RIP. */
 int pyhv_vcpu_linear_rip(struct pyhv_vcpu *vcpu, uint64_t *linear, struct pyhv_error *error);
+
+/* Answers pyhv_vcpu_waits_for_ever(). On the vCPU's thread, outside of KVM_RUN, with no I/O pending. */
+void pyhv_vcpu_look(struct pyhv_vcpu *vcpu);
 
 /* KVM_SET_GUEST_DEBUG for what the vCPU's trap needs: breakpoints at its sites, or nothing, also after steps. */
 int pyhv_trap_arm(struct pyhv_vcpu *vcpu, struct pyhv_error *error);

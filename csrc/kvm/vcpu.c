@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "cancel.h"
@@ -21,6 +22,15 @@ static int enforce_pv_cpuid(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
     if (ioctl(vcpu->fd, KVM_ENABLE_CAP, &enforce) < 0)
         return pyhv_fail_errno(error, "KVM_ENABLE_CAP(KVM_CAP_ENFORCE_PV_FEATURE_CPUID)");
     return 0;
+}
+
+static void init_condition(pthread_cond_t *condition)
+{
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(condition, &monotonic);
+    pthread_condattr_destroy(&monotonic);
 }
 
 struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct pyhv_error *error)
@@ -41,6 +51,7 @@ struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct py
     vcpu->index = index;
     vcpu->run_size = (size_t)run_size;
     pyhv_kick_init(&vcpu->kick);
+    init_condition(&vcpu->looked);
     vcpu->fd = ioctl(vm->fd, KVM_CREATE_VCPU, index);
     if (vcpu->fd < 0) {
         pyhv_fail(error, errno, "KVM_CREATE_VCPU", "vCPU %u", index);
@@ -59,6 +70,7 @@ struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct py
     return vcpu;
 
 fail:
+    pthread_cond_destroy(&vcpu->looked);
     pyhv_kick_destroy(&vcpu->kick);
     free(vcpu);
     return NULL;
@@ -70,6 +82,7 @@ void pyhv_vcpu_destroy(struct pyhv_vcpu *vcpu)
         return;
     munmap(vcpu->run, vcpu->run_size);
     close(vcpu->fd);
+    pthread_cond_destroy(&vcpu->looked);
     pyhv_kick_destroy(&vcpu->kick);
     free(vcpu->trap.log);
     free(vcpu);
@@ -91,13 +104,17 @@ int pyhv_vcpu_kick(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
     return errnum ? pyhv_fail(error, errnum, "pthread_kill", "SIGURG to the thread of vCPU %u", vcpu->index) : 0;
 }
 
-/* Takes a kick back from the vCPU: true if there was one. */
-static bool consume_kick(struct pyhv_vcpu *vcpu)
+/* Does what the vCPU was interrupted for, outside of KVM_RUN and with no I/O pending. Takes a kick back: true if there
+ * was one. */
+static bool attend(struct pyhv_vcpu *vcpu)
 {
     pthread_mutex_lock(&vcpu->kick.lock);
     bool kicked = atomic_exchange(&vcpu->kicked, 0) != 0;
+    bool look = vcpu->look == LOOK_WANTED;
     vcpu->run->immediate_exit = 0;
     pthread_mutex_unlock(&vcpu->kick.lock);
+    if (look)
+        pyhv_vcpu_look(vcpu);
     return kicked;
 }
 
@@ -284,7 +301,7 @@ static bool enter(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
         return true;
     }
     vcpu->counters.interrupted++;
-    if (!consume_kick(vcpu))
+    if (!attend(vcpu))
         return false;
     stop(exit, PYHV_STOP_KICKED);
     return true;
@@ -299,8 +316,8 @@ static bool finish_io(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
         vcpu->run->immediate_exit = 1;
         int result = ioctl(vcpu->fd, KVM_RUN, 0);
         int errnum = errno;
-        pthread_mutex_lock(&vcpu->kick.lock); /* a kick that comes now keeps its immediate_exit */
-        vcpu->run->immediate_exit = atomic_load(&vcpu->kicked) != 0;
+        pthread_mutex_lock(&vcpu->kick.lock); /* who interrupts it now keeps the immediate_exit */
+        vcpu->run->immediate_exit = atomic_load(&vcpu->kicked) != 0 || vcpu->look == LOOK_WANTED;
         pthread_mutex_unlock(&vcpu->kick.lock);
         if (result == 0) {
             /* Single-stepping reports the finished instruction as a step of its own. */
@@ -351,7 +368,7 @@ static bool step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
                 return finish_io(vcpu, exit);
         } else if (errno == EINTR) {
             vcpu->counters.interrupted++;
-            if (consume_kick(vcpu)) {
+            if (attend(vcpu)) {
                 stop(exit, PYHV_STOP_KICKED);
                 return true;
             }
@@ -385,6 +402,7 @@ static void leave_thread(struct pyhv_vcpu *vcpu)
 {
     pyhv_cancel = NULL;
     pyhv_kick_leave(&vcpu->kick);
+    pthread_cond_broadcast(&vcpu->looked); /* who wants a look need not wait for this run any more */
 }
 
 /* Steps, until the run ends. An instruction that is answered instead of executed enters no KVM_RUN, which would notice
@@ -392,7 +410,11 @@ static void leave_thread(struct pyhv_vcpu *vcpu)
 static void step_on(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
 {
     do {
-        if (atomic_load(&vcpu->kicked) && consume_kick(vcpu)) {
+        if (!atomic_load(&vcpu->kicked))
+            continue;
+        if (finish_io(vcpu, exit))
+            return;
+        if (attend(vcpu)) {
             stop(exit, PYHV_STOP_KICKED);
             return;
         }

@@ -45,8 +45,6 @@ _TSC_KHZ = 1_000_000
 
 _MAX_ENTRIES = 256  # PYHV_CPUID_MAX_ENTRIES
 _MAX_MSRS = 256
-_MP_HALTED = 3
-_RFLAGS_IF = 1 << 9
 
 
 class EmulatorVcpu:
@@ -113,8 +111,7 @@ class EmulatorVcpu:
         check(lib.pyhv_emulator_vcpu_kick(self.handle, error), error)
 
     def waits_for_ever(self) -> bool:
-        halted = lib.pyhv_emulator_vcpu_get_mp_state(self.handle) == _MP_HALTED
-        return halted and not self.get_regs().rflags & _RFLAGS_IF
+        return bool(lib.pyhv_emulator_vcpu_waits_for_ever(self.handle))
 
     def counters(self) -> dict[str, int]:
         return structs.to_counters(lib.pyhv_emulator_vcpu_counters(self.handle))

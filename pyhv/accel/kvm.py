@@ -27,10 +27,6 @@ CAP_MAX_VCPUS = 66
 CAP_TSC_CONTROL = 60
 CAP_TSC_DEADLINE_TIMER = 72
 
-# KVM_MP_STATE_* (api.rst, KVM_GET_MP_STATE).
-_MP_UNINITIALIZED, _MP_INIT_RECEIVED, _MP_HALTED = 1, 2, 3
-_RFLAGS_IF = 1 << 9
-
 _MAX_ENTRIES = 256  # PYHV_CPUID_MAX_ENTRIES
 _MAX_MSRS = 2048
 
@@ -110,10 +106,7 @@ class KvmVcpu:
 
     def waits_for_ever(self) -> bool:
         error = new_error()
-        state = check(lib.pyhv_vcpu_get_mp_state(self.handle, error), error)
-        if state in (_MP_UNINITIALIZED, _MP_INIT_RECEIVED):
-            return True
-        return state == _MP_HALTED and not self.get_regs().rflags & _RFLAGS_IF
+        return bool(check(lib.pyhv_vcpu_waits_for_ever(self.handle, error), error))
 
     def counters(self) -> dict[str, int]:
         return structs.to_counters(lib.pyhv_vcpu_counters(self.handle))

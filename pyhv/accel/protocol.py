@@ -55,7 +55,10 @@ class AccelVcpu(Protocol):
         signal a thread."""
 
     def waits_for_ever(self) -> bool:
-        """True if the vCPU is halted with interrupts off, or was never started: only another vCPU can wake it."""
+        """True if the vCPU is halted and only another vCPU can wake it: interrupts are off, and nothing makes an NMI,
+        SMI or INIT; or if it was never started. Any thread, also while it runs: it is looked at within its run. Of
+        several vCPUs each is looked at in its own moment: that all wait is certain only when none runs. Raises
+        HostError."""
 
     def counters(self) -> dict[str, int]:
         """How many exits of each kind there were (struct pyhv_counters)."""

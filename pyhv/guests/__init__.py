@@ -16,6 +16,7 @@ _GUESTS = {
     "instructions": "executes an instruction of each set that compatibility mode hides, and prints which run",
     "msrs": "writes every MSR that lets itself be written, and looks whether each keeps what it was given",
     "multiboot": "a multiboot kernel: prints its memory map, modules, command line and number of vCPUs",
+    "pit": "sleeps with interrupts off and is woken by NMIs of the PC's timer, or counts its ticks",
     "pvh": "a PVH kernel: prints its memory map, modules and command line",
     "refuse": "demands SSE4.2; without it it ends with status 42",
     "spin": "loops for ever without an exit",

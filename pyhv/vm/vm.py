@@ -11,6 +11,7 @@ from pyhv.errors import BadInput, HostError
 from pyhv.light import NamedTuple
 from pyhv.vm import life
 from pyhv.vm.devices import Devices
+from pyhv.vm.idle import IdleWatch
 from pyhv.vm.life import Life
 from pyhv.vm.memory import GuestMemory
 
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
     from pyhv.cpu.table import CpuidTable
 
     T = TypeVar("T")
-
-# How long a VM must look idle before it is asked whether it can ever wake up, in seconds; doubled after each "yes, it
-# can" so that a guest that sleeps properly is not disturbed. While it computes, the look takes processor time from it:
-# that becomes rarer too.
-_FIRST_IDLE_CHECK, _LAST_IDLE_CHECK, _LAST_BUSY_CHECK = 0.05, 2.0, 0.4
 
 _KICK_AGAIN = 0.005
 
@@ -99,13 +95,10 @@ class _VcpuThread:
             if not self._stood.acquire(timeout=_KICK_AGAIN):
                 self.vcpu.kick()
 
-    def sleeps(self) -> bool:
-        """Whether it is not using a processor right now."""
-        try:
-            with open(f"/proc/self/task/{self._thread.native_id}/stat", "rb") as stat:
-                return stat.read().rpartition(b") ")[2][:1] == b"S"
-        except OSError:
-            return False
+    @property
+    def native_id(self) -> int:
+        """The kernel's number of the thread."""
+        return self._thread.native_id or 0
 
     def end(self) -> None:
         """Ends it, after a kick. Once more, if Ctrl-C comes meanwhile."""
@@ -306,20 +299,20 @@ class Vm:
         somebody closes the VM ("closed") or calls interrupt() ("stopped"), at most `timeout` seconds ("timeout"); which
         of them.
 
-        A guest whose vCPUs are all halted with interrupts off has come to its end: Stop.HALTED. Raises WrongState,
-        BadInput for a timeout that is none, and what a vCPU's thread failed with.
+        A guest whose vCPUs are all halted, with nothing that could wake them, has come to its end: Stop.HALTED. Raises
+        WrongState, BadInput for a timeout that is none, and what a vCPU's thread failed with.
         """
         check_timeout(timeout)
         self.life.check_free("wait")
         deadline = None if timeout is None else time.monotonic() + timeout
-        idle_check = _FIRST_IDLE_CHECK
+        idle = IdleWatch()
         interrupts = self._interrupted
         while True:
             left = _FOR_EVER if deadline is None else deadline - time.monotonic()
             with self._noted:
                 reason = self._reason(interrupts)
                 if not reason and left > 0:
-                    self._changed.wait(min(idle_check, left))
+                    self._changed.wait(min(idle.interval, left))
                     reason = self._reason(interrupts)
                 if reason == "stopped":
                     self._interrupted = self._interrupts
@@ -327,10 +320,9 @@ class Vm:
                 break
             if reason or left <= 0:
                 return reason or "timeout"
-            if not self._sleeps():
-                idle_check = min(2 * idle_check, _LAST_BUSY_CHECK)
-            elif not self._halted_for_good():
-                idle_check = min(2 * idle_check, _LAST_IDLE_CHECK)
+            threads = [thread.native_id for thread in self._threads]
+            if idle.lies_still(threads) and not self._halted_for_good():
+                idle.note_alive(threads)
         with self.life.turn:
             self._pause()
         return reason
@@ -463,19 +455,17 @@ class Vm:
                 self.life.ended = True
             self._changed.notify_all()
 
-    def _sleeps(self) -> bool:
-        """Whether no vCPU is using a processor right now."""
-        return all(thread.sleeps() for thread in self._threads)
-
     def _halted_for_good(self) -> bool:
-        """Looks, with the VM paused for a moment, whether any vCPU can ever run again; if none can, that is the end."""
+        """Looks whether any vCPU can ever run again; if none can, that is the end. A guest that can wake up is not
+        paused for it."""
         with self.life.turn:
-            if not self.running:
+            if not self.running or not self._all_wait_for_ever():
                 return False
+            # One may have woken another meanwhile. That none can any more is certain only when none runs.
             at = self.life.at
             try:
                 self._stand()
-                if self.stopped is None and all(vcpu.waits_for_ever() for vcpu in self.vcpus):
+                if self.stopped is None and self._all_wait_for_ever():
                     regs = self.vcpus[0].get_regs()
                     self._end(Stopped(0, Exit(Stop.HALTED, 0, 0, 0, 0, regs.rip, (), b"", "")))
             finally:
@@ -483,6 +473,9 @@ class Vm:
                 self._go()
                 self.life.at = at
             return self.stopped is not None
+
+    def _all_wait_for_ever(self) -> bool:
+        return all(vcpu.waits_for_ever() for vcpu in self.vcpus)
 
 
 class Departure:

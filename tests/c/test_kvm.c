@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -260,6 +261,58 @@ static void kicks_without_a_queue(void)
     kicks(0, spin, sizeof spin);
     kicks(1, sleep_for_ever, sizeof sleep_for_ever);
     setrlimit(RLIMIT_SIGPENDING, &before);
+}
+
+/* -------------------------------------------------------------------------------------- what can wake it -- */
+
+static void *run_on(void *argument)
+{
+    struct pyhv_exit exit;
+    pyhv_vcpu_run(argument, &exit);
+    CHECK_EQUAL(exit.stop, PYHV_STOP_KICKED);
+    return NULL;
+}
+
+/* A vCPU that runs is asked: it goes on, and no kick comes of it. */
+static void looks_at_running_vcpus(void)
+{
+    static const uint8_t spin[] = {0xeb, 0xfe}, halt[] = {0xfa, 0xf4, 0xeb, 0xfd}, wait[] = {0xfb, 0xf4, 0xeb, 0xfd};
+    const struct {
+        const uint8_t *code;
+        size_t size;
+        bool reaches; /* what it says in the end, when it has come to its HLT */
+        unsigned nmi_pin;
+    } cases[] = {
+        {spin, sizeof spin, false, 0},
+        {halt, sizeof halt, true, 0},
+        {wait, sizeof wait, false, 0},
+        {halt, sizeof halt, false, 4},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct machine machine;
+        struct pyhv_error error = {0};
+        struct pyhv_irqchip chips;
+        pthread_t thread;
+        build(&machine, cases[i].code, cases[i].size, 1);
+        if (cases[i].nmi_pin) {
+            CHECK_EQUAL(pyhv_vm_get_irqchip(machine.vm, &chips, &error), 0);
+            chips.ioapic.redirection[cases[i].nmi_pin] = 4 << 8; /* not masked, an NMI */
+            CHECK_EQUAL(pyhv_vm_set_irqchip(machine.vm, &chips, &error), 0);
+        }
+        CHECK_EQUAL(pyhv_vcpu_waits_for_ever(machine.vcpu, &error), 0); /* has not begun */
+        pthread_create(&thread, NULL, run_on, machine.vcpu);
+        int waits = 0;
+        for (int tries = 0; tries < 2000 && !waits; tries++) {
+            waits = pyhv_vcpu_waits_for_ever(machine.vcpu, &error);
+            if (!cases[i].reaches && tries == 50)
+                break;
+        }
+        CHECK_EQUAL(waits, cases[i].reaches);
+        CHECK_EQUAL(pyhv_vcpu_kick(machine.vcpu, NULL), 0);
+        pthread_join(thread, NULL);
+        CHECK_EQUAL(pyhv_vcpu_waits_for_ever(machine.vcpu, &error), cases[i].reaches); /* the same of one that stands */
+        destroy(&machine);
+    }
 }
 
 /* ------------------------------------------------------------------------------------ stepping and traps -- */
@@ -650,6 +703,7 @@ int main(void)
     kicks(1, sleep_for_ever, sizeof sleep_for_ever);
     kick_with_blocked_signals();
     kicks_without_a_queue();
+    looks_at_running_vcpus();
     kick_among_cpuids();
     steps();
     for (uint32_t capacity = 0; capacity <= 2; capacity++) {
