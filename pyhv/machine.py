@@ -436,9 +436,9 @@ class Machine:
         hello = hello._replace(name=name, strict_tsc=strict_tsc, zstd=limits.compress)
 
         def tell(facts: Progress) -> None:
-            departure.check()
             if progress is not None:
                 progress(facts)
+            departure.check()
 
         outgoing = source.Outgoing(self.vm, hello, lambda: capture.capture_raw(self.vm), departure)
         return source.Source(outgoing, channel, limits, tell, may_stop).run()
@@ -462,9 +462,9 @@ class Machine:
             writers.append(file.begin(path, capture.writer(self.host), state, self.vm.memory, tell))
 
         def tell(done: int, total: int) -> None:
-            self.vm.life.check_open()
             if progress is not None:
                 progress(done, total)
+            self.vm.life.check_open()
 
         try:
             self.vm.save(write)
@@ -567,7 +567,7 @@ class Machine:
         finally:
             # All in one turn: nobody can let it run again before its registers are read.
             with self.vm.life.leaving, self.vm.life.turn:
-                if not self.vm.life.is_away:
+                if self.vm.life.is_here:
                     self.pause()
                 if reason:
                     result = self._result_of(reason)
@@ -582,7 +582,7 @@ class Machine:
         if reason == "timeout":
             return None
         with self.vm.life.leaving, self.vm.life.turn:
-            if not self.vm.life.is_away:
+            if self.vm.life.is_here:
                 self.pause()
             return self._result_of(reason)
 

@@ -108,8 +108,14 @@ class Life:
         """Whether it was given away to `peer`."""
         return self.at in (UNKNOWN, MOVED)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether there is something that can be paused."""
+        return self.at not in (UNKNOWN, MOVED, CLOSED)
+
     def perform(self, asked: str, work: Callable[[], None], force: bool = False) -> None:
         """Does `work`, which is the transition `asked`, if the table says so, with `turn` held. Raises WrongState."""
+        self.check_leaving(asked)
         with self.turn:
             outer = self._doing
             try:
@@ -129,6 +135,12 @@ class Life:
         if cell == "do" or (cell == "force" and force):
             return True
         raise self.refusal(asked)
+
+    def check_leaving(self, asked: str) -> None:
+        """Raises WrongState at once for what a migration refuses: its hand-over has the turn."""
+        at = self.at
+        if at in (MIGRATING, HANDING_OVER) and TABLE[asked][at] == "no":
+            raise self.refusal(asked)
 
     def check_open(self, asked: str = SAVE) -> None:
         """Raises WrongState where somebody wants to close it: what is under way gives up."""

@@ -144,7 +144,8 @@ class Vm:
         self.life = Life()
         self._starts = 0
         self._noted = threading.Lock()  # held for moments, by the vCPUs' threads too
-        self._changed = threading.Condition(self._noted)
+        # One each for who waits; released when there is news. A Condition would not stand Ctrl-C.
+        self._waiters: list[threading.Lock] = []
         self._pausing = False
         # How often wait() was to be interrupted, and how often it was.
         self._interrupts = self._interrupted = 0
@@ -183,25 +184,28 @@ class Vm:
         self.life.perform(life.START, self._start, force)
 
     def _start(self) -> None:
-        """For whoever holds the turn. Until all of it is done the VM is a paused one."""
-        self._go()
-        self.life.at = life.RUNNING
+        """For whoever holds the turn."""
+        try:
+            self._go()
+        finally:
+            if self.running:
+                self.life.at = life.RUNNING
 
     def _go(self) -> None:
         """Lets the vCPUs run."""
         if self.running or self.stopped is not None:
             return
-        self._pausing = False
         self._tsc_khz = self._tsc_khz or self.vcpus[0].read_tsc_khz()
         self.prepare_start()
         self._starts += 1
-        self.running = True
         _to_its_end(self._let_go)
 
     def _let_go(self) -> None:
+        self._pausing = False
         self.devices.start_input()
         for thread in self._threads:
             thread.go(self._starts)
+        self.running = True
 
     def prepare_start(self) -> None:
         """Does what else the first start() would take longer for."""
@@ -230,11 +234,11 @@ class Vm:
 
     def _stand(self) -> None:
         """Stops the vCPUs and the input, for whoever holds the turn."""
-        self._pausing = True
         if self.running:
             _to_its_end(self._stop_all)
 
     def _stop_all(self) -> None:
+        self._pausing = True
         for vcpu in self.vcpus:
             vcpu.kick()
         for thread in self._threads:
@@ -251,8 +255,6 @@ class Vm:
         """Does `work` with the VM paused for it; afterwards it is as it was. Raises WrongState, what a vCPU's thread
         failed with, and what `work` raises."""
         self.life.check_thread(life.SAVE)
-        if self.life.at in (life.MIGRATING, life.HANDING_OVER):
-            raise self.life.refusal(life.SAVE)  # at once: the hand-over has the turn
 
         def hold() -> None:
             at, running = self.life.at, self.running
@@ -276,8 +278,7 @@ class Vm:
         """Does `work`, a migration to `peer`: it says what has become of the VM, which else goes on here. Raises
         WrongState, and what `work` raises."""
         self.life.check_thread(life.MIGRATE)
-        if self.life.at in (life.MIGRATING, life.HANDING_OVER):
-            raise self.life.refusal(life.MIGRATE)  # at once
+        self.life.check_leaving(life.MIGRATE)
         departure = Departure(self)
         with self.life.leaving:
             busy = self.life.busy_thread
@@ -305,27 +306,39 @@ class Vm:
         check_timeout(timeout)
         self.life.check_free("wait")
         deadline = None if timeout is None else time.monotonic() + timeout
-        idle = IdleWatch()
         interrupts = self._interrupted
+        news = threading.Lock()
+        news.acquire()
+        try:
+            self._waiters.append(news)
+            reason = self._wait(deadline, interrupts, news)
+        finally:
+            self._waiters.remove(news)
+        if reason == "stopped":
+            self._interrupted = self._interrupts
+        elif reason == "ended":
+            with self.life.turn:
+                self._pause()
+        return reason
+
+    def _wait(self, deadline: float | None, interrupts: int, news: threading.Lock) -> str:
+        idle = IdleWatch()
         while True:
             left = _FOR_EVER if deadline is None else deadline - time.monotonic()
-            with self._noted:
+            if not (reason := self._reason(interrupts)) and left > 0:
+                news.acquire(timeout=min(idle.interval, left))
                 reason = self._reason(interrupts)
-                if not reason and left > 0:
-                    self._changed.wait(min(idle.interval, left))
-                    reason = self._reason(interrupts)
-                if reason == "stopped":
-                    self._interrupted = self._interrupts
-            if reason == "ended":
-                break
             if reason or left <= 0:
                 return reason or "timeout"
             threads = [thread.native_id for thread in self._threads]
             if idle.lies_still(threads) and not self._halted_for_good():
                 idle.note_alive(threads)
-        with self.life.turn:
-            self._pause()
-        return reason
+
+    def _tell(self) -> None:
+        """Wakes who waits; with `_noted` held."""
+        for news in self._waiters:
+            if news.locked():
+                news.release()
 
     def _reason(self, interrupts: int) -> str:
         """Why there is nothing to wait for any more, or "". interrupts: so many were answered before."""
@@ -377,12 +390,13 @@ class Vm:
         if (bool(state.irqchip), state.pit) != (self.irqchip, self.pit):
             raise ValueError("it has other interrupt controllers or timers than the VM")
         self._vm.apply(self.vcpus, self.tables, state, elapsed)
+        self.life.at = life.PAUSED
 
     def interrupt(self) -> None:
         """Makes every wait() that is under way return at once, or the next one. Any thread."""
         with self._noted:
             self._interrupts += 1
-            self._changed.notify_all()
+            self._tell()
 
     def counters(self) -> dict[str, int]:
         """Exits of all vCPUs by kind, so far; of a closed VM none. Any thread."""
@@ -422,7 +436,7 @@ class Vm:
         self.memory.close()
         with self._noted:
             self.life.at = life.CLOSED
-            self._changed.notify_all()
+            self._tell()
 
     def _run_vcpu(self, vcpu: AccelVcpu) -> None:
         try:
@@ -446,14 +460,14 @@ class Vm:
         except BaseException as failure:
             with self._noted:
                 self._failure = failure
-                self._changed.notify_all()
+                self._tell()
 
     def _end(self, stopped: Stopped) -> None:
         with self._noted:
             if self.stopped is None:
                 self.stopped = stopped
                 self.life.ended = True
-            self._changed.notify_all()
+            self._tell()
 
     def _halted_for_good(self) -> bool:
         """Looks whether any vCPU can ever run again; if none can, that is the end. A guest that can wake up is not
@@ -529,7 +543,7 @@ class Departure:
         """The other side runs it."""
         with self._vm._noted:
             self._life.at = life.MOVED
-            self._vm._changed.notify_all()
+            self._vm._tell()
 
 
 def check_timeout(timeout: float | None) -> None:
