@@ -472,6 +472,10 @@ int pyhv_vm_add_pit(struct pyhv_vm *vm, struct pyhv_error *error);
 void pyhv_vm_destroy(struct pyhv_vm *vm); /* after its vCPUs and before its bus, which stays the caller's */
 int pyhv_vm_fd(const struct pyhv_vm *vm);
 
+/* What a pause owes the guest, to be done before its vCPUs, of which none runs, run on: its watchdogs are told that it was
+ * stopped (KVM_KVMCLOCK_CTRL), and ticks of the PIT that it slept through are one, not a storm of them. */
+int pyhv_vm_resume(struct pyhv_vm *vm, struct pyhv_error *error);
+
 /* Gives `size` bytes of host memory to the guest at `gpa`. Before the first vCPU is created it costs least. */
 #define PYHV_VM_MAX_SLOTS 16
 int pyhv_vm_map(struct pyhv_vm *vm, uint64_t gpa, uint64_t size, void *host, struct pyhv_error *error);

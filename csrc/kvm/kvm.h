@@ -27,6 +27,7 @@ struct pyhv_vm {
     bool complete; /* see pyhv_vm_complete() */
     bool triple_fault_event; /* a pending triple fault is part of a vCPU's events */
     struct pyhv_bus *bus;
+    struct pyhv_vcpu *vcpus; /* the newest first, linked by `next` */
     uint32_t slot_count;
     struct pyhv_slot slots[PYHV_VM_MAX_SLOTS];
     bool logs_dirty; /* the slots' flags */
@@ -46,6 +47,7 @@ struct pyhv_trap {
 
 struct pyhv_vcpu {
     struct pyhv_vm *vm;
+    struct pyhv_vcpu *next;
     int fd;
     uint32_t index;
     struct kvm_run *run;

@@ -67,6 +67,8 @@ struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct py
         pyhv_vcpu_destroy(vcpu);
         return NULL;
     }
+    vcpu->next = vm->vcpus;
+    vm->vcpus = vcpu;
     return vcpu;
 
 fail:
@@ -80,6 +82,10 @@ void pyhv_vcpu_destroy(struct pyhv_vcpu *vcpu)
 {
     if (!vcpu)
         return;
+    struct pyhv_vcpu **place = &vcpu->vm->vcpus;
+    while (*place != vcpu)
+        place = &(*place)->next;
+    *place = vcpu->next;
     munmap(vcpu->run, vcpu->run_size);
     close(vcpu->fd);
     pthread_cond_destroy(&vcpu->looked);

@@ -224,6 +224,32 @@ int pyhv_vm_map(struct pyhv_vm *vm, uint64_t gpa, uint64_t size, void *host, str
     return 0;
 }
 
+/* ------------------------------------------------------------------------------------------------ pauses -- */
+
+/* The PIT's timer runs on in a pause, and KVM owes the guest each of its ticks, to make them good one by one: after two
+ * seconds 2,000 of them, as quick as the guest takes them. Loading the count anew forgets the debt (kvm_pit_load_count() in
+ * arch/x86/kvm/i8254.c; KVM_REINJECT_CONTROL would too, but waits for a grace period of RCU). A period begins then; one
+ * tick may wait in the interrupt controller, which holds no more of a line. Of a single shot there is no debt: loaded anew
+ * it would come twice. */
+static int forget_ticks(struct pyhv_vm *vm, struct pyhv_error *error)
+{
+    enum { RATE_GENERATOR = 2, SQUARE_WAVE = 3 };
+    struct kvm_pit_state2 pit;
+    if (ioctl(vm->fd, KVM_GET_PIT2, &pit) < 0)
+        return pyhv_fail_errno(error, "KVM_GET_PIT2");
+    if (pit.channels[0].mode != RATE_GENERATOR && pit.channels[0].mode != SQUARE_WAVE)
+        return 0;
+    return ioctl(vm->fd, KVM_SET_PIT2, &pit) < 0 ? pyhv_fail_errno(error, "KVM_SET_PIT2") : 0;
+}
+
+int pyhv_vm_resume(struct pyhv_vm *vm, struct pyhv_error *error)
+{
+    for (struct pyhv_vcpu *vcpu = vm->vcpus; vcpu; vcpu = vcpu->next)
+        if (pyhv_vcpu_clock_paused(vcpu, error) < 0)
+            return -1;
+    return vm->pit && vm->complete ? forget_ticks(vm, error) : 0;
+}
+
 /* ------------------------------------------------------------------------------------------- dirty pages -- */
 
 /* The words of a slot's dirty bitmap. */

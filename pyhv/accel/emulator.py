@@ -147,6 +147,9 @@ class EmulatorVm:
     def create_vcpu(self, index: int) -> EmulatorVcpu:
         return EmulatorVcpu(self, index, self._tsc_khz)
 
+    def resume(self) -> None:
+        """Its timers count what they miss as one tick anyway, and it has no clock that could tell the guest."""
+
     def warm_up(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> None:
         from pyhv.accel import emulator_state
 

@@ -153,6 +153,10 @@ class KvmVm:
     def create_vcpu(self, index: int) -> KvmVcpu:
         return KvmVcpu(self, index)
 
+    def resume(self) -> None:
+        error = new_error()
+        check(lib.pyhv_vm_resume(self.handle, error), error)
+
     def warm_up(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> None:
         from pyhv.accel import kvm_state
 

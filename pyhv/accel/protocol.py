@@ -83,6 +83,10 @@ class AccelVm(Protocol):
         """ORs the pages written since log_dirty(True), or since the last call, into `bitmap` (uint64_t *): a bit a
         page, in the order in which memory was mapped. Also while it runs. Raises HostError."""
 
+    def resume(self) -> None:
+        """Before vCPUs that have run and were stopped run on: what the guest is to notice of the pause, and what not.
+        Ticks of its timers that it slept through are one. Raises HostError."""
+
     def warm_up(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> None:
         """Loads and looks up what capture() and apply() need, so that they are quick when a guest stands and waits for
         them."""

@@ -197,6 +197,8 @@ class Vm:
             return
         self._tsc_khz = self._tsc_khz or self.vcpus[0].read_tsc_khz()
         self.prepare_start()
+        if self._starts and self._vm is not None:
+            self._vm.resume()
         self._starts += 1
         _to_its_end(self._let_go)
 

@@ -24,6 +24,27 @@ def accel(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
 
 
+def test_ticks_of_the_pit_in_a_pause_are_no_storm(accel: str) -> None:
+    """1,000 ticks a second; KVM would make good each that the guest has slept through."""
+    with pyhv.Machine("pit", append="count", memory="4M", accel=accel) as machine:
+
+        def count() -> int:
+            return int.from_bytes(machine.vm.memory.read(0x200000, 4), "little")
+
+        machine.start()
+        while count() < 50:
+            time.sleep(0.01)
+        machine.pause()
+        before = count()
+        time.sleep(3)
+        begin = time.monotonic()
+        machine.start()
+        time.sleep(0.1)
+        machine.pause()
+        ran = time.monotonic() - begin
+        assert 0 < count() - before < 1000 * (ran + 1), "the 3,000 of the pause came along"
+
+
 @pytest.mark.parametrize(("word", "cause"), [("nmi", "guest-exit"), ("masked", "halted"), ("silent", "halted")])
 def test_halted_means_that_nothing_can_wake_it(accel: str, word: str, cause: str) -> None:
     with pyhv.Machine("pit", append=word, memory="4M", accel=accel) as machine:

@@ -1,6 +1,6 @@
 /* The first process of a Linux guest that pyhv boots inside a host: it says what it finds, a line each ("linux: KEY
- * VALUE"), and ends the machine as its command line says: do=off (the default), reboot, halt, panic, sleep; with do=ride
- * it goes on in ride.c. Modules in /modules that the command line names (load=A,B) are loaded first. */
+ * VALUE"), and ends the machine as its command line says: do=off (the default), reboot, halt, panic, sleep; with do=work
+ * it computes for ever, and says so each second; with do=ride it goes on in ride.c. Modules in /modules that the command line names (load=A,B) are loaded first. */
 #define _GNU_SOURCE
 #include "ride.h"
 
@@ -113,6 +113,12 @@ int main(void)
     }
     while (!strcmp(act, "sleep"))
         pause();
+    for (time_t last = 0; !strcmp(act, "work");) {
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        if (now.tv_sec != last)
+            printf("linux: works %lld\n", (long long)now.tv_sec);
+        last = now.tv_sec;
+    }
     reboot(RB_POWER_OFF);
     return 1;
 }

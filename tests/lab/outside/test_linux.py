@@ -117,6 +117,37 @@ def test_each_end_has_its_cause(host: Host, line: str, cause: str, status: int, 
     assert words in result["message"] and said["cmdline"].endswith(line)
 
 
+def test_a_guest_that_works_forgives_a_pause(host: Host) -> None:
+    """Its watchdog barks after 4 s without a turn; told by kvmclock that it was stopped it does not."""
+    command = ["python3", "-m", "pyhv", "run", f"{FOLDER}/vmlinux", "--initrd", f"{FOLDER}/initrd", "--mem", "256M"]
+    command += ["--append", f"{LINE} watchdog_thresh=2 do=work", "--name", "w"]
+    running = host.start(command, env=code.ENVIRONMENT)
+
+    def works() -> int:
+        return running.stdout.count(b"linux: works")
+
+    def wait_for_work(seconds: int) -> None:
+        wanted, deadline = works() + seconds, time.monotonic() + 300
+        while works() < wanted and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert works() >= wanted, running.stdout[-2000:]
+
+    wait_for_work(3)
+    for verb in ("pause", "save"):
+        host.run(["python3", "-m", "pyhv", "pause", "w"], env=code.ENVIRONMENT, check=True)
+        before = works()
+        time.sleep(12)
+        if verb == "save":
+            host.run(["python3", "-m", "pyhv", "save", "w", "/tmp/w.pyhv"], env=code.ENVIRONMENT, check=True)
+        assert works() == before
+        host.run(["python3", "-m", "pyhv", "resume", "w"], env=code.ENVIRONMENT, check=True)
+        wait_for_work(3)
+    host.run(["python3", "-m", "pyhv", "stop", "w"], env=code.ENVIRONMENT, check=True)
+    running.wait()
+    said = running.stdout.decode()
+    assert not re.search("lockup|stall|hung", said), said
+
+
 def test_a_kernel_without_acpi_makes_do_with_the_8259s(host: Host) -> None:
     """Debian's reads no MP table; the guest `multiboot` does. It resets by the keyboard controller then."""
     result, said = boot(host, "vmlinux", "acpi=off do=reboot")
