@@ -654,6 +654,8 @@ class Machine:
             message = report.message(self.choice.accelerator, self.vm, cause, stopped)
             if cut_short:
                 message = f"the snapshot became shorter while its memory was in use: parts of it are gone; {message}"
+            elif advice := choose.other_way(self.choice, self.facts, len(self.vm.vcpus), cause):
+                message += f"; {advice}"
             if stopped is None or cause not in ("reset", "halted"):
                 registers = report.registers(self.vm.vcpus[stopped.vcpu if stopped else 0])
         return RunResult(cause, status, self.console(), message, registers, self.counters())

@@ -5,7 +5,9 @@ emulator  the guest runs on the software accelerator, and the engine answers. Ex
 trap      KVM runs the guest and the engine answers, stopping the vCPU in front of each CPUID. Exact at the addresses
           that an image declares; by stepping it is exact only for a guest that takes no exceptions and no interrupts.
 
-`auto` takes the first that is sound for this guest, in this order; else it refuses and lists the choices.
+`auto` takes the first that is sound for this guest, in this order; else it refuses and lists the choices. A KVM that
+the probe found unfaithful is none that VT-x or AMD-V is behind, and may lack what kernels use (4 MiB pages, INT3): a
+kernel that was not written for pyhv goes to the emulator there, even if nothing is to be hidden.
 """
 
 from __future__ import annotations
@@ -41,6 +43,11 @@ class GuestFacts(NamedTuple):
     """Linear addresses of all its CPUID instructions; empty if it declares none."""
     enters_user_mode: bool
     """Whether it may execute CPUID at CPL 3."""
+
+    @property
+    def unknown(self) -> bool:
+        """Whether it says nothing of itself: a kernel that was not written for pyhv."""
+        return self.enters_user_mode and not self.cpuid_sites
 
 
 class Choice(NamedTuple):
@@ -129,8 +136,8 @@ def decide(
             except BadInput:
                 pass  # the guest is KVM's: what KVM says of it is what counts
         raise incompatible
-    why_not = ""
-    if may_emulate and (why := _unfaithful(kvm, guest)):
+    why = why_not = ""
+    if may_emulate and (why := _unfaithful(kvm, guest) or _limited(kvm, facts)):
         try:
             return _on_emulator(make, facts, vcpus, intercept, whole, why)
         except NotAvailable as no_emulator:
@@ -144,6 +151,8 @@ def decide(
             raise
         advice = f"{refusal.advice}; the emulator, which could hide them, is not to be had: {why_not}"
         raise NotFaithful(refusal.subject, refusal.problem, advice, refusal.leaks) from None
+    if why and not choice.note:
+        choice = choice._replace(note=f"{why}, and the emulator is not to be had: {why_not}")
     return Decision(choice, host, guest)
 
 
@@ -196,6 +205,34 @@ def _unfaithful(kvm: Accelerator, guest: GuestCpu) -> str:
     if not leaks[0] and not leaks[3]:
         return ""
     return f"{kvm.name} on this host does not honour the CPUID table ({_leak_words(leaks)})"
+
+
+def _limited(kvm: Accelerator, facts: GuestFacts) -> str:
+    """Why this KVM may not be able to run this guest; "" if it is one like any other, or the guest is pyhv's own."""
+    if not facts.unknown:
+        return ""
+    from pyhv.accel import probe
+
+    if probe.verdict(kvm).faithful:
+        return ""
+    return f"{kvm.name} on this host failed the CPUID probe and may lack what a kernel needs"
+
+
+def other_way(choice: Choice, facts: GuestFacts, vcpus: int, cause: str) -> str:
+    """What a user can do about a guest that ended with this cause because of what KVM lacks here; "" where KVM is not
+    to blame. It is where it could not execute an instruction, and it may be where an unknown kernel had a triple fault
+    on a KVM that is no ordinary one."""
+    accelerator = choice.accelerator
+    if accelerator.name != "kvm" or not (
+        cause == "not-executable" or (cause == "triple-fault" and _limited(accelerator, facts))
+    ):
+        return ""
+    try:
+        open_accelerator("emulator")
+    except NotAvailable as no_emulator:
+        return f"the emulator may run this guest: --accel emulator; {no_emulator.problem}: {no_emulator.advice}"
+    one = " --cpus 1" if vcpus > 1 else ""
+    return f"the emulator may run this guest: --accel emulator{one}"
 
 
 def choose(accelerator: Accelerator, guest: GuestCpu, facts: GuestFacts, intercept: str = "auto") -> Choice:

@@ -178,8 +178,9 @@ def _print_ways(verdict: Verdict) -> None:
         kernel = "profile host only, which hides nothing; others are refused, with a list of what they cannot hide here"
         trap = f"every profile, for what runs at CPL 0; at CPL 3 it does not work here. {sites}"
         auto = (
-            "kernel for profile host. Else the emulator, if it is installed; else trap, for an image that declares its "
-            "CPUID instructions and stays at CPL 0; others are refused, with a list of choices"
+            "kernel for profile host and an image that was written for pyhv. Else the emulator, if it is installed and "
+            "the guest has one vCPU; else kernel for profile host; else trap, for an image that declares its CPUID "
+            "instructions and stays at CPL 0; others are refused, with a list of choices"
         )
     output.print_rows([("  kernel", kernel), ("  trap", trap), ("  auto", auto)])
 

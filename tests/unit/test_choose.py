@@ -196,6 +196,70 @@ def test_the_emulator_goes_before_trap(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "does not honour the CPUID table" in choice.note and "\n" not in choice.note
 
 
+UNKNOWN = facts(sites=(), user=True)
+
+
+def test_a_kernel_that_says_nothing_of_itself_goes_to_the_emulator_on_a_limited_kvm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Even if nothing is to be hidden; what says what it is, and is therefore pyhv's, stays."""
+
+    def hides_nothing(host: Any) -> Any:
+        return Guest(hides=False)
+
+    for verdict in (LEAKS_AT_3, LEAKS_EVERYWHERE):
+        choice = between(monkeypatch, verdict, make=hides_nothing, facts=UNKNOWN).choice
+        assert choice.intercept == "emulator"
+        assert "paper on this host failed the CPUID probe and may lack what a kernel needs" in choice.note
+        for known in (facts(), facts(user=True), facts(sites=())):
+            assert between(monkeypatch, verdict, make=hides_nothing, facts=known).choice.intercept == "kernel"
+    assert between(monkeypatch, FAITHFUL, make=hides_nothing, facts=UNKNOWN).choice.intercept == "kernel"
+    # Whoever insists gets KVM, and so does who cannot have the emulator; the one knows, the other is told.
+    for wish, told in (
+        ({"accel": "kvm"}, ""),
+        ({"intercept": "kernel"}, ""),
+        ({"emulator": False}, "get it"),
+        ({"vcpus": 2}, "runs one"),
+    ):
+        choice = between(monkeypatch, LEAKS_AT_3, make=hides_nothing, facts=UNKNOWN, **wish).choice  # type: ignore[arg-type]
+        assert choice.intercept == "kernel" and bool(choice.note) == bool(told) and told in choice.note, wish
+
+
+def test_guests_that_are_known_are_not_probed_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "verdict", lambda _: pytest.fail("probed"))
+    for known in (facts(), facts(user=True), facts(sites=())):
+        assert between(monkeypatch, None, facts=known).choice.intercept == "emulator"
+        monkeypatch.setattr(choose, "open_accelerator", lambda name="auto": PaperKvm())
+        assert choose.decide(lambda host: Guest(hides=False), known, 1).choice.intercept == "kernel"  # type: ignore[arg-type,return-value]
+
+
+def test_who_dies_of_what_kvm_lacks_is_told_of_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kvm(PaperKvm):
+        name = "kvm"
+
+    def told(cause: str, verdict: Verdict, emulator: bool = True, vcpus: int = 1, given: Any = UNKNOWN) -> str:
+        def opened(name: str) -> Any:
+            if emulator:
+                return PaperEmulator()
+            raise NotAvailable("the emulator", "it is not installed", "install it")
+
+        monkeypatch.setattr(choose, "open_accelerator", opened)
+        monkeypatch.setitem(probe._verdicts, "kvm", verdict)
+        return choose.other_way(choose.Choice(Kvm(), "kernel", (), ""), given, vcpus, cause)  # type: ignore[arg-type]
+
+    advice = "the emulator may run this guest: --accel emulator"
+    for verdict in (FAITHFUL, LEAKS_AT_3):
+        assert told("not-executable", verdict) == advice == told("not-executable", verdict, given=facts())
+    assert told("not-executable", FAITHFUL, vcpus=2) == f"{advice} --cpus 1"
+    assert told("not-executable", FAITHFUL, emulator=False) == f"{advice}; it is not installed: install it"
+    assert told("triple-fault", LEAKS_AT_3) == advice
+    # A triple fault on an ordinary KVM, or of a guest that was tried with this one, is the guest's own.
+    assert told("triple-fault", FAITHFUL) == told("triple-fault", LEAKS_AT_3, given=facts()) == ""
+    assert told("reset", LEAKS_AT_3) == told("timeout", LEAKS_AT_3) == ""
+    choice = choose.Choice(PaperEmulator(), "emulator", (), "")  # type: ignore[arg-type]
+    assert choose.other_way(choice, UNKNOWN, 1, "not-executable") == ""
+
+
 def test_trap_where_the_emulator_is_not_there_or_cannot_run_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert between(monkeypatch, LEAKS_EVERYWHERE, emulator=False).choice.intercept == "trap"
     assert between(monkeypatch, LEAKS_EVERYWHERE, vcpus=2).choice.intercept == "trap"
