@@ -217,4 +217,6 @@ def test_a_file_and_a_guest_of_the_same_name(tmp_path: Path) -> None:
         [*COMMAND, "run", "./hello", "--boot", "flat"], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True,
         timeout=TIMEOUT, check=False, env=environment() | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (9, b"", b"")
+    # Nothing but, where KVM is no ordinary one, a word on who runs a kernel that says nothing of itself.
+    said = [line for line in done.stderr.splitlines() if not line.startswith(b"pyhv: the emulator runs the guest: ")]
+    assert (done.returncode, done.stdout, said) == (9, b"", [])

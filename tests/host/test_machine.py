@@ -189,6 +189,28 @@ def test_memory_above_4_gib_is_mapped() -> None:
         assert machine.run(30).status == 0
 
 
+@pytest.mark.usefixtures("unfaithful")
+def test_auto_gives_an_unknown_kernel_to_the_emulator_where_kvm_is_no_ordinary_one(tmp_path: Path) -> None:
+    image = tmp_path / "int3"
+    image.write_bytes(b"\xb0\x07\xe6\xf4\xcc")  # mov al, 7; out 0xf4, al; int3
+    result = run(str(image), boot="flat")
+    assert (result.cause, result.status) == ("guest-exit", 7)
+    with pyhv.Machine(str(image), boot="flat") as machine:
+        assert machine.choice.accelerator.name == "emulator"
+        assert "failed the CPUID probe" in machine.notes[0]
+    with pyhv.Machine("hello") as machine:
+        assert (machine.choice.accelerator.name, machine.notes) == ("kvm", [])
+
+
+@pytest.mark.usefixtures("unfaithful")
+def test_who_dies_of_what_kvm_lacks_is_told_of_the_emulator(tmp_path: Path) -> None:
+    image = tmp_path / "int3"
+    image.write_bytes(b"\xcc\xf4")  # int3; hlt: this KVM executes no INT3
+    result = run(str(image), boot="flat", accel="kvm")
+    assert result.cause == "not-executable"
+    assert result.message.endswith("; the emulator may run this guest: --accel emulator")
+
+
 def test_flat_binary(tmp_path: Path) -> None:
     image = tmp_path / "flat"
     image.write_bytes(bytes.fromhex("66baf400b007ee"))  # mov dx, 0xf4; mov al, 7; out dx, al
