@@ -20,7 +20,8 @@ else:
             fields = tuple(space.get("__annotations__", ()))
             space["_field_defaults"] = {field: space.pop(field) for field in fields if field in space}
             space.update({field: property(itemgetter(index)) for index, field in enumerate(fields)})
-            return super().__new__(cls, name, bases, {**space, "__slots__": (), "_fields": fields})
+            extra = {"__slots__": (), "_fields": fields, "__match_args__": fields}
+            return super().__new__(cls, name, bases, {**space, **extra})
 
     class NamedTuple(tuple, metaclass=_TupleType):
         """A tuple whose items have names. A subclass annotates each of them; it cannot be derived from in turn."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 
-from pyhv import outcome
+from pyhv import arguments, outcome
 from pyhv.accel import choose
 from pyhv.accel.data import CpuidRecord
 from pyhv.boot import image as boot_image
@@ -15,13 +16,15 @@ from pyhv.light import NamedTuple
 from pyhv.vm import life
 from pyhv.vm.devices import Devices, is_pc
 from pyhv.vm.memory import HIGH_RAM_BASE, LOW_RAM_LIMIT, PAGE_SIZE, GuestMemory, check_fits
-from pyhv.vm.vm import Departure, Stopped, Trap, Vm, check_timeout
+from pyhv.vm.vm import Departure, Stopped, Trap, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
+    from typing import Self
 
+    from pyhv.arguments import StrPath
     from pyhv.cpu.host import HostDescription
     from pyhv.cpu.table import CpuidTable
     from pyhv.migration.destination import Destination
@@ -89,7 +92,8 @@ class Machine:
     the emulator or trap.
 
     Raises BadInput (NotAvailable, NotFaithful) for what the caller can mend, HostError for what the host refuses.
-    Needs close(), or use as a context manager.
+    Needs close(), or use as a context manager. One that is dropped without that is closed with a ResourceWarning.
+    restore(), receive() and arrive() make an object of a subclass without calling its __init__.
     """
 
     _rehearsed: tuple[str, ...] = ()  # accelerators, by this process
@@ -100,13 +104,13 @@ class Machine:
 
     def __init__(
         self,
-        image: str,
+        image: StrPath,
         *,
         boot: str = "",
-        initrd: str | None = None,
-        modules: Sequence[str] = (),
+        initrd: StrPath | None = None,
+        modules: Sequence[StrPath] = (),
         compat: bool = False,
-        cpu: str | None = None,
+        cpu: StrPath | None = None,
         cpus: int = 1,
         memory: int | str = "64M",
         overcommit: bool = False,
@@ -117,14 +121,23 @@ class Machine:
         console_out: int | None = None,
         on_cpuid: Callable[[CpuidRecord], None] | None = None,
     ) -> None:
+        image = arguments.path("image", image)
+        initrd = None if initrd is None else arguments.path("initrd", initrd)
+        cpu = None if cpu is None else arguments.path("cpu", cpu)
+        arguments.number("cpus", cpus)
+        arguments.text("append", append)
+        if isinstance(modules, str):
+            raise BadInput(f"modules {modules!r}", "is a str", "give a list of them")
+        files = [arguments.path("modules", module) for module in modules]
         size = parse_memory(memory)
+        _check_console(console_in, console_out)
         choose.open_accelerator(accel).prepare()
         if compat and cpu is not None:
             raise BadInput(f"cpu={cpu}", "cannot be combined with compatibility mode, which is a profile of its own")
         profile = profiles.load("hyperv-r2" if compat else cpu or "host")
         self.image: boot_image.Image | None = recognise.read(find_image(image), size, boot)
         """What was loaded, without its bytes once they are; None for a restored VM."""
-        self._modules = boot_image.read_modules(self.image, initrd, modules, size)
+        self._modules = boot_image.read_modules(self.image, initrd, files, size)
         self.facts = choose.GuestFacts(image, self.image.cpuid_sites, self.image.enters_user_mode(append))
         self.choice, self.host, self.guest = choose.decide(
             lambda host: policy.guest_table(host, profile, policy.Topology(cpus)),
@@ -153,7 +166,7 @@ class Machine:
     @classmethod
     def restore(
         cls,
-        path: str,
+        path: StrPath,
         *,
         verify: bool = False,
         strict_tsc: bool = False,
@@ -164,7 +177,7 @@ class Machine:
         console_out: int | None = None,
         on_cpuid: Callable[[CpuidRecord], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Machine:
+    ) -> Self:
         """A VM that goes on where the one that was saved to `path` stood; paused. The file is not changed, and must not
         be while the VM lives: its memory is mapped from there. Each VM restored from a file is a clone: it has a UUID
         of its own.
@@ -179,6 +192,8 @@ class Machine:
         from pyhv.snapshot import file
         from pyhv.state import capture
 
+        path = arguments.path("path", path)
+        _check_console(console_in, console_out)
         with file.open_snapshot(path) as snapshot:
             if verify:
                 snapshot.reader.verify(progress)
@@ -205,7 +220,7 @@ class Machine:
     @classmethod
     def _for_state(
         cls, saved: MachineRecord, needs: Needs, where: str, strict_tsc: bool, accel: str, intercept: str
-    ) -> Machine:
+    ) -> Self:
         """A machine without a VM yet, for a guest that has run elsewhere. where: what errors call it.
 
         Raises Incompatible with every reason why this host cannot run the guest, NotFaithful."""
@@ -241,7 +256,7 @@ class Machine:
         console_in: int = -1,
         console_out: int | None = None,
         on_cpuid: Callable[[CpuidRecord], None] | None = None,
-    ) -> Machine:
+    ) -> Self:
         """A VM that is migrated to here, paused: it is this side's now, and start() or run() lets it go on. Do that
         soon, for its guest stands and waits; until then, or close(), Python collects no garbage (gc.disable).
 
@@ -254,6 +269,8 @@ class Machine:
         from pyhv.migration import transport
         from pyhv.migration.destination import Destination
 
+        arguments.timeout(timeout)
+        _check_console(console_in, console_out)
         with transport.Listener(transport.parse(uri, insecure), tls) as listener:
             cls.prepare_arrival(accel)  # while nobody has come yet
             channel = listener.accept(timeout)
@@ -281,7 +298,7 @@ class Machine:
         console_out: int | None = None,
         on_cpuid: Callable[[CpuidRecord], None] | None = None,
         while_waiting: Callable[[], None] = lambda: None,
-    ) -> Machine:
+    ) -> Self:
         """As receive(), over a connection that is there; closes it. while_waiting: is called now and then, and may
         raise to give the migration up."""
         from pyhv.migration import protocol
@@ -328,7 +345,7 @@ class Machine:
     @classmethod
     def prepare_arrival(cls, accel: str = "auto") -> None:
         """Does what arrive() needs and can be done while nobody has come yet. Raises what Machine() raises."""
-        with cls("hello", accel=accel, memory=MIN_MEMORY) as machine:
+        with Machine("hello", accel=accel, memory=MIN_MEMORY) as machine:  # a subclass may be made in another way
             machine._rehearse()
         choose.look_ahead(accel)
         choose.open_accelerator(accel).prepare()
@@ -443,7 +460,7 @@ class Machine:
         outgoing = source.Outgoing(self.vm, hello, lambda: capture.capture_raw(self.vm), departure)
         return source.Source(outgoing, channel, limits, tell, may_stop).run()
 
-    def save(self, path: str, progress: Callable[[int, int], None] | None = None) -> None:
+    def save(self, path: StrPath, progress: Callable[[int, int], None] | None = None) -> None:
         """Writes the VM's whole state to `path`, in place of a file that is there.
 
         Needs: a VM that has not come to its end. Does: pauses a running VM until its memory is written, and lets it
@@ -455,11 +472,12 @@ class Machine:
         from pyhv.snapshot import file
         from pyhv.state import capture
 
+        where = arguments.path("path", path)
         writers = []
 
         def write() -> None:
             state = capture.capture(self.vm, self._record())
-            writers.append(file.begin(path, capture.writer(self.host), state, self.vm.memory, tell))
+            writers.append(file.begin(where, capture.writer(self.host), state, self.vm.memory, tell))
 
         def tell(done: int, total: int) -> None:
             if progress is not None:
@@ -559,7 +577,7 @@ class Machine:
 
         Raises WrongState, also where another thread closes the VM, and what a callback on a vCPU's thread raised.
         """
-        check_timeout(timeout)
+        arguments.timeout(timeout)
         self.start()
         reason = ""
         try:
@@ -687,13 +705,37 @@ class Machine:
             os.close(self._captured)
             self._captured = -1
 
-    def __enter__(self) -> Machine:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        vm: Vm | None = self.__dict__.get("vm")
+        if vm is None or vm.life.at == life.CLOSED:
+            return
+        if is_finalizing():  # no thread of Python's runs any more that could be waited for
+            return
+        import warnings
+
+        what = f"a machine was dropped without close(): {self.facts.name}"
+        warnings.warn(what, ResourceWarning, stacklevel=2, source=self)
+        if vm.life.is_guest_thread:  # collected there, which cannot wait for itself
+            import threading
+
+            threading.Thread(target=self.close, name="close-dropped").start()
+        else:
+            self.close()
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_console(console_in: int, console_out: int | None) -> None:
+    if console_in != -1:
+        arguments.descriptor("console_in", console_in, writing=False)
+    if console_out is not None:
+        arguments.descriptor("console_out", console_out, writing=True)
 
 
 def _rehearsal(vm: Vm) -> Callable[[], None]:
@@ -758,7 +800,7 @@ def parse_memory(memory: int | str) -> int:
             raise BadInput(f"memory {memory}", "is not a size", advice)
         size = int(number[:32]) * unit
     else:
-        size = memory
+        size = arguments.number("memory", memory)
     if size < MIN_MEMORY:
         raise BadInput(f"memory {memory}", f"is too small; the least is {MIN_MEMORY >> 20}M", advice)
     if size > MAX_MEMORY:

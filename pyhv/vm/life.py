@@ -113,6 +113,11 @@ class Life:
         """Whether there is something that can be paused."""
         return self.at not in (UNKNOWN, MOVED, CLOSED)
 
+    @property
+    def is_guest_thread(self) -> bool:
+        """Whether the caller is on the thread of one of its vCPUs."""
+        return threading.get_ident() in self.guest_threads
+
     def perform(self, asked: str, work: Callable[[], None], force: bool = False) -> None:
         """Does `work`, which is the transition `asked`, if the table says so, with `turn` held. Raises WrongState."""
         self.check_leaving(asked)
@@ -149,7 +154,7 @@ class Life:
 
     def check_thread(self, asked: str) -> None:
         """Raises WrongState on a thread that cannot wait: that of a vCPU, which would wait for itself to stop."""
-        if threading.get_ident() in self.guest_threads:
+        if self.is_guest_thread:
             raise self.refusal(asked, "waits for this callback, on its vCPU's thread", "call stop() here")
 
     def check_free(self, asked: str) -> None:

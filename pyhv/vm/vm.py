@@ -6,8 +6,9 @@ import os
 import threading
 import time
 
+from pyhv import arguments
 from pyhv.accel.data import CpuidRecord, Exit, Stop
-from pyhv.errors import BadInput, HostError
+from pyhv.errors import HostError
 from pyhv.light import NamedTuple
 from pyhv.vm import life
 from pyhv.vm.devices import Devices
@@ -305,7 +306,7 @@ class Vm:
         A guest whose vCPUs are all halted, with nothing that could wake them, has come to its end: Stop.HALTED. Raises
         WrongState, BadInput for a timeout that is none, and what a vCPU's thread failed with.
         """
-        check_timeout(timeout)
+        arguments.timeout(timeout)
         self.life.check_free("wait")
         deadline = None if timeout is None else time.monotonic() + timeout
         interrupts = self._interrupted
@@ -486,8 +487,11 @@ class Vm:
                     self._end(Stopped(0, Exit(Stop.HALTED, 0, 0, 0, 0, regs.rip, (), b"", "")))
             finally:
                 self.life.at = life.PAUSED
-                self._go()
-                self.life.at = at
+                try:
+                    self._go()
+                finally:
+                    if self.running:
+                        self.life.at = at
             return self.stopped is not None
 
     def _all_wait_for_ever(self) -> bool:
@@ -546,12 +550,6 @@ class Departure:
         with self._vm._noted:
             self._life.at = life.MOVED
             self._vm._tell()
-
-
-def check_timeout(timeout: float | None) -> None:
-    """Raises BadInput for what is no time to wait for."""
-    if timeout is not None and not timeout >= 0:
-        raise BadInput(f"timeout {timeout}", "is no number of seconds from 0 on", "give None to wait without end")
 
 
 def _to_its_end(work: Callable[[], None]) -> None:

@@ -9,6 +9,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -434,6 +436,67 @@ def test_an_arrival_may_be_paused_by_who_hears_of_it() -> None:
         thread.join(TIMEOUT)
         with found[0] as there:
             assert (here.state, there.state) == (life.MOVED, life.PAUSED)
+
+
+# ------------------------------------------------------------------------------------------------ dropped, and derived
+
+
+@pytest.mark.parametrize("stage", ["built", "running", "paused", "moved"])
+def test_a_dropped_machine_gives_all_back_and_warns(stage: str, tmp_path: Path) -> None:
+    trial = Trial(tmp_path)
+    try:
+        trial.bring_to(stage)
+        with pytest.warns(ResourceWarning, match="a machine was dropped without close"):
+            trial.machine = new()  # what the old one had is missed at the end of the test
+        if not trial.arrived:
+            assert not [thread for thread in threading.enumerate() if thread.name.startswith("vcpu-")]
+    finally:
+        trial.clean_up()
+
+
+def test_one_that_was_closed_or_never_made_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    machine = new()
+    machine.close()
+    del machine
+    with pytest.raises(pyhv.BadInput):
+        new(cpus=0)
+    assert not [warning for warning in recwarn if warning.category is ResourceWarning]
+
+
+def test_one_that_lives_at_the_end_of_the_program_does_not_hold_it_up() -> None:
+    code = "import pyhv; machine = pyhv.Machine('spin', append='cli'); machine.start()"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+class Named(pyhv.Machine):
+    """A subclass that is made in its own way."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__("ticker", append=APPEND, memory=MEMORY)
+        self.name = name
+
+
+def test_a_subclass_is_saved_restored_and_received(tmp_path: Path) -> None:
+    with Named("x") as machine:
+        machine.start()
+        wait_for_rounds(machine)
+        machine.save(tmp_path / "saved")
+        uri = f"unix:{tmp_path}/m"
+        found: list[Named] = []
+        receiver = threading.Thread(target=lambda: found.append(Named.receive(uri, timeout=TIMEOUT)))
+        receiver.start()
+        while not os.path.exists(tmp_path / "m"):
+            time.sleep(0.01)
+        there = threading.Thread(target=lambda: (receiver.join(TIMEOUT), found[0].start()))
+        there.start()
+        machine.migrate(uri, limits=LIMITS)
+        there.join(TIMEOUT)
+    for got in (found[0], Named.restore(tmp_path / "saved")):
+        with got:
+            assert type(got) is Named
+            got.start()
+            wait_for_rounds(got)
 
 
 # ------------------------------------------------------------------------------------------------ waiting, and its end

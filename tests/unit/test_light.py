@@ -63,6 +63,16 @@ def of(kind: Any, make: Callable[[Any], Any]) -> object:
     return tuple(result) if isinstance(result, tuple) else result
 
 
+def matched(value: Any) -> object:
+    match value:
+        case Point(x, y) | Model(x, y) if x == 0:
+            return y
+        case Point(1, y, name=name) | Model(1, y, name=name):
+            return y, name
+        case _:
+            return None
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -90,6 +100,8 @@ def of(kind: Any, make: Callable[[Any], Any]) -> object:
         lambda kind: setattr(kind(1, 2), "x", 3),
         lambda kind: setattr(kind(1, 2), "other", 3),
         lambda kind: kind._fields,
+        lambda kind: kind.__match_args__,
+        lambda kind: matched(kind(1, 2, "a")),
         lambda kind: kind._field_defaults,
         lambda kind: kind.__mro__[-2:],
         lambda kind: repr(kind(1, "2")).partition("(")[2],

@@ -1,0 +1,62 @@
+"""What callers from Python give, checked where it comes in: a wrong value has one clear line, and leaves nothing."""
+
+from __future__ import annotations
+
+import os
+
+from pyhv.errors import BadInput
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    StrPath = str | os.PathLike[str]
+
+
+def path(name: str, value: object) -> str:
+    """A path that was given as text or as a pathlib.Path, which is a file's even where the same text is the name of a
+    bundled guest or a profile. Raises BadInput."""
+    try:
+        found = os.fsdecode(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise BadInput(f"{name} {value!r}", "is no path", "give a str or a pathlib.Path") from None
+    if "\0" in found:
+        raise BadInput(f"{name} {value!r}", "has a NUL character in it", "no file has such a name")
+    return found if "/" in found or isinstance(value, str) else f"./{found}"
+
+
+def text(name: str, value: object) -> str:
+    """Raises BadInput for what is no str."""
+    if not isinstance(value, str):
+        raise BadInput(f"{name} {value!r}", "is no str", f"give a str, not {type(value).__name__}")
+    return value
+
+
+def number(name: str, value: object) -> int:
+    """Raises BadInput for what is no int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise BadInput(f"{name} {value!r}", "is no int", f"give an int, not {type(value).__name__}")
+    return value
+
+
+def timeout(value: object) -> None:
+    """Raises BadInput for what is no time to wait for: a number of seconds, or None."""
+    if value is None:
+        return
+    # Not a number is in no order with 0 either.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
+        raise BadInput(f"timeout {value}", "is no number of seconds from 0 on", "give None to wait without end")
+
+
+def descriptor(name: str, value: object, writing: bool) -> None:
+    """Raises BadInput for what is no open descriptor that can be read or written."""
+    found = number(name, value)
+    try:
+        os.fstat(found)
+    except (OSError, OverflowError):
+        raise BadInput(f"{name} {found}", "is no open descriptor") from None
+    if found <= 2:
+        return  # a program is given these, and a terminal is open both ways
+    import fcntl
+
+    mode = fcntl.fcntl(found, fcntl.F_GETFL)
+    if mode & os.O_PATH or mode & os.O_ACCMODE == (os.O_RDONLY if writing else os.O_WRONLY):
+        raise BadInput(f"{name} {found}", f"is not open for {'writing' if writing else 'reading'}")

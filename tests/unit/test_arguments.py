@@ -1,0 +1,79 @@
+"""What Machine is given from Python: accepted, or one clear line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyhv
+from pyhv import arguments
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"image": 7}, "image 7: is no path; give a str or a pathlib.Path"),
+        ({"image": "a\0b"}, "image 'a\\x00b': has a NUL character in it"),
+        ({"initrd": 1.5}, "initrd 1.5: is no path"),
+        ({"modules": "file words"}, "modules 'file words': is a str; give a list of them"),
+        ({"modules": [3]}, "modules 3: is no path"),
+        ({"cpu": 3}, "cpu 3: is no path"),
+        ({"cpus": "2"}, "cpus '2': is no int; give an int, not str"),
+        ({"cpus": 1.0}, "cpus 1.0: is no int; give an int, not float"),
+        ({"cpus": True}, "cpus True: is no int; give an int, not bool"),
+        ({"memory": 1.5e6}, "memory 1500000.0: is no int; give an int, not float"),
+        ({"memory": None}, "memory None: is no int; give an int, not NoneType"),
+        ({"append": b"x"}, "append b'x': is no str; give a str, not bytes"),
+        ({"console_in": 9999}, "console_in 9999: is no open descriptor"),
+        ({"console_in": 1 << 70}, f"console_in {1 << 70}: is no open descriptor"),
+        ({"console_in": -7}, "console_in -7: is no open descriptor"),
+        ({"console_out": -1}, "console_out -1: is no open descriptor"),
+        ({"console_out": "x"}, "console_out 'x': is no int"),
+    ],
+)
+def test_what_is_refused(given: dict[str, Any], words: str) -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(pyhv.BadInput) as caught:
+        pyhv.Machine(**{"image": "hello", **given})
+    assert str(caught.value).startswith(words)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_descriptors_that_are_open_the_wrong_way() -> None:
+    reader, writer = os.pipe()
+    try:
+        arguments.descriptor("in", reader, writing=False)
+        arguments.descriptor("out", writer, writing=True)
+        with pytest.raises(pyhv.BadInput, match=f"console_in {writer}: is not open for reading"):
+            pyhv.Machine("hello", console_in=writer)
+        with pytest.raises(pyhv.BadInput, match=f"console_out {reader}: is not open for writing"):
+            pyhv.Machine("hello", console_out=reader)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_path_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert arguments.path("x", "hello") == "hello"
+    assert arguments.path("x", Path("hello")) == "./hello"
+    assert arguments.path("x", tmp_path) == str(tmp_path)
+    assert arguments.path("x", b"/a") == "/a"
+    with pytest.raises(pyhv.BadInput, match=r"^\./hello: "):
+        pyhv.Machine(Path("hello"))
+    with pytest.raises(pyhv.BadInput, match=r"\./host"):
+        pyhv.Machine("hello", cpu=Path("host"))
+
+
+@pytest.mark.parametrize("timeout", ["5", float("nan"), -1, True, [1]])
+def test_what_is_no_timeout(timeout: object) -> None:
+    with pytest.raises(pyhv.BadInput, match=r"^timeout .*: is no number of seconds from 0 on; give None"):
+        arguments.timeout(timeout)
+
+
+@pytest.mark.parametrize("timeout", [None, 0, 1, 0.5, float("inf")])
+def test_what_is_one(timeout: float | None) -> None:
+    arguments.timeout(timeout)
