@@ -20,7 +20,7 @@ from pyhv.vm.vm import Departure, Stopped, Trap, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -570,14 +570,16 @@ class Machine:
         """The side that this VM was handed over to by a migration; "" if it is here."""
         return self.vm.life.peer if self.vm.life.is_away else ""
 
-    def run(self, timeout: float | None = None) -> RunResult:
+    def run(self, timeout: float | None = None, *, fail_on: Collection[str] = ()) -> RunResult:
         """Runs the guest until it ends, at most `timeout` seconds; then it is paused and can be run on. So it is after
         stop() in another thread or a callback; after a migration in another thread it is there, and the cause is
-        "migrated". One that is under way when the time is over is waited for.
+        "migrated". One that is under way when the time is over is waited for. fail_on: causes that are failures though
+        their status is 0, such as "halted" and "reset" for a kernel that panics so: the status is outcome.FAILED then.
 
         Raises WrongState, also where another thread closes the VM, and what a callback on a vCPU's thread raised.
         """
         arguments.timeout(timeout)
+        outcome.check_fail_on(fail_on)
         self.start()
         reason = ""
         try:
@@ -588,36 +590,37 @@ class Machine:
                 if self.vm.life.is_here:
                     self.pause()
                 if reason:
-                    result = self._result_of(reason)
+                    result = self._result_of(reason, fail_on)
         return result
 
-    def wait(self, timeout: float | None = None) -> RunResult | None:
+    def wait(self, timeout: float | None = None, *, fail_on: Collection[str] = ()) -> RunResult | None:
         """Waits until the guest, which start() lets run, comes to its end, or leaves by a migration, or stop() is
         called, at most `timeout` seconds. It is paused then; but None is returned where none of that has happened, and
-        nothing is changed. Raises what run() raises.
+        nothing is changed. fail_on: as in run(). Raises what run() raises.
         """
+        outcome.check_fail_on(fail_on)
         reason = self.vm.wait_for(timeout)
         if reason == "timeout":
             return None
         with self.vm.life.leaving, self.vm.life.turn:
             if self.vm.life.is_here:
                 self.pause()
-            return self._result_of(reason)
+            return self._result_of(reason, fail_on)
 
     def stop(self) -> None:
         """Makes the run() or wait() that is under way, or else the next one, return with the cause "stopped". Any
         thread, and callbacks."""
         self.vm.interrupt()
 
-    def _result_of(self, reason: str) -> RunResult:
+    def _result_of(self, reason: str, fail_on: Collection[str]) -> RunResult:
         """The result of a VM that is paused now, for what wait_for() said. Raises WrongState."""
         at = self.vm.life.at
         if at in (life.CLOSED, life.UNKNOWN):
             raise self.vm.life.refusal("run")
         if at == life.MOVED:
-            return self.result(None, "migrated")
+            return self.result(None, "migrated", fail_on)
         # It may have come to its end just before it was paused.
-        return self.result(self.vm.stopped, "stopped" if reason == "stopped" else "timeout")
+        return self.result(self.vm.stopped, "stopped" if reason == "stopped" else "timeout", fail_on)
 
     def pin(self, processors: Sequence[int]) -> None:
         """Binds the vCPUs to host processors, vCPU 0 to the first of them and so on, from the first again where there
@@ -643,14 +646,17 @@ class Machine:
         """Stops the guest between two instructions."""
         self.vm.pause()
 
-    def result(self, stopped: Stopped | None, cause: str = "timeout") -> RunResult:
+    def result(
+        self, stopped: Stopped | None, cause: str = "timeout", fail_on: Collection[str] = ()
+    ) -> RunResult:
         """The result for a paused VM; `cause` says why it is paused where the guest has not ended (stopped is None).
-        Raises WrongState for one that is running or closed."""
+        fail_on: as in run(). Raises WrongState for one that is running or closed."""
         self.vm.life.check_free("be asked for a result")
         with self.vm.life.turn:
             if self.vm.running or self.vm.life.at == life.CLOSED:
                 raise self.vm.life.refusal("be asked for a result")
-            return self._result(stopped, cause)
+            result = self._result(stopped, cause)
+        return result._replace(status=outcome.status_of(result.cause, result.status, fail_on))
 
     def _result(self, stopped: Stopped | None, cause: str) -> RunResult:
         cut_short = False

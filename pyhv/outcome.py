@@ -7,6 +7,11 @@ from a timeout; the cause, which `--json` and RunResult carry, can.
 from __future__ import annotations
 
 from pyhv.accel.data import Stop
+from pyhv.errors import BadInput
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 # cause: (exit status, what it means)
 CAUSES: dict[str, tuple[int, str]] = {
@@ -26,6 +31,9 @@ CAUSES: dict[str, tuple[int, str]] = {
     "interrupted": (130, "the user ended it (escape key, Ctrl-C, SIGTERM)"),
 }
 
+FAILED = 119
+"""The status where the caller counts the cause as a failure (fail_on) and its own status would be 0."""
+
 _STOPS = {
     Stop.GUEST_EXIT: "guest-exit",
     Stop.POWER_OFF: "power-off",
@@ -44,6 +52,18 @@ def cause_of(stop: Stop) -> str:
     return _STOPS.get(stop, "internal-error")
 
 
-def status_of(cause: str, guest_status: int = 0) -> int:
-    """The exit status for a cause; guest_status is the byte of guest-exit."""
-    return guest_status if cause == "guest-exit" else CAUSES[cause][0]
+def status_of(cause: str, guest_status: int = 0, fail_on: Collection[str] = ()) -> int:
+    """The exit status for a cause; guest_status is the byte of guest-exit. fail_on: causes that are failures: where the
+    status would be 0 it is FAILED."""
+    status = guest_status if cause == "guest-exit" else CAUSES[cause][0]
+    return FAILED if status == 0 and cause in fail_on else status
+
+
+def check_fail_on(fail_on: Collection[str]) -> None:
+    """Raises BadInput for what are no causes that a run can have."""
+    causes = [cause for cause in CAUSES if cause != "usage"]
+    if isinstance(fail_on, str):
+        raise BadInput(f"fail_on {fail_on!r}", "is a str", "give a collection of causes")
+    for cause in fail_on:
+        if cause not in causes:
+            raise BadInput(f"fail_on {cause!r}", "is no cause of an end", f"there are {', '.join(causes)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -246,3 +247,32 @@ def test_pinned_vcpus_stay_on_their_processors() -> None:
         assert os.sched_getaffinity(0) == set(usable)
         with pytest.raises(pyhv.BadInput, match="processor 4095: cannot be used by this process"):
             machine.pin([4095])
+
+
+@pytest.mark.parametrize(
+    ("word", "fail_on", "cause", "status"),
+    [
+        ("halt", {"halted", "reset"}, "halted", 119),
+        ("reset", ["reset"], "reset", 119),
+        ("reset", {"halted"}, "reset", 0),
+        ("status=0", {"guest-exit"}, "guest-exit", 119),
+        ("status=7", {"guest-exit"}, "guest-exit", 7),
+        ("triple-fault", {"triple-fault"}, "triple-fault", 121),
+    ],
+)
+def test_ends_that_count_as_failures(word: str, fail_on: Collection[str], cause: str, status: int) -> None:
+    with pyhv.Machine("faults", append=word) as machine:
+        result = machine.run(60, fail_on=fail_on)
+        assert (result.cause, result.status) == (cause, status)
+        again = machine.wait(fail_on=fail_on)
+        assert again is not None and again.status == status
+
+
+def test_what_is_no_cause() -> None:
+    with pyhv.Machine("spin") as machine:
+        for fail_on in ({"halt"}, {"usage"}, {7}):
+            with pytest.raises(pyhv.BadInput, match=r"is no cause of an end; there are guest-exit, power-off, reset"):
+                machine.run(fail_on=fail_on)  # type: ignore[arg-type]
+        with pytest.raises(pyhv.BadInput, match="fail_on 'halted': is a str"):
+            machine.run(fail_on="halted")
+        assert machine.state == "built"
