@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
  * multiboot: a 32-bit multiboot kernel that prints what its loader and the firmware configuration tell it: command line,
- * memory map, modules, number of vCPUs. It looks for the MP table too. Status 1 where they disagree or something that
- * is promised is missing; with the word `panic` on its command line it ends as a kernel that panics does, by port 0x505.
+ * memory map, modules, number of vCPUs. It looks for the MP table and into the BIOS data area too. Status 1 where they
+ * disagree or something that is promised is missing; with the word `panic` on its command line it ends as a kernel that panics does, by port 0x505.
  */
 #include "guest32.h"
 
@@ -24,6 +24,9 @@ struct area {
 
 enum { BOOTED = 0x2badb002, WANTED = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9, RAM = 1, PANIC_PORT = 0x505 };
 
+/* Words of the BIOS data area: port of COM1; segment of the extended area; equipment; KiB of low memory. */
+enum { BIOS_COM1 = 0x400, BIOS_EBDA = 0x40e, BIOS_EQUIPMENT = 0x410, BIOS_LOW_KIB = 0x413, COM1_PORT = 0x3f8 };
+
 /* Intel, MultiProcessor Specification 1.4, chapter 4. */
 struct mp_pointer {
     uint32_t signature, table;
@@ -38,6 +41,14 @@ struct mp_table {
     uint16_t oem_size, entries;
     uint32_t local_apic, reserved;
 };
+
+/* A word of the BIOS data area, which is below where the compiler believes that anything is. */
+static uint16_t bios_data(uint32_t address)
+{
+    uint16_t word;
+    __asm__ volatile("movw (%1), %0" : "=r"(word) : "r"(address));
+    return word;
+}
 
 static int fails(const char *why)
 {
@@ -135,6 +146,14 @@ int start(uint32_t eax, uint32_t ebx)
         at += area->entry_size + sizeof area->entry_size;
         areas++;
     }
+
+    /* A boot loader's trampoline goes below both: there is no memory for it where they are 0. */
+    if (bios_data(BIOS_LOW_KIB) != info->mem_lower || bios_data(BIOS_EBDA) != info->mem_lower << 6)
+        return fails("the BIOS data area does not say where low memory ends");
+    if (bios_data(BIOS_COM1) != COM1_PORT)
+        return fails("the BIOS data area knows no serial port");
+    if ((bios_data(BIOS_EQUIPMENT) >> 9 & 7) != 1 || bios_data(BIOS_EBDA) << 4 >= 0xa0000)
+        return fails("the BIOS data area does not fit the machine");
 
     const struct module *modules = (const struct module *)info->mods_addr;
     for (uint32_t i = 0; i < info->mods_count; i++) {

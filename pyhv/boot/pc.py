@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 
 from pyhv.boot import acpi, mp_table, smbios
-from pyhv.boot.memory_map import TABLES, e820
+from pyhv.boot.memory_map import LOW_END, TABLES, e820
 from pyhv.boot.start64 import encode_command_line
 from pyhv.errors import BadInput
-from pyhv.vm.devices import ACPI_PM_IRQ, ACPI_PM_PORT, GENERATION_EVENT, GENERATION_ID, PVPANIC_PORT
+from pyhv.vm.devices import ACPI_PM_IRQ, ACPI_PM_PORT, GENERATION_EVENT, GENERATION_ID, PVPANIC_PORT, UART_PORT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 RSDP = TABLES
 _ACPI, _MP, _SMBIOS = TABLES + 0x200, 0xF0000, 0xF8000  # _MP has 5 KiB at the most
 _GENERATION_SIZE = 16
+
+# The BIOS data area, and words in it by their offsets (Phoenix, "System BIOS for IBM PCs", BIOS data area; the same in
+# SeaBIOS, src/biosvar.h).
+_BIOS_DATA, _BIOS_DATA_SIZE = 0x400, 0x100
+_COM1, _EBDA_SEGMENT, _EQUIPMENT, _LOW_KIB, _TICKS = 0x00, 0x0E, 0x10, 0x13, 0x6C
+_HAS_FPU, _SERIAL_PORTS_SHIFT = 1 << 1, 9
+_TICKS_A_DAY = 0x1800B0  # of the 8254 when it divides by 65536
 
 # Keys of firmware configuration (QEMU, docs/specs/fw_cfg.rst and include/standard-headers/linux/qemu_fw_cfg.h).
 _SIGNATURE, _ID, _RAM_SIZE, _NB_CPUS, _MAX_CPUS = 0x00, 0x01, 0x03, 0x05, 0x0F
@@ -32,6 +40,7 @@ def furnish(vm: Vm, command_line: str, uuid: str) -> int:
     """Puts the tables into the memory of a VM that is a pc and has never run, and fills its firmware configuration.
     uuid: the VM's. Returns where the ACPI tables begin. Raises BadInput for a command line that is too long."""
     leaf = vm.tables[0].get(1)
+    _write_bios_data(vm)
     _write_acpi(vm)
     table = mp_table.table(len(vm.vcpus), leaf.eax, leaf.edx, ACPI_PM_IRQ)
     pointer = mp_table.pointer(_MP + 16)
@@ -66,6 +75,24 @@ def renew_generation(vm: Vm) -> None:
     except BadInput as error:
         raise BadInput("VM generation ID", error.problem) from None
     vm.devices.tell_generation()
+
+
+def _write_bios_data(vm: Vm) -> None:
+    """What a BIOS leaves in its data area at 0x400. Early code asks there how much low memory is free, to put its
+    trampoline below. There is no BIOS behind these words; what is not there (video, disks, parallel ports) is 0, as it
+    is on a PC without."""
+    data = bytearray(_BIOS_DATA_SIZE)
+    for offset, size, value in (
+        (_COM1, 2, UART_PORT),
+        (_EBDA_SEGMENT, 2, LOW_END >> 4),
+        (_EQUIPMENT, 2, _HAS_FPU | 1 << _SERIAL_PORTS_SHIFT),
+        (_LOW_KIB, 2, LOW_END >> 10),
+        (_TICKS, 4, int(time.time()) % 86400 * _TICKS_A_DAY // 86400),
+    ):
+        data[offset : offset + size] = value.to_bytes(size, "little")
+    vm.memory.write(_BIOS_DATA, bytes(data))
+    # The extended area begins with its own size in KiB.
+    vm.memory.write(LOW_END, bytes([(0xA0000 - LOW_END) >> 10]))
 
 
 def _write_acpi(vm: Vm) -> None:

@@ -15,7 +15,7 @@ import pyhv
 from pyhv import guests
 from pyhv.errors import BadInput
 
-from .cli import NOT_IN_THE_LAB, call
+from .cli import IN_THE_LAB, LAB_REASON, NOT_IN_THE_LAB, call
 from .conftest import run
 
 
@@ -140,6 +140,30 @@ def test_images_that_declare_themselves_get_no_pc() -> None:
             assert not vars(machine.choice.accelerator).get("_spares")  # the VM that was begun is the one that runs
             assert (machine.vm.memory.read(0xE0000, 8) == b"RSD PTR ") == is_pc
             assert {"acpi_pm", "chipset", "fw_cfg", "pvpanic", "vmgenid"}.isdisjoint(machine.vm.devices.names) != is_pc
+
+
+def bios_words(machine: pyhv.Machine) -> tuple[int, ...]:
+    """COM1's port, the extended area's segment, equipment, KiB of low memory, ticks since midnight."""
+    return struct.unpack("<H12xHHxH87xI", machine.vm.memory.read(0x400, 0x70))
+
+
+@pytest.mark.parametrize("image", ["multiboot", "pvh", "acpi", "linux"])
+def test_every_protocol_finds_the_words_that_a_bios_leaves(image: str, tmp_path: Path) -> None:
+    """The guest `multiboot` looks there itself. Xen puts its trampoline below 0 where they are 0."""
+    if image == "linux":
+        if IN_THE_LAB:
+            pytest.skip(LAB_REASON)
+        from tests.unit.test_boot_kernels import make_bzimage
+
+        image = str(tmp_path / "bzImage")
+        Path(image).write_bytes(make_bzimage())
+    with pyhv.Machine(image) as machine:
+        com1, ebda, equipment, kib, ticks = bios_words(machine)
+        assert (com1, ebda, equipment, kib) == (0x3F8, 0x9FC0, 0x202, 639)
+        assert 0 <= ticks < 0x1800B0
+        assert machine.vm.memory.read(ebda << 4, 16) == b"\1" + bytes(15)
+    with pyhv.Machine("hello") as machine:
+        assert bios_words(machine) == (0,) * 5, "it declares itself, and has no use for a PC"
 
 
 def generations(console: bytes) -> list[str]:
