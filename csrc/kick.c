@@ -7,7 +7,7 @@
 
 /* What the calling thread runs. */
 static _Thread_local struct {
-    void (*hook)(void *opaque, bool is_timer);
+    void (*hook)(void *opaque);
     void *opaque;
     bool runs;
     bool chains; /* is in the other handler: that may call this one in turn, if it was installed on top of it */
@@ -36,9 +36,10 @@ static void on_signal(int signal, siginfo_t *info, void *context)
     bool lost = info->si_code == SI_USER && info->si_pid == 0;
     bool is_timer = info->si_code == SI_TIMER;
     bool mine = (lost || is_timer || (info->si_code == SI_TKILL && info->si_pid == getpid())) && here.runs;
-    if (mine && here.hook) {
-        here.hook(here.opaque, is_timer);
-    } else if (!mine && !here.chains) {
+    if (here.runs && here.hook &&
+        !here.chains) /* also for another's: where two wait, the second, which may be pyhv's, is dropped */
+        here.hook(here.opaque);
+    if (!mine && !here.chains) {
         here.chains = true;
         call_other(signal, info, context);
         here.chains = false;
@@ -88,7 +89,7 @@ void pyhv_kick_destroy(struct pyhv_kick *kick)
     pthread_mutex_destroy(&kick->lock);
 }
 
-void pyhv_kick_enter(struct pyhv_kick *kick, void (*hook)(void *opaque, bool is_timer), void *opaque)
+void pyhv_kick_enter(struct pyhv_kick *kick, void (*hook)(void *opaque), void *opaque)
 {
     sigset_t own;
     here.hook = hook;
@@ -108,7 +109,8 @@ void pyhv_kick_leave(struct pyhv_kick *kick)
     pthread_mutex_lock(&kick->lock);
     kick->running = false;
     pthread_mutex_unlock(&kick->lock);
-    if (sigismember(&kick->mask, PYHV_KICK_SIGNAL)) /* one that is on its way arrives now, and not when it is unblocked */
+    if (sigismember(&kick->mask,
+                    PYHV_KICK_SIGNAL)) /* one that is on its way arrives now, and not when it is unblocked */
         pthread_sigmask(SIG_BLOCK, NULL, NULL);
     pthread_sigmask(SIG_SETMASK, &kick->mask, NULL);
     here.runs = false;

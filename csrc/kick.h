@@ -34,8 +34,8 @@ void pyhv_kick_init(struct pyhv_kick *kick);
 void pyhv_kick_destroy(struct pyhv_kick *kick);
 
 /* The calling thread runs the vCPU from here to pyhv_kick_leave(): the signal gets through, whatever the thread blocks,
- * and interrupts system calls. `hook`, unless NULL, is called with `opaque` by the signal's handler on this thread. */
-void pyhv_kick_enter(struct pyhv_kick *kick, void (*hook)(void *opaque, bool is_timer), void *opaque);
+ * and interrupts system calls. `hook`, unless NULL, is called with `opaque` by the signal's handler on this thread, whoever sent it. */
+void pyhv_kick_enter(struct pyhv_kick *kick, void (*hook)(void *opaque), void *opaque);
 void pyhv_kick_leave(struct pyhv_kick *kick);
 
 /* Sends the signal, if a thread runs the vCPU. With kick->lock held. Returns 0 or an errno, which only a sandbox's filter

@@ -80,6 +80,13 @@ struct pyhv_emulator_vcpu {
     bool priority_written; /* the local APIC's task priority, of which CR8 is a copy, was written */
     uint64_t plain_out;    /* RIP of the last OUT that is no REP OUTSB: a loop of them is not looked at again */
 
+    /* What waits and the guest has not taken, as the run loop saw it last; any change of it comes with `attention`. */
+    struct {
+        bool nmi, interrupt;
+        bool deliverable; /* an interrupt, at the task priority below */
+        uint8_t priority; /* CR8 */
+    } waiting;
+
     /* What hooks leave for the run loop. */
     enum { HAPPENED_NOTHING, HAPPENED_EXCEPTION, HAPPENED_SYSCALL, HAPPENED_SYSENTER, HAPPENED_ACTION } happened;
     uint32_t vector;    /* HAPPENED_EXCEPTION */
@@ -90,7 +97,8 @@ struct pyhv_emulator_vcpu {
     struct pyhv_kick kick;
     atomic_int kicked;
     atomic_bool attention; /* the run loop must look at kick and interrupts before it goes on */
-    atomic_bool in_engine; /* and it may be stopped from outside */
+    bool stepping;         /* one instruction only, which nothing from outside ends */
+    struct library_stop stop;
 
     /* The alarm of the vCPU's thread, while it runs: a timer, or where the queue of signals has no room for one a thread
      * that waits for a timer's descriptor. */
@@ -98,6 +106,7 @@ struct pyhv_emulator_vcpu {
     int alarm_fd; /* -1: there is a timer */
     pthread_t alarm_thread;
     atomic_bool alarm_over;
+    _Atomic(int64_t) alarm; /* when it rings, CLOCK_MONOTONIC ns; NO_DEADLINE: it has rung, or was not set */
 };
 
 /* Nanoseconds of CLOCK_MONOTONIC. */

@@ -45,7 +45,7 @@ static int pic_request(const struct pyhv_pic *pic, bool is_master)
     if (pic->special_mask)
         served &= (uint8_t)~pic->imr;
     if (pic->special_fully_nested_mode && is_master)
-        served &= (uint8_t) ~(1u << CASCADE_LINE);
+        served &= (uint8_t)~(1u << CASCADE_LINE);
     return wants < pic_priority(pic, served) ? (int)((wants + pic->priority_add) & 7) : -1;
 }
 
@@ -109,7 +109,7 @@ static void pic_end(struct pyhv_pic *pic, uint8_t value)
                 return;
             line = (priority + pic->priority_add) & 7;
         }
-        pic->isr &= (uint8_t) ~(1u << line);
+        pic->isr &= (uint8_t)~(1u << line);
     }
     if (command & 4)
         pic->priority_add = (uint8_t)((line + 1) & 7);
@@ -304,9 +304,25 @@ static void lapic_start_timer(struct lapic *lapic, uint32_t from, int64_t now)
     lapic->timer_start = now;
 }
 
+/* A guest that asks for more interrupts than it can take would do nothing else. Timers interrupt it once in so many of
+ * their periods that there is this much time between, in ns: as KVM has it (its parameter min_timer_period_us). */
+#define TIMER_LEAST INT64_C(200000)
+
+static int64_t periods_apart(int64_t period, int64_t least)
+{
+    return period > 0 && period < least ? (least + period - 1) / period : 1;
+}
+
 static int64_t lapic_deadline(const struct lapic *lapic)
 {
-    return lapic->timer_runs ? lapic->timer_start + lapic->timer_from * lapic_tick(lapic) : NO_DEADLINE;
+    if (!lapic->timer_runs)
+        return NO_DEADLINE;
+    int64_t deadline = lapic->timer_start + lapic->timer_from * lapic_tick(lapic);
+    if (lapic_get(lapic, LAPIC_LVT_TIMER) & LVT_PERIODIC) {
+        int64_t period = lapic_get(lapic, LAPIC_INITIAL_COUNT) * lapic_tick(lapic);
+        deadline += (periods_apart(period, TIMER_LEAST) - 1) * period;
+    }
+    return deadline;
 }
 
 static void lapic_update_timer(struct irqchip *chips, int64_t now)
@@ -332,8 +348,11 @@ static uint32_t lapic_current_count(const struct lapic *lapic, int64_t now)
 {
     if (!lapic->timer_runs)
         return 0;
-    int64_t gone = (now - lapic->timer_start) / lapic_tick(lapic);
-    return gone < (int64_t)lapic->timer_from ? lapic->timer_from - (uint32_t)gone : 0;
+    int64_t left = lapic->timer_from - (now - lapic->timer_start) / lapic_tick(lapic);
+    int64_t initial = lapic_get(lapic, LAPIC_INITIAL_COUNT);
+    if (left <= 0 && initial > 0 && (lapic_get(lapic, LAPIC_LVT_TIMER) & LVT_PERIODIC))
+        left = initial - -left % initial;
+    return left > 0 ? (uint32_t)left : 0;
 }
 
 static void ioapic_end(struct irqchip *chips, unsigned vector);
@@ -615,10 +634,12 @@ static int64_t pit_deadline(const struct irqchip *chips, int64_t after)
     const struct pyhv_pit_channel *channel = &chips->pit[0];
     if (!chips->has_pit || channel->initial_count == 0)
         return NO_DEADLINE;
-    int64_t periods = 1;
+    int64_t periods = 1, apart = 1;
+    if (pit_is_periodic(channel))
+        apart = periods_apart(channel->initial_count, TIMER_LEAST * PIT_HZ / 1000000000);
     if (pit_is_periodic(channel) && after >= channel->count_load_time)
-        periods = pit_ticks(channel, after) / channel->initial_count + 1;
-    int64_t deadline = pit_time(channel, periods * channel->initial_count);
+        periods = pit_ticks(channel, after) / (apart * channel->initial_count) + 1;
+    int64_t deadline = pit_time(channel, periods * apart * channel->initial_count);
     return deadline > after ? deadline : NO_DEADLINE;
 }
 

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <setjmp.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -55,12 +56,15 @@ _Static_assert(CONTEXT_HEAD == 40, "struct uc_context");
 /* The code buffer of an engine. The library's own default, 1 GiB, is too much address space where there are many. */
 #define CODE_BUFFER (UINT32_C(16) << 20)
 
-/* Where struct uc_struct has its processor, a mark that it was stopped, a size and the switch (include/uc_priv.h), and the
- * processor its marks of HLT and of why it leaves its loop (CPUState), and its state: found by their values, and checked
- * below by what they do. */
-enum { UC_CPU = 440, UC_STOP_REQUEST = 1389, UC_CONTEXT_SIZE = 2016, UC_NO_EXIT_REQUEST = 2034 };
+/* Where struct uc_struct has its processor, a size and the switch (include/uc_priv.h), and the processor its marks of HLT
+ * and of why it leaves its loop, a pointer that nobody uses, its table of functions (CPUState), and its state: found by
+ * their values, and checked below by what they do. */
+enum { UC_CPU = 440, UC_CONTEXT_SIZE = 2016, UC_NO_EXIT_REQUEST = 2034 };
 enum { UC_JUMPS = 2040, UC_NESTED = UC_JUMPS + 64 * sizeof(sigjmp_buf) }; /* where faults go, a place for each level */
-enum { CPU_HALTED = 33176, CPU_EXCEPTION = 33184, CPU_STATE = 35408 };
+enum { CPU_EXIT_REQUEST = 21, CPU_INTERRUPTS = 28, CPU_COUNTDOWN = 304, CPU_OPAQUE = 33136 };
+enum { CPU_HALTED = 33176, CPU_EXCEPTION = 33184, CPU_CLASS = 33200, CPU_STATE = 35408 };
+enum { CLASS_INTERRUPT = 144 }; /* what the loop calls where interrupts are requested */
+enum { INTERRUPT_HARD = 2 };
 enum { NO_EXCEPTION = -1, LEAVE = 0x10001 };
 
 static uint8_t *processor(const uc_engine *engine)
@@ -70,17 +74,39 @@ static uint8_t *processor(const uc_engine *engine)
     return cpu;
 }
 
-void pyhv_library_stop_soon(uc_engine *engine)
+/* In the place of the library's own function, which would enter the guest's handler of vector 0. */
+static bool between_blocks(uint8_t *cpu, int requested)
 {
-    int32_t exception;
-    uint8_t *place = processor(engine) + CPU_EXCEPTION;
-    uc.emu_stop(engine); /* it leaves the block, and then its loop */
-    ((uint8_t *)engine)[UC_STOP_REQUEST] = 0;
-    memcpy(&exception, place, sizeof exception);
-    if (exception == NO_EXCEPTION) { /* else one is on its way to its callback, and that ends the run */
-        exception = LEAVE;
-        memcpy(place, &exception, sizeof exception);
+    (void)requested;
+    struct library_stop *stop;
+    memcpy(&stop, cpu + CPU_OPAQUE, sizeof stop);
+    /* The loop has just cleared what pyhv_library_look() sets. Whoever set it before has written down why before that,
+     * and leave() must read it; who sets it later is heard the next time. */
+    atomic_thread_fence(memory_order_seq_cst);
+    if (stop->leave(stop->opaque)) {
+        const int32_t exception = LEAVE;
+        memcpy(cpu + CPU_EXCEPTION, &exception, sizeof exception);
+        cpu[CPU_EXIT_REQUEST] = 1;
     }
+    return false;
+}
+
+void pyhv_library_decide(uc_engine *engine, struct library_stop *stop)
+{
+    uint8_t *cpu = processor(engine), *class;
+    bool (*function)(uint8_t *, int) = between_blocks;
+    const uint32_t requested = INTERRUPT_HARD; /* always, and nobody takes it back */
+    memcpy(&class, cpu + CPU_CLASS, sizeof class);
+    memcpy(class + CLASS_INTERRUPT, &function, sizeof function);
+    memcpy(cpu + CPU_OPAQUE, &stop, sizeof stop);
+    memcpy(cpu + CPU_INTERRUPTS, &requested, sizeof requested);
+}
+
+void pyhv_library_look(uc_engine *engine)
+{
+    uint16_t *countdown; /* each block looks at it first, and goes back to the loop where it is below 0 */
+    memcpy(&countdown, processor(engine) + CPU_COUNTDOWN, sizeof countdown);
+    __atomic_store_n(countdown + 1, UINT16_MAX, __ATOMIC_SEQ_CST);
 }
 
 struct cpu_state *pyhv_library_state(const uc_engine *engine)
@@ -200,7 +226,23 @@ static bool run_to_exception(struct seen *seen, uint8_t *page, const char *code,
     return uc.emu_start(seen->engine, CHECK_PAGE, 0, 0, 0) == UC_ERR_OK && seen->count == 1;
 }
 
-static uint64_t stop_on_read(uc_engine *engine, uint64_t offset, unsigned size, void *opaque)
+/* What the check of stops has seen. */
+struct stops {
+    struct library_stop stop;
+    uc_engine *engine;
+    int writes, looks;
+    bool wanted; /* to leave */
+    bool on_write;
+};
+
+static bool leave_if_wanted(void *opaque)
+{
+    struct stops *stops = opaque;
+    stops->looks++;
+    return stops->wanted;
+}
+
+static uint64_t zero_on_read(uc_engine *engine, uint64_t offset, unsigned size, void *opaque)
 {
     (void)engine, (void)offset, (void)size, (void)opaque;
     return 0;
@@ -209,8 +251,10 @@ static uint64_t stop_on_read(uc_engine *engine, uint64_t offset, unsigned size, 
 static void stop_on_write(uc_engine *engine, uint64_t offset, unsigned size, uint64_t value, void *opaque)
 {
     (void)offset, (void)size, (void)value;
-    ++*(int *)opaque;
-    pyhv_library_stop_soon(engine);
+    struct stops *stops = opaque;
+    stops->writes++;
+    stops->wanted = true;
+    pyhv_library_look(engine);
 }
 
 static int count_instruction(uc_engine *engine, void *opaque)
@@ -256,14 +300,26 @@ static bool jumps_from_callbacks(struct seen *seen, uint8_t *page)
            uc.reg_read(engine, UC_X86_REG_RIP, &rip) == UC_ERR_OK && rip == CHECK_PAGE;
 }
 
+/* Whether the table of functions is where it should be, before anything is written there. */
+static bool has_class(uc_engine *engine, const void *handle)
+{
+    const uint8_t *cpu = processor(engine), *class;
+    void *function, *expected = dlsym((void *)(uintptr_t)handle, "x86_cpu_exec_interrupt_x86_64");
+    memcpy(&class, cpu + CPU_CLASS, sizeof class);
+    memcpy(&function, class + CLASS_INTERRUPT, sizeof function);
+    return expected && function == expected;
+}
+
 /* Whether a stop that is asked for in the middle of a block happens at its end: nothing is executed twice, and no callback
- * is passed over. */
-static bool stops_between_blocks(uc_engine *engine, uint8_t *page)
+ * is passed over. Also whether one that was asked for before the start is not forgotten, and whether POPF asks. */
+static bool stops_between_blocks(struct stops *stops, uint8_t *page)
 {
     /* incl (%rax); rdtsc; inc %ecx; jmp 1f; 1: */
     static const char block[] = {'\xff', 0x00, 0x0f, 0x31, '\xff', '\xc1', '\xeb', 0};
-    uint64_t rax = CHECK_MMIO, rip = 0;
-    int writes = 0, cpuids = 0, rdtscs = 0;
+    static const char flags[] = {'\x9c', '\x9d'}; /* pushf; popf; hlt */
+    uc_engine *engine = stops->engine;
+    uint64_t rax = CHECK_MMIO, rsp = CHECK_PAGE + PYHV_PAGE_SIZE - 8, rip = 0;
+    int cpuids = 0, rdtscs = 0;
     uc_hook hook;
     void *count = (void *)(uintptr_t)count_instruction;
     if (uc.hook_add(engine, &hook, UC_HOOK_INSN, count, &cpuids, 1, 0, UC_X86_INS_CPUID) != UC_ERR_OK ||
@@ -272,19 +328,29 @@ static bool stops_between_blocks(uc_engine *engine, uint8_t *page)
     memset(page, 0xf4, 64);
     memcpy(page, block, sizeof block);
     uc.ctl(engine, UC_CTL_FLUSH_BLOCKS);
-    return uc.mmio_map(engine, CHECK_MMIO, PYHV_PAGE_SIZE, stop_on_read, NULL, stop_on_write, &writes) == UC_ERR_OK &&
-           uc.reg_write(engine, UC_X86_REG_RAX, &rax) == UC_ERR_OK &&
-           uc.emu_start(engine, CHECK_PAGE, 0, 0, 0) == UC_ERR_OK &&
-           uc.reg_read(engine, UC_X86_REG_RIP, &rip) == UC_ERR_OK && rip == CHECK_PAGE + sizeof block && writes == 1 &&
-           rdtscs == 1 && cpuids == 0;
+    stops->wanted = true;
+    if (uc.emu_start(engine, CHECK_PAGE, 0, 0, 0) != UC_ERR_OK || pyhv_library_halted(engine) || rdtscs != 0)
+        return false;
+    stops->wanted = false;
+    if (uc.mmio_map(engine, CHECK_MMIO, PYHV_PAGE_SIZE, zero_on_read, NULL, stop_on_write, stops) != UC_ERR_OK ||
+        uc.reg_write(engine, UC_X86_REG_RAX, &rax) != UC_ERR_OK ||
+        uc.emu_start(engine, CHECK_PAGE, 0, 0, 0) != UC_ERR_OK ||
+        uc.reg_read(engine, UC_X86_REG_RIP, &rip) != UC_ERR_OK || rip != CHECK_PAGE + sizeof block ||
+        stops->writes != 1 || rdtscs != 1 || cpuids != 0 || pyhv_library_halted(engine))
+        return false;
+    memcpy(page, flags, sizeof flags);
+    memset(page + sizeof flags, 0xf4, sizeof block);
+    uc.ctl(engine, UC_CTL_FLUSH_BLOCKS);
+    stops->wanted = false;
+    stops->looks = 0;
+    return uc.reg_write(engine, UC_X86_REG_RSP, &rsp) == UC_ERR_OK &&
+           uc.emu_start(engine, CHECK_PAGE, 0, 0, 0) == UC_ERR_OK && pyhv_library_halted(engine) && stops->looks == 2;
 }
 
-/* Whether HLT leaves its mark, and other ends do not. */
+/* Whether HLT leaves its mark; other ends do not: see above. */
 static bool marks_halt(uc_engine *engine, uint8_t *page)
 {
     uint64_t rip = 0;
-    if (pyhv_library_halted(engine)) /* it was stopped by the check before */
-        return false;
     memset(page, 0xf4, 64);
     uc.ctl(engine, UC_CTL_FLUSH_BLOCKS);
     return uc.emu_start(engine, CHECK_PAGE, 0, 0, 0) == UC_ERR_OK && pyhv_library_halted(engine) == 1 &&
@@ -381,7 +447,7 @@ static const char *misplaced_register(uc_engine *engine, struct cpu_context *con
 }
 
 /* Runs a few instructions and looks for what they leave behind. */
-static const char *misplaced_event(uc_engine *engine, struct cpu_context *context, uint8_t *page)
+static const char *misplaced_event(uc_engine *engine, struct cpu_context *context, uint8_t *page, struct stops *stops)
 {
     const struct cpu_state *state = &context->state;
     struct seen seen = {.engine = engine, .context = context};
@@ -404,25 +470,30 @@ static const char *misplaced_event(uc_engine *engine, struct cpu_context *contex
         return "old_exception";
     if (!jumps_from_callbacks(&seen, page))
         return "jmp_bufs";
-    if (!stops_between_blocks(engine, page))
-        return "no_exit_request";
+    if (!stops_between_blocks(stops, page))
+        return "interrupt_request";
     return marks_halt(engine, page) ? NULL : "halted";
 }
 
-static int check_library(struct pyhv_error *error)
+static int check_library(const void *handle, struct pyhv_error *error)
 {
     uc_engine *engine;
     struct cpu_context *context, *pristine;
+    struct stops stops = {.stop = {.leave = leave_if_wanted, .opaque = &stops}};
     if (pyhv_library_engine(&engine, &context, error) < 0)
         return -1;
+    stops.engine = engine;
     const char *misplaced = "memory";
     uint8_t *page = aligned_alloc(PYHV_PAGE_SIZE, PYHV_PAGE_SIZE);
     pristine = malloc(sizeof *pristine);
     if (page && pristine) {
         memcpy(pristine, context, sizeof *pristine);
         if (uc.context_save(engine, pristine) == UC_ERR_OK && !(misplaced = misplaced_register(engine, context)) &&
-            uc.context_restore(engine, pristine) == UC_ERR_OK)
-            misplaced = misplaced_event(engine, context, page);
+            !(misplaced = has_class(engine, handle) ? NULL : "CPUClass") &&
+            uc.context_restore(engine, pristine) == UC_ERR_OK) {
+            pyhv_library_decide(engine, &stops.stop);
+            misplaced = misplaced_event(engine, context, page, &stops);
+        }
     }
     uc.close(engine);
     free(page);
@@ -487,7 +558,7 @@ int pyhv_emulator_open(const char *path, struct pyhv_error *error)
             result = pyhv_fail(error, 0, "libunicorn", "%s is version %u.%u.%u, pyhv knows 2.1.4 only", path,
                                version >> 24, version >> 16 & 0xff, version >> 8 & 0xff);
         } else {
-            result = check_library(error);
+            result = check_library(handle, error);
         }
         opened = result == 0;
         if (!opened && handle)

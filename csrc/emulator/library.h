@@ -9,6 +9,7 @@
 #ifndef PYHV_EMULATOR_LIBRARY_H
 #define PYHV_EMULATOR_LIBRARY_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -176,6 +177,7 @@ enum {
     UC_X86_REG_RDX = 40,
     UC_X86_REG_RIP = 41,
     UC_X86_REG_RSI = 43,
+    UC_X86_REG_RSP = 44,
     UC_X86_REG_CR2 = 52,
     UC_X86_REG_CR4 = 54,
     UC_X86_REG_CR8 = 58,
@@ -228,10 +230,22 @@ extern struct library uc;
  * precise: stop between blocks only. Else at once, which only single steps need. What was translated is forgotten. */
 void pyhv_library_stop_between_blocks(uc_engine *engine, int precise);
 
-/* Makes the engine return at the end of the block that it executes, if it executes; from a callback or a signal handler
- * on its thread. uc_emu_stop() does too, but on the rest of the block some callbacks (of RDTSC, SYSCALL ...) are passed
- * over then, and the library does itself what they are there for: it is only for callbacks that end their block. */
-void pyhv_library_stop_soon(uc_engine *engine);
+/* Who decides, between two blocks of the guest's code, whether the engine goes on. `leave` is called on the engine's thread
+ * before its first block, whenever an instruction ends its block for the processor to look at interrupts (STI, POPF,
+ * IRET, SYSRET, MOV to CR8 ...; behind the shadow of STI and MOV SS), and after pyhv_library_look(). All registers but the
+ * arithmetic flags are up to date then. Where it says true nothing more is executed, and uc_emu_start() returns.
+ *
+ * uc_emu_stop() is not used: what it sets can be taken back by the library, in the middle of a block callbacks (of
+ * RDTSC, SYSCALL ...) are passed over from then on, and a signal handler that calls it races with callbacks that do. */
+struct library_stop {
+    bool (*leave)(void *opaque);
+    void *opaque;
+};
+void pyhv_library_decide(uc_engine *engine, struct library_stop *stop);
+
+/* Lets stop->leave() be called at the end of the block that the engine executes; before the first one, if it executes
+ * none now. From any thread, callback or signal handler, any number of times: it is never lost or taken back. */
+void pyhv_library_look(uc_engine *engine);
 
 /* The state of an engine's processor: to be read in callbacks, where all but the arithmetic flags is up to date. */
 struct cpu_state *pyhv_library_state(const uc_engine *engine);

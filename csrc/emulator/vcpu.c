@@ -2,10 +2,16 @@
  *
  * A vCPU of the emulator: its creation, what it asks for while it executes, its run loop, and the kick.
  *
- * How a run of the engine is ended from outside: pyhv_library_stop_soon() makes it return at the end of the block that it
- * executes, and may be called from a signal handler on its own thread; but uc_emu_start() forgets a stop that came before
- * it. So whoever wants the run loop's attention sets a flag and sends the thread a signal; and as long as
- * the flag is there the handler comes back by a timer. The same timer is the alarm of the guest's own timers.
+ * How a run of the engine ends. Several parties want it to: callbacks (an exception, a system call, a full log), other
+ * threads (a kick, an interrupt of a device), the timer's signal handler, an interrupt that the guest begins to take. None
+ * of them ends it. They write down what they want (`happened`, `attention`, `waiting`) and call pyhv_library_look();
+ * must_leave() alone decides, on the vCPU's thread, between two blocks of the guest's code. The invariant:
+ *
+ *     A note is written before pyhv_library_look() is called, and taken back by nobody but the run loop, while the
+ *     engine does not execute. Between a note and the next block of the guest's code must_leave() has seen it.
+ *
+ * So it does not matter how many ask at once, in which order, or how often; nothing is lost, and no code of the guest's
+ * runs behind a SYSCALL or a fault before the guest's kernel does. All parties touch nothing else of the library's.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -17,10 +23,8 @@
 #include "devices/device.h"
 #include "emulator/emulator.h"
 
-/* How soon the handler comes back, in ns. It is also how often a guest is stopped for a look whether it takes
- * interrupts again, while it has them switched off and one waits: the library does not tell when they are on. */
-#define COME_BACK 50000
-
+#define DR6_BS    (UINT64_C(1) << 14)
+#define RFLAGS_TF (UINT64_C(1) << 8)
 #define RFLAGS_IF (UINT64_C(1) << 9)
 #define RFLAGS_VM (UINT64_C(1) << 17)
 
@@ -28,34 +32,40 @@
 #define TSS_32      (1u << 11)
 #define TSS_IO_BASE 0x66
 
-enum { NMI = 2, INVALID_OPCODE = 6, PROTECTION = 13 };
+enum { DEBUG = 1, NMI = 2, INVALID_OPCODE = 6, PROTECTION = 13 };
 
 /* A block of the engine's is at most so many instructions, which run on after the log is full. */
 enum { LOG_SPARE = 512 };
 
-static _Thread_local struct pyhv_emulator_vcpu *current;
-
 /* ------------------------------------------------------------------------------------------- attention, kick -- */
 
-/* Also from the signal's handler. */
-static void set_alarm(struct pyhv_emulator_vcpu *vcpu, int64_t in)
+/* The alarm rings at `deadline` (CLOCK_MONOTONIC, ns). */
+static void set_alarm(struct pyhv_emulator_vcpu *vcpu, int64_t deadline)
 {
-    struct itimerspec when = {.it_value = {.tv_sec = in / 1000000000, .tv_nsec = in % 1000000000}};
+    if (deadline == NO_DEADLINE || deadline == atomic_load(&vcpu->alarm))
+        return; /* one too many does no harm */
+    struct itimerspec when = {.it_value = {.tv_sec = deadline / 1000000000, .tv_nsec = deadline % 1000000000}};
+    atomic_store(&vcpu->alarm, deadline);
     if (vcpu->alarm_fd >= 0)
-        timerfd_settime(vcpu->alarm_fd, 0, &when, NULL);
+        timerfd_settime(vcpu->alarm_fd, TFD_TIMER_ABSTIME, &when, NULL);
     else
-        timer_settime(vcpu->timer, 0, &when, NULL);
+        timer_settime(vcpu->timer, TIMER_ABSTIME, &when, NULL);
 }
 
-static void on_attention(void *opaque, bool is_timer)
+/* Makes the run loop look at kick and interrupts before the guest goes on. From any thread and any handler. */
+static void ask_for_attention(struct pyhv_emulator_vcpu *vcpu)
+{
+    atomic_store(&vcpu->attention, true);
+    pyhv_library_look(vcpu->engine);
+}
+
+/* Of the signal: the timer's, or a kick's, which needs it only to get a device out of a system call such as a write to a
+ * pipe that is full. Two that come at once are one, so each may be the timer's. */
+static void on_attention(void *opaque)
 {
     struct pyhv_emulator_vcpu *vcpu = opaque;
-    if (is_timer)
-        atomic_store(&vcpu->attention, true);
-    if (atomic_load(&vcpu->attention) && atomic_load(&vcpu->in_engine)) {
-        pyhv_library_stop_soon(vcpu->engine);
-        set_alarm(vcpu, COME_BACK);
-    }
+    atomic_store(&vcpu->alarm, NO_DEADLINE);
+    ask_for_attention(vcpu);
 }
 
 /* Returns 0 or an errno; see pyhv_kick_send(). */
@@ -70,25 +80,42 @@ static int signal_thread(struct pyhv_emulator_vcpu *vcpu)
 
 void emulator_attention(struct pyhv_emulator_vcpu *vcpu)
 {
-    atomic_store(&vcpu->attention, true);
+    ask_for_attention(vcpu);
     pthread_cond_broadcast(&vcpu->vm->wake);
-    if (current == vcpu) { /* from within a port access of its own */
-        if (atomic_load(&vcpu->in_engine))
-            pyhv_library_stop_soon(vcpu->engine);
-    } else {
-        (void)signal_thread(vcpu); /* without it the interrupt is late: it is looked for at the next alarm */
-    }
 }
 
 int pyhv_emulator_vcpu_kick(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
 {
     atomic_store(&vcpu->kicked, 1);
     pthread_mutex_lock(&vcpu->vm->lock);
-    atomic_store(&vcpu->attention, true);
-    pthread_cond_broadcast(&vcpu->vm->wake);
+    emulator_attention(vcpu);
     pthread_mutex_unlock(&vcpu->vm->lock);
     int errnum = signal_thread(vcpu);
     return errnum ? pyhv_fail(error, errnum, "pthread_kill", "SIGURG to the thread of the vCPU") : 0;
+}
+
+/* Whether an event that waits, as the run loop has left it, can be delivered in this state; or the task priority has
+ * changed, on which that depends. */
+static bool takes_event(const struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state)
+{
+    if (state->hflags & HF_INHIBIT_IRQ)
+        return false;
+    if (vcpu->waiting.nmi && !(state->hflags2 & HF2_NMI))
+        return true;
+    if (!vcpu->waiting.interrupt)
+        return false;
+    return (vcpu->waiting.deliverable && (state->rflags & RFLAGS_IF)) || state->task_priority != vcpu->waiting.priority;
+}
+
+/* struct library_stop: ends the run of the engine, for whoever wants it. See above. */
+static bool must_leave(void *opaque)
+{
+    const struct pyhv_emulator_vcpu *vcpu = opaque;
+    if (vcpu->happened != HAPPENED_NOTHING)
+        return true;
+    if (vcpu->stepping)
+        return false;
+    return atomic_load(&vcpu->attention) || takes_event(vcpu, pyhv_library_state(vcpu->engine));
 }
 
 /* ------------------------------------------------------------------------- what the guest does: time and CPUID -- */
@@ -132,7 +159,7 @@ static void record_cpuid(struct pyhv_emulator_vcpu *vcpu, uint32_t leaf, uint32_
     pyhv_cpuid_host(leaf, subleaf, record->hardware);
     if (vcpu->log_count >= vcpu->log_capacity) {
         vcpu->log_full = true;
-        pyhv_library_stop_soon(vcpu->engine);
+        ask_for_attention(vcpu);
     }
 }
 
@@ -157,14 +184,6 @@ static int on_cpuid(uc_engine *engine, void *opaque)
 }
 
 /* ------------------------------------------------------------------------------------ what it does: ports -- */
-
-/* Looks whether an interrupt waits now, after the guest has touched a controller. With vm->lock held. */
-static void look_at_chips(struct pyhv_emulator_vcpu *vcpu)
-{
-    atomic_store(&vcpu->attention, true); /* its timers may be other ones too */
-    if (atomic_load(&vcpu->in_engine))
-        pyhv_library_stop_soon(vcpu->engine);
-}
 
 /* IN and OUT fault where neither IOPL nor the task's permission bitmap lets the guest's user at the ports (SDM Vol. 1,
  * "I/O Port Addressing: Protected-Mode I/O"): the library does not look. */
@@ -256,7 +275,7 @@ static void on_out(uc_engine *engine, uint32_t port, int size, uint32_t value, v
         for (int i = 0; i < size; i++)
             if (irqchip_owns_port(&vm->chips, port + (uint32_t)i))
                 irqchip_write_port(&vm->chips, port + (uint32_t)i, (uint8_t)(value >> 8 * i), now);
-        look_at_chips(vcpu);
+        ask_for_attention(vcpu); /* an interrupt may wait now, and the timers be other ones */
         pthread_mutex_unlock(&vm->lock);
         return;
     }
@@ -302,7 +321,7 @@ static void on_mmio_write(uc_engine *engine, uint64_t offset, unsigned size, uin
     irqchip_write_memory(&vm->chips, gpa, (uint32_t)value, emulator_now());
     if (irqchip_cr8(&vm->chips) != priority)
         hole->vcpu->priority_written = true;
-    look_at_chips(hole->vcpu);
+    ask_for_attention(hole->vcpu);
     pthread_mutex_unlock(&vm->lock);
 }
 
@@ -337,26 +356,28 @@ static int map_memory(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
 
 /* ---------------------------------------------------------------------------------- what it does: exceptions -- */
 
+/* `happened` is looked at when the callback has returned and its instruction is over, before the guest's next one. */
 static void on_exception(uc_engine *engine, uint32_t vector, void *opaque)
 {
+    (void)engine;
     struct pyhv_emulator_vcpu *vcpu = opaque;
+    if (vcpu->happened !=
+        HAPPENED_NOTHING) /* #DB behind SYSCALL or SYSENTER, which have not happened yet: enter_kernel() */
+        return;
     vcpu->happened = HAPPENED_EXCEPTION;
     vcpu->vector = vector;
-    uc.emu_stop(engine);
 }
 
 static void on_syscall(uc_engine *engine, void *opaque)
 {
-    struct pyhv_emulator_vcpu *vcpu = opaque;
-    vcpu->happened = HAPPENED_SYSCALL;
-    uc.emu_stop(engine);
+    (void)engine;
+    ((struct pyhv_emulator_vcpu *)opaque)->happened = HAPPENED_SYSCALL;
 }
 
 static void on_sysenter(uc_engine *engine, void *opaque)
 {
-    struct pyhv_emulator_vcpu *vcpu = opaque;
-    vcpu->happened = HAPPENED_SYSENTER;
-    uc.emu_stop(engine);
+    (void)engine;
+    ((struct pyhv_emulator_vcpu *)opaque)->happened = HAPPENED_SYSENTER;
 }
 
 /* ---------------------------------------------------------------------------------------- creation and end -- */
@@ -409,6 +430,8 @@ struct pyhv_emulator_vcpu *pyhv_emulator_vcpu_create(struct pyhv_emulator_vm *vm
     emulator_reset(&vcpu->context->state);
     if (emulator_load(vcpu, vcpu->context, true, error) < 0)
         goto fail;
+    vcpu->stop = (struct library_stop){.leave = must_leave, .opaque = vcpu};
+    pyhv_library_decide(vcpu->engine, &vcpu->stop);
     pthread_mutex_lock(&vm->lock);
     vm->vcpu = vcpu;
     pthread_mutex_unlock(&vm->lock);
@@ -540,6 +563,22 @@ static bool raise_fault(struct pyhv_emulator_vcpu *vcpu, uint32_t vector, struct
     return finish_event(vcpu, done, exit);
 }
 
+/* SYSCALL and SYSENTER. Where TF is still set behind them (SYSCALL clears what FMASK says) they are a step like others. */
+static bool enter_kernel(struct pyhv_emulator_vcpu *vcpu,
+                         enum emulator_delivery (*enter)(struct pyhv_emulator_vcpu *, struct cpu_state *),
+                         struct pyhv_exit *exit)
+{
+    if (!save_state(vcpu, exit))
+        return true;
+    struct cpu_state *state = &vcpu->context->state;
+    enum emulator_delivery done = enter(vcpu, state);
+    if (done == DELIVERED && (state->rflags & RFLAGS_TF)) {
+        state->dr[6] |= DR6_BS;
+        done = emulator_deliver(vcpu, state, EVENT_FAULT, DEBUG, 0);
+    }
+    return finish_event(vcpu, done, exit);
+}
+
 /* An instruction that the engine does not know, or no memory where one should be. */
 static bool raise_invalid_opcode(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
 {
@@ -568,36 +607,47 @@ static bool join_priority(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *sta
     return changed;
 }
 
-/* Delivers what waits, if the guest takes it. Returns true if the run ends. */
-static bool take_interrupt(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+/* Takes the event that comes first, an NMI before an interrupt, out of the controllers if the guest takes one now: its
+ * vector, or NO_INTERRUPT, and then must_leave() knows what to watch for. `changed`: the state was. */
+static int next_event(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *state, bool *changed)
 {
-    struct pyhv_emulator_vm *vm = vcpu->vm;
-    if (!save_state(vcpu, exit))
-        return true;
-    struct cpu_state *state = &vcpu->context->state;
+    struct irqchip *chips = &vcpu->vm->chips;
     int vector = NO_INTERRUPT;
-    bool is_nmi = false;
-    pthread_mutex_lock(&vm->lock);
-    bool changed = join_priority(vcpu, state);
-    if (!(state->hflags & HF_INHIBIT_IRQ)) {
-        if (vm->chips.nmi_pending && !(state->hflags2 & HF2_NMI)) {
-            is_nmi = true;
-            vm->chips.nmi_pending = false;
-        } else if ((state->rflags & RFLAGS_IF) && irqchip_pending(&vm->chips)) {
-            vector = irqchip_acknowledge(&vm->chips);
+    pthread_mutex_lock(&vcpu->vm->lock);
+    *changed |= join_priority(vcpu, state);
+    vcpu->waiting.nmi = chips->nmi_pending;
+    vcpu->waiting.interrupt = irqchip_waiting(chips);
+    vcpu->waiting.deliverable = irqchip_pending(chips);
+    vcpu->waiting.priority = state->task_priority;
+    if (takes_event(vcpu, state)) {
+        if (chips->nmi_pending && !(state->hflags2 & HF2_NMI)) {
+            vector = NMI;
+            chips->nmi_pending = false;
+            state->hflags2 |= HF2_NMI; /* until IRET */
+        } else {
+            vector = irqchip_acknowledge(chips);
         }
     }
-    pthread_mutex_unlock(&vm->lock);
-    if (!is_nmi && vector == NO_INTERRUPT) {
-        if (changed && emulator_load(vcpu, vcpu->context, false, &exit->error) < 0)
-            return stop(exit, PYHV_STOP_FAILED);
-        return false;
+    pthread_mutex_unlock(&vcpu->vm->lock);
+    return vector;
+}
+
+/* Delivers what waits and the guest takes: more than one where a handler takes the next at once. True if the run ends. */
+static bool take_events(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+{
+    struct cpu_state *state = &vcpu->context->state;
+    bool changed = false;
+    if (!save_state(vcpu, exit))
+        return true;
+    for (int vector; (vector = next_event(vcpu, state, &changed)) != NO_INTERRUPT; changed = true) {
+        vcpu->halted = false;
+        enum emulator_delivery done = emulator_deliver(vcpu, state, EVENT_INTERRUPT, (uint32_t)vector, 0);
+        if (done != DELIVERED)
+            return finish_event(vcpu, done, exit);
     }
-    vcpu->halted = false;
-    if (is_nmi)
-        state->hflags2 |= HF2_NMI;
-    enum emulator_delivery done = emulator_deliver(vcpu, state, EVENT_INTERRUPT, is_nmi ? NMI : (uint32_t)vector, 0);
-    return finish_event(vcpu, done, exit);
+    if (changed && emulator_load(vcpu, vcpu->context, false, &exit->error) < 0)
+        return stop(exit, PYHV_STOP_FAILED);
+    return false;
 }
 
 /* Waits in HLT for something to look at. */
@@ -638,16 +688,10 @@ int pyhv_emulator_vcpu_waits_for_ever(struct pyhv_emulator_vcpu *vcpu)
 /* Lets the engine execute, `count` instructions if that is not 0, and acts on why it came back. True if the run ends. */
 static bool run_engine(struct pyhv_emulator_vcpu *vcpu, size_t count, struct pyhv_exit *exit)
 {
-    uint64_t rip = 0;
-    uc.reg_read(vcpu->engine, UC_X86_REG_RIP, &rip);
+    uint64_t rip = pyhv_library_state(vcpu->engine)->rip;
     vcpu->happened = HAPPENED_NOTHING;
-    atomic_store(&vcpu->in_engine, count == 0);
-    if (atomic_load(&vcpu->attention) && count == 0) {
-        atomic_store(&vcpu->in_engine, false);
-        return false;
-    }
+    vcpu->stepping = count != 0;
     int code = uc.emu_start(vcpu->engine, rip, 0, 0, count);
-    atomic_store(&vcpu->in_engine, false);
     exit->exit_reason = (uint32_t)code;
 
     switch (vcpu->happened) {
@@ -656,9 +700,9 @@ static bool run_engine(struct pyhv_emulator_vcpu *vcpu, size_t count, struct pyh
     case HAPPENED_EXCEPTION:
         return raise_fault(vcpu, vcpu->vector, exit);
     case HAPPENED_SYSCALL:
-        return !save_state(vcpu, exit) || finish_event(vcpu, emulator_syscall(vcpu, &vcpu->context->state), exit);
+        return enter_kernel(vcpu, emulator_syscall, exit);
     case HAPPENED_SYSENTER:
-        return !save_state(vcpu, exit) || finish_event(vcpu, emulator_sysenter(vcpu, &vcpu->context->state), exit);
+        return enter_kernel(vcpu, emulator_sysenter, exit);
     case HAPPENED_NOTHING:
         break;
     }
@@ -694,7 +738,8 @@ static bool turn(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
         waiting = irqchip_waiting(&vm->chips);
         pthread_mutex_unlock(&vm->lock);
     }
-    if ((waiting || vcpu->priority_written) && take_interrupt(vcpu, exit))
+    vcpu->waiting.nmi = vcpu->waiting.interrupt = false;
+    if ((waiting || vcpu->priority_written) && take_events(vcpu, exit))
         return true;
     if (vcpu->halted) {
         if (!vm->irqchip) { /* to wait is the caller's business, who lets it run on */
@@ -704,8 +749,7 @@ static bool turn(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
         sleep_in_hlt(vcpu, deadline);
         return false;
     }
-    int64_t in = waiting ? COME_BACK : deadline == NO_DEADLINE ? 0 : deadline - emulator_now();
-    set_alarm(vcpu, waiting || deadline != NO_DEADLINE ? (in > 0 ? in : 1) : 0);
+    set_alarm(vcpu, deadline);
     return run_engine(vcpu, 0, exit);
 }
 
@@ -729,8 +773,8 @@ static void *ring(void *opaque)
     struct pyhv_emulator_vcpu *vcpu = opaque;
     uint64_t times;
     while (read(vcpu->alarm_fd, &times, sizeof times) == sizeof times && !atomic_load(&vcpu->alarm_over)) {
-        atomic_store(&vcpu->attention, true);
-        (void)signal_thread(vcpu);
+        atomic_store(&vcpu->alarm, NO_DEADLINE);
+        ask_for_attention(vcpu);
     }
     return NULL;
 }
@@ -770,11 +814,10 @@ static void destroy_alarm(struct pyhv_emulator_vcpu *vcpu)
 
 static int enter_thread(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
 {
-    current = vcpu;
+    atomic_store(&vcpu->alarm, NO_DEADLINE);
     pyhv_kick_enter(&vcpu->kick, on_attention, vcpu);
     if (create_alarm(vcpu, error) < 0) {
         pyhv_kick_leave(&vcpu->kick);
-        current = NULL;
         return -1;
     }
     pyhv_cancel = &vcpu->kicked;
@@ -786,7 +829,6 @@ static void leave_thread(struct pyhv_emulator_vcpu *vcpu)
     pyhv_cancel = NULL;
     destroy_alarm(vcpu);
     pyhv_kick_leave(&vcpu->kick);
-    current = NULL;
 }
 
 void pyhv_emulator_vcpu_run(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)

@@ -5,12 +5,19 @@
  */
 #include <errno.h>
 #include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "check.h"
+#include "devices/device.h"
+#include "emulator/library.h"
+#include "kick.h"
 #include "pyhv.h"
 
 enum { RAM_SIZE = 0x10000, ENTRY = 0x1000, HANDLER = 0x1100, TIMEOUT_SECONDS = 100 };
@@ -34,6 +41,7 @@ static const struct pyhv_cpuid_entry table[] = {
 
 struct machine {
     struct pyhv_bus *bus;
+    struct pyhv_device *port; /* the debug-exit port, with interrupt line 4 */
     struct pyhv_memory memory;
     struct pyhv_emulator_vm *vm;
     struct pyhv_emulator_vcpu *vcpu;
@@ -75,8 +83,9 @@ static void build(struct machine *machine, const void *code, size_t size, int ir
     struct pyhv_error error = {0};
     struct pyhv_vm_config config = {.irqchip = (uint32_t)irqchip, .pit = 1};
     machine->bus = pyhv_bus_create(&error);
-    struct pyhv_device *port = pyhv_debug_exit_create(0xf4, &error);
-    need(port && pyhv_bus_attach(machine->bus, port, &error) == 0, &error);
+    machine->port = pyhv_debug_exit_create(0xf4, &error);
+    need(machine->port && pyhv_bus_attach(machine->bus, machine->port, &error) == 0, &error);
+    machine->port->gsi = 4;
     need(pyhv_memory_create(&machine->memory, RAM_SIZE, &error) == 0, &error);
     put(machine, ENTRY, code, size);
     machine->memory.host[HANDLER] = HLT;
@@ -546,6 +555,424 @@ static void put_timer(uint8_t *page, uint32_t lvt, uint32_t initial, uint32_t le
     memcpy(page + 0x390, &left, sizeof left);
 }
 
+/* --------------------------------------------------------------------------- two who ask at the same moment -- */
+
+/* Each callback that the engine gives the library is wrapped here, and something else that wants a stop happens
+ * immediately before or behind it, on its thread: the timer's signal, a kick, a line of a device. */
+enum meanwhile { NOTHING, TIMER, KICK, LINE, MEANWHILES };
+static struct {
+    enum meanwhile what[2]; /* before, behind */
+    struct pyhv_emulator_vcpu *vcpu;
+    struct pyhv_device *device;
+    unsigned calls;
+} between;
+
+struct wrapped {
+    void *callback, *opaque;
+};
+
+static void happen(const uc_engine *engine, int behind)
+{
+    siginfo_t info = {.si_signo = PYHV_KICK_SIGNAL, .si_code = SI_TIMER};
+    between.calls++;
+    switch (between.what[behind]) {
+    case TIMER:
+        if (syscall(SYS_rt_tgsigqueueinfo, getpid(), gettid(), info.si_signo, &info) < 0)
+            abort();
+        break;
+    case KICK:
+        CHECK_EQUAL(pyhv_emulator_vcpu_kick(between.vcpu, NULL), 0);
+        break;
+    case LINE: /* not in its own handler, which would never end */
+        if (pyhv_library_state(engine)->hflags & HF_CPL) {
+            pthread_mutex_lock(&between.device->lock);
+            pyhv_device_set_irq(between.device, 1);
+            pyhv_device_set_irq(between.device, 0);
+            pthread_mutex_unlock(&between.device->lock);
+        }
+        break;
+    default:
+        break;
+    }
+}
+
+static void wrapped_exception(uc_engine *engine, uint32_t vector, void *opaque)
+{
+    const struct wrapped *own = opaque;
+    happen(engine, 0);
+    ((void (*)(uc_engine *, uint32_t, void *))own->callback)(engine, vector, own->opaque);
+    happen(engine, 1);
+}
+
+static void wrapped_call(uc_engine *engine, void *opaque) /* SYSCALL, SYSENTER */
+{
+    const struct wrapped *own = opaque;
+    happen(engine, 0);
+    ((void (*)(uc_engine *, void *))own->callback)(engine, own->opaque);
+    happen(engine, 1);
+}
+
+static int wrapped_instruction(uc_engine *engine, void *opaque) /* CPUID, RDTSC, RDTSCP */
+{
+    const struct wrapped *own = opaque;
+    happen(engine, 0);
+    int done = ((int (*)(uc_engine *, void *))own->callback)(engine, own->opaque);
+    happen(engine, 1);
+    return done;
+}
+
+static uint32_t wrapped_in(uc_engine *engine, uint32_t port, int size, void *opaque)
+{
+    const struct wrapped *own = opaque;
+    happen(engine, 0);
+    uint32_t value = ((uint32_t (*)(uc_engine *, uint32_t, int, void *))own->callback)(engine, port, size, own->opaque);
+    happen(engine, 1);
+    return value;
+}
+
+static void wrapped_out(uc_engine *engine, uint32_t port, int size, uint32_t value, void *opaque)
+{
+    const struct wrapped *own = opaque;
+    happen(engine, 0);
+    ((void (*)(uc_engine *, uint32_t, int, uint32_t, void *))own->callback)(engine, port, size, value, own->opaque);
+    happen(engine, 1);
+}
+
+static uint64_t wrapped_mmio_read(uc_engine *engine, uint64_t offset, unsigned size, void *opaque)
+{
+    const struct wrapped *own = opaque;
+    happen(engine, 0);
+    uint64_t value =
+        ((uint64_t (*)(uc_engine *, uint64_t, unsigned, void *))own->callback)(engine, offset, size, own->opaque);
+    happen(engine, 1);
+    return value;
+}
+
+static void wrapped_mmio_write(uc_engine *engine, uint64_t offset, unsigned size, uint64_t value, void *opaque)
+{
+    const struct wrapped *own = opaque;
+    happen(engine, 0);
+    ((void (*)(uc_engine *, uint64_t, unsigned, uint64_t, void *))own->callback)(engine, offset, size, value,
+                                                                                 own->opaque);
+    happen(engine, 1);
+}
+
+static struct library real;
+
+static void *wrap(void *callback, void *opaque)
+{
+    static struct wrapped all[64];
+    static unsigned count;
+    struct wrapped *own = &all[count++ % 64]; /* a machine has 8 hooks and 4 functions of memory */
+    *own = (struct wrapped){callback, opaque};
+    return own;
+}
+
+static int wrapping_hook_add(uc_engine *engine, uc_hook *hook, int type, void *callback, void *opaque, uint64_t begin,
+                             uint64_t end, ...)
+{
+    va_list rest;
+    va_start(rest, end);
+    int instruction = type == UC_HOOK_INSN ? va_arg(rest, int) : 0;
+    va_end(rest);
+    void *wrapper = type == UC_HOOK_INTR                 ? (void *)(uintptr_t)wrapped_exception
+                    : instruction == UC_X86_INS_IN       ? (void *)(uintptr_t)wrapped_in
+                    : instruction == UC_X86_INS_OUT      ? (void *)(uintptr_t)wrapped_out
+                    : instruction == UC_X86_INS_SYSCALL  ? (void *)(uintptr_t)wrapped_call
+                    : instruction == UC_X86_INS_SYSENTER ? (void *)(uintptr_t)wrapped_call
+                                                         : (void *)(uintptr_t)wrapped_instruction;
+    return real.hook_add(engine, hook, type, wrapper, wrap(callback, opaque), begin, end, instruction);
+}
+
+static int wrapping_mmio_map(uc_engine *engine, uint64_t address, uint64_t size,
+                             uint64_t (*read)(uc_engine *, uint64_t, unsigned, void *), void *read_opaque,
+                             void (*write)(uc_engine *, uint64_t, unsigned, uint64_t, void *), void *write_opaque)
+{
+    return real.mmio_map(engine, address, size, wrapped_mmio_read, wrap((void *)(uintptr_t)read, read_opaque),
+                         wrapped_mmio_write, wrap((void *)(uintptr_t)write, write_opaque));
+}
+
+__asm__(
+    ".pushsection .rodata\n"
+    /* Ring 3: a system call, a fault, a software interrupt, and the ports and instructions that have callbacks. What
+         * each must have done is counted; R14: what code behind them has seen. */
+    "meeting_user:\n"
+    "xor %r14d, %r14d\n"
+    "mov $3, %r15d\n"
+    "1: mov $0x55, %eax\n syscall\n" /* the kernel adds 1 */
+    "cmp $0x56, %eax\n jne 9f\n inc %r14d\n"
+    "xor %edx, %edx\n mov (%rdi), %edx\n" /* the kernel skips it, and sets EDX to 7 */
+    "cmp $7, %edx\n jne 9f\n inc %r14d\n"
+    "int $0x30\n"
+    "cmp $9, %edx\n jne 9f\n inc %r14d\n"
+    "xor %eax, %eax\n cpuid\n cmp $0x68747541, %ebx\n jne 9f\n inc %r14d\n"
+    "rdtsc\n in $0x21, %al\n mov $0xff, %al\n out %al, $0x21\n inc %r14d\n"
+    "mov $0xfee00000, %esi\n movl $0x2345, 0x380(%rsi)\n mov 0x380(%rsi), %eax\n"
+    "cmp $0x2345, %eax\n jne 9f\n inc %r14d\n"
+    "dec %r15d\n jnz 1b\n"
+    "mov $3, %al\n out %al, $0xf4\n"
+    "9: mov $1, %al\n out %al, $0xf4\n"
+    "meeting_user_end:\n"
+    /* At HANDLER: SYSCALL; at 32 bytes behind it #PF, at 64 INT 0x30, at 96 an interrupt, at 128 what must not be. */
+    "meeting_kernel:\n"
+    "incl 0x7000\n inc %eax\n sysretq\n"
+    ".skip 32 - (. - meeting_kernel), 0xf4\n"
+    "incl 0x7004\n mov $7, %edx\n add $8, %rsp\n addq $2, (%rsp)\n iretq\n"
+    ".skip 64 - (. - meeting_kernel), 0xf4\n"
+    "incl 0x7008\n mov $9, %edx\n iretq\n"
+    ".skip 96 - (. - meeting_kernel), 0xf4\n"
+    "incl 0x700c\n push %rax\n mov $0xfee00000, %eax\n movl $0, 0xb0(%rax)\n pop %rax\n iretq\n"
+    ".skip 128 - (. - meeting_kernel), 0xf4\n"
+    "mov $2, %al\n out %al, $0xf4\n"
+    "meeting_kernel_end:\n"
+    ".popsection\n");
+extern const uint8_t meeting_user[], meeting_user_end[], meeting_kernel[], meeting_kernel_end[];
+
+enum { SYSCALLS = 0x7000, FAULTS = 0x7004, SOFTWARE = 0x7008, INTERRUPTS = 0x700c, IOAPIC = 0xfec00000 };
+
+static void set_gate_at(struct machine *machine, unsigned vector, unsigned dpl, uint64_t handler)
+{
+    put64(machine, IDT + vector * 16,
+          handler | (uint64_t)CODE << 16 | UINT64_C(1) << 32 | (UINT64_C(0x8e) | dpl << 5) << 40);
+    put64(machine, IDT + vector * 16 + 8, 0);
+}
+
+/* Long mode with the PC's controllers in reach, whose interrupts come as 0x40, at the code's beginning. */
+static void start_with_controllers(struct machine *machine, unsigned cpl, uint64_t rflags)
+{
+    static const uint32_t indices[] = {0xc0000081, 0xc0000082, 0xc0000084};
+    static const uint64_t values[] = {(uint64_t)(USER_CODE - 16) << 48 | (uint64_t)CODE << 32, HANDLER, 0x200};
+    struct pyhv_error error = {0};
+    struct pyhv_irqchip chip;
+    uint8_t page[PYHV_LAPIC_SIZE];
+    struct pyhv_sregs sregs = long_mode(machine, cpl);
+    put64(machine, 0x3000 + 3 * 8, 0xc0000087); /* 1 GiB with the controllers */
+    pyhv_emulator_vm_get_lapic(machine->vm, page);
+    page[0xf1] |= 1; /* enabled */
+    pyhv_emulator_vm_set_lapic(machine->vm, page);
+    pyhv_emulator_vm_get_irqchip(machine->vm, &chip);
+    chip.ioapic.redirection[4] = 0x40;
+    chip.pic[0].imr = 0xff;
+    need(pyhv_emulator_vm_set_irqchip(machine->vm, &chip, &error) == 0, &error);
+    need(pyhv_emulator_vcpu_set_msrs(machine->vcpu, indices, values, 3, &error) == 3, &error);
+    start_at(machine, &sregs, ENTRY, STACK, rflags);
+}
+
+static void whoever_asks_for_a_stop_gets_it(void)
+{
+    real = uc;
+    uc.hook_add = wrapping_hook_add;
+    uc.mmio_map = wrapping_mmio_map;
+    for (int before = 0; before < MEANWHILES; before++)
+        for (int behind = 0; behind < MEANWHILES; behind++) {
+            struct machine machine;
+            struct pyhv_exit exit;
+            unsigned kicks = 0;
+            between.what[0] = between.what[1] = NOTHING;
+            build(&machine, meeting_user, (size_t)(meeting_user_end - meeting_user), 1);
+            put(&machine, HANDLER, meeting_kernel, (size_t)(meeting_kernel_end - meeting_kernel));
+            set_gate_at(&machine, 14, 0, HANDLER + 32);
+            set_gate_at(&machine, 0x30, 3, HANDLER + 64);
+            set_gate_at(&machine, 0x40, 0, HANDLER + 96);
+            for (unsigned vector = 6; vector < 14; vector++)
+                set_gate_at(&machine, vector, 0, HANDLER + 128);
+            start_with_controllers(&machine, 3, 0x3202);
+            between.vcpu = machine.vcpu;
+            between.device = machine.port;
+            between.what[0] = (enum meanwhile)before;
+            between.what[1] = (enum meanwhile)behind;
+            between.calls = 0;
+            while (run(&machine, &exit) == PYHV_STOP_KICKED)
+                kicks++;
+            CHECK_EQUAL(exit.stop, PYHV_STOP_GUEST_EXIT);
+            CHECK_EQUAL(exit.status, 3);
+            CHECK_EQUAL(regs_of(&machine).r14, 18);
+            CHECK_EQUAL(get32(&machine, SYSCALLS), 3);
+            CHECK_EQUAL(get32(&machine, FAULTS), 3);
+            CHECK_EQUAL(get32(&machine, SOFTWARE), 3);
+            CHECK(between.calls >= 3 * 8 * 2);
+            CHECK(before == KICK || behind == KICK ? kicks > 0 : kicks == 0);
+            CHECK(before == LINE || behind == LINE ? get32(&machine, INTERRUPTS) >= 3 * 5 /* one a block */
+                                                   : get32(&machine, INTERRUPTS) == 0);
+            between.what[0] = between.what[1] = NOTHING;
+            destroy(&machine);
+        }
+    uc = real;
+}
+
+/* The same guest for longer, with a timer of its own and a thread that kicks: as it comes. */
+static void *kick_often(void *vcpu)
+{
+    for (int i = 0; i < 2000; i++) {
+        CHECK_EQUAL(pyhv_emulator_vcpu_kick(vcpu, NULL), 0);
+        usleep((unsigned)(i * 7 % 60));
+    }
+    return NULL;
+}
+
+static void it_holds_under_stress(void)
+{
+    enum { ROUNDS = 100000 };
+    struct machine machine;
+    struct pyhv_exit exit;
+    pthread_t thread;
+    uint8_t page[PYHV_LAPIC_SIZE];
+    static const uint32_t rounds = ROUNDS;
+    build(&machine, meeting_user, (size_t)(meeting_user_end - meeting_user), 1);
+    put(&machine, ENTRY + 5, &rounds, sizeof rounds); /* mov $ROUNDS, %r15d */
+    put(&machine, HANDLER, meeting_kernel, (size_t)(meeting_kernel_end - meeting_kernel));
+    set_gate_at(&machine, 14, 0, HANDLER + 32);
+    set_gate_at(&machine, 0x30, 3, HANDLER + 64);
+    set_gate_at(&machine, 0x40, 0, HANDLER + 96);
+    for (unsigned vector = 6; vector < 14; vector++)
+        set_gate_at(&machine, vector, 0, HANDLER + 128);
+    start_with_controllers(&machine, 3, 0x3202);
+    pyhv_emulator_vm_get_lapic(machine.vm, page);
+    put_timer(page, 0x40 | 1 << 17, 0x2345, 0x2345); /* periodic */
+    page[0x3e0] = 0xb;
+    pyhv_emulator_vm_set_lapic(machine.vm, page);
+    if (pthread_create(&thread, NULL, kick_often, machine.vcpu))
+        abort();
+    while (run(&machine, &exit) == PYHV_STOP_KICKED)
+        ;
+    pthread_join(thread, NULL);
+    CHECK_EQUAL(exit.stop, PYHV_STOP_GUEST_EXIT);
+    CHECK_EQUAL(exit.status, 3);
+    CHECK_EQUAL(regs_of(&machine).r14, 6 * ROUNDS);
+    CHECK_EQUAL(get32(&machine, SYSCALLS), ROUNDS);
+    CHECK_EQUAL(get32(&machine, FAULTS), ROUNDS);
+    CHECK_EQUAL(get32(&machine, SOFTWARE), ROUNDS);
+    CHECK(get32(&machine, INTERRUPTS) > 0);
+    destroy(&machine);
+}
+
+/* What the handlers of two interrupts and of an NMI write down, in the order in which they come, at the address that is
+ * in R8; the place that they have left, too. */
+__asm__(
+    ".pushsection .rodata\n"
+    "order_handlers:\n" /* 32 bytes each: 0x40, 0x50, NMI */
+    "movb $0x40, (%r8)\n jmp 1f\n .skip 32 - (. - order_handlers), 0xf4\n"
+    "movb $0x50, (%r8)\n jmp 1f\n .skip 64 - (. - order_handlers), 0xf4\n"
+    /* The first NMI sends itself another, which must not come before it is over. */
+    "movb $2, (%r8)\n mov (%rsp), %r9d\n mov %r9d, 4(%r8)\n add $8, %r8\n"
+    "dec %r10d\n jnz 2f\n movl $0x4400, 0x300(%rbx)\n nop\n jmp 3f\n 3: nop\n movb $3, (%r8)\n add $8, %r8\n 2: iretq\n"
+    "1: mov (%rsp), %r9d\n mov %r9d, 4(%r8)\n add $8, %r8\n movl $0, 0xb0(%rbx)\n iretq\n"
+    "order_handlers_end:\n"
+    ".popsection\n");
+extern const uint8_t order_handlers[], order_handlers_end[];
+
+/* Sends 0x40 and then 0x50 to itself with interrupts off, and switches them on in some way: both come before the next
+ * instruction, the higher one first. Then an NMI to itself, in whose handler another one comes. Then CR8 lets one in. */
+__asm__(".pushsection .rodata\n"
+        ".macro guest name, body\n"
+        "\\name: movl $0x44040, 0x300(%rbx)\n movl $0x44050, 0x300(%rbx)\n \\body\n \\name\\()_next: movb $1, (%r8)\n"
+        "mov $7, %al\n out %al, $0xf4\n \\name\\()_end:\n"
+        ".endm\n"
+        "guest order_sti, \"sti; nop\"\n"
+        "guest order_popf, \"pushq $0x202; popf\"\n"
+        "guest order_iret, \"mov %rsp, %rax; push $0x10; push %rax; push $0x202; push $8;"
+        " lea order_iret_next(%rip), %rax; push %rax; iretq\"\n"
+        "guest order_cr8, \"mov $15, %eax; mov %rax, %cr8; sti; nop; nop; xor %eax, %eax; mov %rax, %cr8\"\n"
+        "guest order_tpr, \"movl $0xf0, 0x80(%rbx); sti; nop; nop; movl $0, 0x80(%rbx); jmp order_tpr_next\"\n"
+        ".popsection\n");
+#define GUEST(name) extern const uint8_t name[], name##_next[], name##_end[]
+GUEST(order_sti);
+GUEST(order_popf);
+GUEST(order_iret);
+GUEST(order_cr8);
+GUEST(order_tpr);
+
+static void build_order(struct machine *machine, const uint8_t *code, size_t size)
+{
+    build(machine, code, size, 1);
+    put(machine, HANDLER, order_handlers, (size_t)(order_handlers_end - order_handlers));
+    start_with_controllers(machine, 0, 2);
+    set_gate_at(machine, 0x40, 0, HANDLER);
+    set_gate_at(machine, 0x50, 0, HANDLER + 32);
+    set_gate_at(machine, 2, 0, HANDLER + 64);
+}
+
+/* Again and again: translating the code anew takes time, in which what is late may come in time. */
+static void run_order(struct machine *machine)
+{
+    struct pyhv_exit exit;
+    struct pyhv_error error = {0};
+    struct pyhv_regs regs = {.rip = ENTRY, .rsp = STACK, .rflags = 2, .rbx = 0xfee00000, .r8 = 0x7000, .r10 = 1};
+    memset(machine->memory.host + 0x7000, 0, 0x40);
+    need(pyhv_emulator_vcpu_set_regs(machine->vcpu, &regs, &error) == 0, &error);
+    CHECK_EQUAL(run(machine, &exit), PYHV_STOP_GUEST_EXIT);
+    CHECK_EQUAL(exit.status, 7);
+}
+
+static void interrupts_come_at_once_and_in_order(void)
+{
+    static const struct {
+        const uint8_t *code, *next, *end;
+    } guests[] = {
+        {order_sti, order_sti_next, order_sti_end},    {order_popf, order_popf_next, order_popf_end},
+        {order_iret, order_iret_next, order_iret_end}, {order_cr8, order_cr8_next, order_cr8_end},
+        {order_tpr, order_tpr_next, order_tpr_end},
+    };
+    for (size_t i = 0; i < sizeof guests / sizeof *guests; i++) {
+        struct machine machine;
+        uint32_t next = (uint32_t)(ENTRY + (guests[i].next - guests[i].code));
+        build_order(&machine, guests[i].code, (size_t)(guests[i].end - guests[i].code));
+        for (int round = 0; round < 100; round++) {
+            run_order(&machine);
+            CHECK_EQUAL(machine.memory.host[0x7000], 0x50);
+            CHECK_EQUAL(get32(&machine, 0x7004), next);
+            CHECK_EQUAL(machine.memory.host[0x7008], 0x40);
+            CHECK_EQUAL(get32(&machine, 0x700c), next);
+            CHECK_EQUAL(machine.memory.host[0x7010], 1);
+        }
+        destroy(&machine);
+    }
+}
+
+static void an_nmi_waits_for_the_end_of_another(void)
+{
+    /* movl $0x4400, 0x300(%rbx); jmp 1f; 1: movb $1, (%r8); mov $7, %al; out %al, $0xf4 */
+    static const uint8_t code[] = {0xc7, 0x83, 0,    3,    0, 0, 0,    0x44, 4,    0,
+                                   0xeb, 0,    0x41, 0xc6, 0, 1, 0xb0, 7,    0xe6, 0xf4};
+    static const uint8_t order[] = {2, 3, 2, 1};
+    struct machine machine;
+    build_order(&machine, code, sizeof code);
+    for (int round = 0; round < 100; round++) {
+        run_order(&machine);
+        for (size_t i = 0; i < sizeof order; i++)
+            CHECK_EQUAL(machine.memory.host[0x7000 + 8 * i], order[i]);
+        CHECK_EQUAL(get32(&machine, 0x7004), ENTRY + 12); /* both where the NMI was sent, and nothing between them */
+        CHECK_EQUAL(get32(&machine, 0x7014), ENTRY + 12);
+    }
+    destroy(&machine);
+}
+
+/* SYSCALL with TF: FMASK takes it away, and no #DB comes; where it does not, #DB comes at the kernel's first instruction. */
+static void single_steps_over_a_system_call(void)
+{
+    static const uint8_t code[] = {0x0f, 0x05, 0x90};
+    for (int kept = 0; kept < 2; kept++) {
+        struct machine machine;
+        struct pyhv_exit exit;
+        struct pyhv_error error = {0};
+        uint32_t index = 0xc0000084;
+        uint64_t mask = kept ? 0x200 : 0x300;
+        build(&machine, code, sizeof code, 1);
+        start_with_controllers(&machine, 3, 0x302);
+        need(pyhv_emulator_vcpu_set_msrs(machine.vcpu, &index, &mask, 1, &error) == 1, &error);
+        static const uint8_t leave[] = {0xe6, 0xf4};
+        put(&machine, HANDLER, leave, sizeof leave);
+        put(&machine, HANDLER + 32, leave, sizeof leave);
+        set_gate_at(&machine, 1, 0, HANDLER + 32);
+        CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_GUEST_EXIT);
+        CHECK_EQUAL(regs_of(&machine).rip, HANDLER + (kept ? 32 : 0) + 2);
+        CHECK_EQUAL(regs_of(&machine).rcx, ENTRY + 2);
+        if (kept)
+            CHECK_EQUAL(get64(&machine, STACK_IST - 40), HANDLER);
+        destroy(&machine);
+    }
+}
+
 static void a_timer_that_ran_out_unseen_fires(void)
 {
     static const uint8_t code[] = {HLT};
@@ -636,7 +1063,7 @@ static void what_cannot_be_is_named(void)
     CHECK_EQUAL(pyhv_emulator_vcpu_set_events(machine.vcpu, &events, &error), -1);
     destroy(&machine);
     static const uint8_t fault[] = {0x0f, 0x0b};
-    for (int virtual = 0; virtual < 2; virtual ++) {
+    for (int virtual = 0; virtual < 2; virtual++) {
         struct pyhv_exit exit;
         build(&machine, fault, sizeof fault, 0);
         sregs = protected(&machine, virtual ? 3 : 0, 0);
@@ -677,6 +1104,11 @@ int main(void)
     kicks_without_a_queue();
     writes_are_logged_on_and_off();
     the_task_priority_is_one();
+    whoever_asks_for_a_stop_gets_it();
+    it_holds_under_stress();
+    interrupts_come_at_once_and_in_order();
+    an_nmi_waits_for_the_end_of_another();
+    single_steps_over_a_system_call();
     a_timer_that_ran_out_unseen_fires();
     the_speaker_port_is_saved();
     state_written_back_is_unchanged();

@@ -28,9 +28,9 @@ static void count_and_chain(int signal, siginfo_t *info, void *context)
     below.sa_sigaction(signal, info, context);
 }
 
-static void count_hook(void *opaque, bool is_timer)
+static void count_hook(void *opaque)
 {
-    CHECK(opaque == &hooks && !is_timer);
+    CHECK(opaque == &hooks);
     atomic_fetch_add(&hooks, 1);
 }
 
