@@ -188,8 +188,8 @@ _ON_ANY_HOST_BESIDE = (
 
 
 @functools.cache
-def _known(lineage: str) -> dict[tuple[int, int], tuple[int, int, int, int]]:
-    """For each leaf and subleaf with features or numbers, the bits of its registers that mean something there."""
+def _unknown(lineage: str) -> dict[tuple[int, int], tuple[int, int, int, int]]:
+    """For each leaf and subleaf with features or numbers, the bits of its registers that mean nothing there."""
     known: dict[tuple[int, int], list[int]] = {}
 
     def add(leaf: int, subleaf: int, register: str, mask: int) -> None:
@@ -203,7 +203,7 @@ def _known(lineage: str) -> dict[tuple[int, int], tuple[int, int, int, int]]:
             add(*number.word, number.mask)
     for leaf, subleaf, register in _ON_ANY_HOST_BESIDE:
         add(leaf, subleaf, register, 0xFFFFFFFF)
-    return {key: (masks[0], masks[1], masks[2], masks[3]) for key, masks in known.items()}
+    return {key: (~masks[0], ~masks[1], ~masks[2], ~masks[3]) for key, masks in known.items()}
 
 
 # Two rates that differ by less are one (KVM's own tolerance without scaling, tsc_tolerance_ppm, arch/x86/kvm/x86.c).
@@ -238,17 +238,15 @@ def problems(
         reasons.append(OtherVendor(guest.vendor, host.vendor))
 
     shown, offered = guest.features(), host.table.features()
-    barred = [f for f in FEATURES if f.barred and f.name in shown]
-    reasons += [NotForGuests(f.name, f.title) for f in barred]
+    suspect = [f for f in FEATURES if f.name in shown and (f.barred or f.name not in offered)]
     missing = [
         f
-        for f in FEATURES
-        if f.name in shown
-        and f.name not in offered
-        and f.sense == "plain"
+        for f in suspect
+        if f.sense == "plain"
         and not (f.topology or f.dynamic or f.barred)
         and not (f.mirrors and (f.mirrors in shown or f.mirrors in offered))
     ]
+    reasons += [NotForGuests(f.name, f.title) for f in suspect if f.barred]
     reasons += [MissingFeature(f.name, f.title) for f in missing]
     reasons += _unknown_bits(guest)
     for n in NUMBERS:
@@ -288,17 +286,17 @@ def problems(
 def _unknown_bits(guest: CpuidTable) -> list[NotKnown]:
     """What the table says that has no rule here."""
     found = []
-    known_here = _known(guest.lineage)
-    for key, registers in guest.entries.items():
-        leaf, subleaf = key
-        known = known_here.get(key)
-        if known is None:
-            if leaf in _ON_ANY_HOST:
+    unknown = _unknown(guest.lineage)
+    for key, (eax, ebx, ecx, edx) in guest.entries.items():
+        masks = unknown.get(key)
+        if masks is None:
+            if key[0] in _ON_ANY_HOST:
                 continue
-            known = (0, 0, 0, 0)
-        for name, value, mask in zip(REGISTERS, registers, known, strict=True):
-            if bits := value & ~mask:
-                found.append(NotKnown(leaf, subleaf, name, bits))
+            masks = (-1, -1, -1, -1)
+        if eax & masks[0] or ebx & masks[1] or ecx & masks[2] or edx & masks[3]:
+            for name, value, mask in zip(REGISTERS, (eax, ebx, ecx, edx), masks, strict=True):
+                if bits := value & mask:
+                    found.append(NotKnown(*key, name, bits))
     return found
 
 
@@ -308,9 +306,11 @@ def _holds(compare: str, guest: int, host: int) -> bool:
 
 def _announced_areas(guest: CpuidTable) -> dict[int, XsaveArea]:
     """The guest's XSAVE components; one that a mask announces and no subleaf describes is there, with no size."""
+    areas = guest.xsave_areas()
     announced = (guest.xcr0_mask | guest.xss_mask) & ~3  # x87 and SSE live in the area's first 512 bytes
-    nothing = XsaveArea(0, 0, 0)
-    return {n: nothing for n in range(64) if announced >> n & 1} | guest.xsave_areas()
+    if announced.bit_count() > len(areas):
+        areas = {n: XsaveArea(0, 0, 0) for n in range(64) if announced >> n & 1} | areas
+    return areas
 
 
 def _layout(area: XsaveArea, compacts: bool) -> tuple[int, int, bool, bool]:

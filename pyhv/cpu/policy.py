@@ -408,21 +408,20 @@ def same_but_apic_ids(first: CpuidTable, other: CpuidTable) -> bool:
     if first.indexed != other.indexed:
         return False
     mine, theirs = first.entries, other.entries
-    for key in mine.keys() | theirs.keys():
-        a, b = mine.get(key, ZEROS), theirs.get(key, ZEROS)
-        if a != b and _without_apic_id(key[0], a) != _without_apic_id(key[0], b):
-            return False
-    return True
+    different = [key for key, registers in mine.items() if theirs.get(key, ZEROS) != registers]
+    different += [key for key, registers in theirs.items() if key not in mine and registers != ZEROS]
+    return all(_without_apic_id(k[0], first.get(*k)) == _without_apic_id(k[0], other.get(*k)) for k in different)
 
 
-def _without_apic_id(leaf: int, registers: Registers) -> Registers:
+def _without_apic_id(leaf: int, registers: Registers) -> tuple[int, int, int, int]:
+    eax, ebx, ecx, edx = registers
     if leaf == 1:
-        return registers._replace(ebx=registers.ebx & 0x00FFFFFF)
+        return eax, ebx & 0x00FFFFFF, ecx, edx
     if leaf in (0xB, 0x1F):
-        return registers._replace(edx=0)
+        return eax, ebx, ecx, 0
     if leaf == 0x8000001E:
-        return registers._replace(eax=0, ebx=registers.ebx & ~0xFF)
-    return registers
+        return 0, ebx & ~0xFF, ecx, edx
+    return eax, ebx, ecx, edx
 
 
 def _levelled(offered: CpuidTable, table: CpuidTable) -> tuple[Levelled, ...]:
