@@ -517,7 +517,8 @@ def full_host(vendor: tuple[int, int, int]) -> HostDescription:
         if n >= 2:
             areas[n] = XsaveArea(c.size, 0 if c.supervisor else end, 3 if c.supervisor else 2)
             end += c.size
-    areas[18] = areas[18]._replace(flags=6)
+    for n in (9, 18):  # XFD can disable them
+        areas[n] = areas[n]._replace(flags=6)
     instructions = host.table.get(0xD, 1).eax
     made = host.table.replace(xsave_leaf(areas, instructions, True))
     leaf1, leaf24, leaf21 = made.get(1), made.get(0x24), made.get(0x80000021)
@@ -591,6 +592,15 @@ def test_a_hidden_feature_is_hidden_everywhere(vendor: tuple[int, int, int]) -> 
     for name in visible:
         if not (BY_NAME[name].mirrors or BY_NAME[name].topology):
             hides_all_of(host, visible, name)
+
+
+def test_without_the_compacted_format_nothing_tells_of_it() -> None:
+    """Two features bring it, so hiding either alone leaves it."""
+    host = full_host(cpus.INTEL)
+    for hide, compacts in ((("xsavec",), True), (("xsaves",), True), (("xsavec", "xsaves"), False)):
+        table = guest(host, EVERYTHING._replace(hide=hide)).table
+        assert any(area.aligned for area in table.xsave_areas().values()) == compacts, hide
+        assert bool(table.get(0xD, 1).ebx) == compacts, hide
 
 
 def test_what_tells_of_a_feature_is_there_while_it_is_shown() -> None:
