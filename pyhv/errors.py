@@ -28,18 +28,37 @@ class HostError(PyhvError):
     """The host refused or lacks something.
 
     what: what failed (an ioctl, a device, a system call). errnum: its errno, 0 where there is none. detail: what was
-    found, in words.
+    found, in words, with the resource limit of the process that may be the reason.
     """
 
     def __init__(self, what: str, errnum: int, detail: str = "", advice: str = "") -> None:
         import os
 
+        if "(ulimit -" not in detail:  # as that of an error of another process may
+            detail = ", ".join(filter(None, (detail, _limit_behind(errnum))))
         self.what = what
         self.errnum = errnum
         self.detail = detail
         self.advice = advice
         parts = [p for p in (os.strerror(errnum) if errnum else "", detail) if p]
         super().__init__(f"{what}: {', '.join(parts)}" + (f"; {advice}" if advice else ""))
+
+
+def _limit_behind(errnum: int) -> str:
+    """The resource limit that a call fails by with this errno, in words; "" where there is none, or none is set."""
+    import errno
+
+    if errnum not in (errno.EFBIG, errno.EMFILE, errno.ENOMEM):
+        return ""
+    import resource
+
+    number, what, option = {
+        errno.EFBIG: (resource.RLIMIT_FSIZE, "bytes in a file", "f"),
+        errno.EMFILE: (resource.RLIMIT_NOFILE, "open files", "n"),
+        errno.ENOMEM: (resource.RLIMIT_AS, "bytes of address space", "v"),
+    }[errnum]
+    limit = resource.getrlimit(number)[0]
+    return "" if limit == resource.RLIM_INFINITY else f"this process may have {limit} {what} (ulimit -{option})"
 
 
 class WrongState(BadInput):

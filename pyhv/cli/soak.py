@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from pyhv import soak
 from pyhv.accel.choose import ACCELERATORS
 from pyhv.cli import options, output
 from pyhv.cli.options import Command, Option
-from pyhv.errors import BadInput
+from pyhv.errors import BadInput, HostError
 from pyhv.soak import FAULTS, Hop, Plan, Ring, quantile
 
 COMMAND = Command(
@@ -146,9 +147,16 @@ class _State:
         if self._path is None:
             return
         text = json.dumps({"hops": self.hops, "seconds": self.seconds, "downtimes_us": self.downtimes})
-        with open(f"{self._path}.new", "w", encoding="ascii") as file:
-            file.write(text)
-        os.replace(f"{self._path}.new", self._path)
+        new = f"{self._path}.new"
+        try:
+            with open(new, "w", encoding="ascii") as file:
+                file.write(text)
+            os.replace(new, self._path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(new)
+            detail = "the hops since the last time are not in it"
+            raise HostError(f"write {self._path}", error.errno or 0, detail) from None
 
 
 class _Progress(output.StatusLine):

@@ -610,14 +610,14 @@ def test_replacing_the_file_of_a_running_vm_is_no_harm(copy: Path) -> None:
 # ------------------------------------------------------------------------------------ disks that are full or break
 
 
-def fails(name: str, path: Path, number: int) -> None:
+def fails(name: str, path: Path, number: int, words: str = "") -> None:
     """Saving must fail, say why and that the VM runs on; it does; and what was at the path is there."""
     before, content, around = rounds_of(name), path.read_bytes(), sorted(os.listdir(path.parent))
     for more in ((), ("--stop",)):
         done = call("save", name, str(path), *more)
         assert (done.returncode, done.stdout) == (125, "")
         assert done.stderr.startswith(f"pyhv: write {path}: {os.strerror(number)}") and done.stderr.count("\n") == 1
-        assert done.stderr.endswith(f"; {name} runs on\n")
+        assert done.stderr.endswith(f"; {name} runs on\n") and words in done.stderr
     assert status(name)["state"] == "running"
     wait_for(lambda: rounds_of(name) > before)
     assert path.read_bytes() == content and sorted(os.listdir(path.parent)) == around
@@ -627,7 +627,7 @@ def test_file_size_limit(copy: Path) -> None:
     pid = detach("t", *TICKER)
     limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    fails("t", copy, errno.EFBIG)
+    fails("t", copy, errno.EFBIG, "this process may have 1048576 bytes in a file (ulimit -f)")
     resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
     ok("save", "t", str(copy))
     ok("stop", "t")
