@@ -164,6 +164,19 @@ void pyhv_link_cancel(struct pyhv_link *link)
         ;
 }
 
+void pyhv_link_revive(struct pyhv_link *link)
+{
+    uint64_t count;
+    atomic_store(&link->cancelled, false);
+    while (read(link->wake, &count, sizeof count) < 0 && errno == EINTR)
+        ;
+}
+
+void pyhv_link_set_limit(struct pyhv_link *link, uint64_t ms)
+{
+    link->limit = ms ? link_now() + ms * NS_PER_MS : 0;
+}
+
 void pyhv_link_set_times(struct pyhv_link *link, uint32_t heartbeat_ms, uint32_t silence_ms)
 {
     link->heartbeat_ns = heartbeat_ms * NS_PER_MS;
@@ -490,6 +503,8 @@ int link_wait(struct pyhv_link *link, int what, uint64_t deadline, struct pyhv_e
         if (in->closed)
             return pyhv_fail(error, EPIPE, "read", "the other side has closed the link%s",
                              in->end ? " within a message" : "");
+        if (link->limit && now >= link->limit)
+            return pyhv_fail(error, ETIME, "link", "it took too long");
         if (sent && !link->out_errnum && link->heartbeat_ns && now - link->said >= link->heartbeat_ns) {
             link_seal(link, PYHV_MESSAGE_HEARTBEAT, LINK_HEADER, 0, 0);
             continue;
@@ -504,6 +519,8 @@ int link_wait(struct pyhv_link *link, int what, uint64_t deadline, struct pyhv_e
         if (now >= deadline)
             return 0;
         uint64_t until = sooner(deadline, life, link->silence_ns);
+        if (link->limit && link->limit < until)
+            until = link->limit;
         if (sent && !link->out_errnum)
             until = sooner(until, link->said, link->heartbeat_ns);
         if (sleep_until(link, now, until, error) < 0)

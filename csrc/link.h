@@ -64,6 +64,7 @@ struct pyhv_link {
     bool guard_sigpipe;
     int out_errnum;                    /* sending is over: why */
     uint64_t heartbeat_ns, silence_ns; /* 0: never */
+    uint64_t limit;                    /* when waiting is over, whatever moves; 0: never */
     uint64_t said, heard;              /* when a byte last went out, and came in; CLOCK_MONOTONIC in ns */
     uint64_t left;                     /* when the last call returned */
     struct link_out out;

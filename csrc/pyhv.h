@@ -263,6 +263,7 @@ uint64_t pyhv_pages_count(const uint64_t *bitmap, uint64_t pages);
  * Errors of all calls, by errnum:
  *  - EPIPE: the other side has closed the link, within a message or between two;
  *  - ETIMEDOUT: nothing came from it for silence_ms;
+ *  - ETIME: the time that pyhv_link_set_limit() gives is over;
  *  - ECANCELED: pyhv_link_cancel();
  *  - EBADMSG: what came is no message, too long, or has another sum; detail says which.
  * A link that had an error is good for one thing only: pyhv_link_receive() still gives messages that have come in
@@ -300,6 +301,12 @@ void pyhv_link_destroy(struct pyhv_link *link); /* what was not sent yet is lost
 
 /* Makes the current call and all later ones fail with ECANCELED. Any thread. */
 void pyhv_link_cancel(struct pyhv_link *link);
+/* Takes that back, for a last word. */
+void pyhv_link_revive(struct pyhv_link *link);
+
+/* From now on a call that has to wait fails with ETIME once ms milliseconds have passed, even while bytes move: an other
+ * side that takes or sends a byte now and then is not silent. 0: no limit. */
+void pyhv_link_set_limit(struct pyhv_link *link, uint64_t ms);
 
 /* Changes the times, which count from now. */
 void pyhv_link_set_times(struct pyhv_link *link, uint32_t heartbeat_ms, uint32_t silence_ms);

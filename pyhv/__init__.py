@@ -14,6 +14,7 @@ from pyhv.errors import (
     NotAvailable,
     NotFaithful,
     PyhvError,
+    TimedOut,
     WrongState,
 )
 
@@ -31,6 +32,7 @@ __all__ = [
     "NotFaithful",
     "PyhvError",
     "RunResult",
+    "TimedOut",
     "WrongState",
 ]
 __version__ = "0.1.0"

@@ -98,18 +98,31 @@ class Incompatible(BadInput):
         self.reasons = tuple(reasons)
 
 
-class HandoverUnknown(HostError):
-    """A VM was handed over to another host, and nobody knows whether it runs there: here it stands, and must not run
-    unless it is certain that it does not run there.
+class TimedOut(PyhvError):
+    """What the caller waited for did not come within the time that he gave: nobody migrated a VM to here. Nothing is
+    wrong with what he gave: exit status 124.
 
-    peer: the other side. problem: why no answer came.
+    subject: who or what it was waited at. problem: what did not come. advice: what to do, or "".
+    """
+
+    def __init__(self, subject: str, problem: str, advice: str = "") -> None:
+        self.subject = subject
+        self.problem = problem
+        self.advice = advice
+        super().__init__(f"{subject}: {problem}" + (f"; {advice}" if advice else ""))
+
+
+class HandoverUnknown(PyhvError):
+    """A VM was handed over to another host, and nobody knows whether it runs there: here it is paused, and must not run
+    unless it is certain that it does not run there. Not a HostError, for whoever tries again after those must not try
+    again after this.
+
+    peer: the other side. problem: why no answer came. advice: what to do.
     """
 
     def __init__(self, peer: str, problem: str) -> None:
         self.peer = peer
-        super().__init__(
-            f"migration to {peer}",
-            0,
-            f"the VM was handed over and may run there, but no answer came ({problem}); here it stands",
-            "look there; only if it does not run there: pyhv resume NAME --force",
-        )
+        self.problem = problem
+        self.advice = "look there; only if it does not run there: pyhv resume NAME --force"
+        what = f"the VM was handed over and may run there, but no answer came ({problem}); here it is paused"
+        super().__init__(f"migration to {peer}: {what}; {self.advice}")

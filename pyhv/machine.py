@@ -11,7 +11,7 @@ from pyhv.accel.data import CpuidRecord
 from pyhv.boot import image as boot_image
 from pyhv.boot import recognise, start64
 from pyhv.cpu import policy, profiles
-from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible, PyhvError
+from pyhv.errors import BadInput, HostError, Incompatible, PyhvError, TimedOut
 from pyhv.light import NamedTuple
 from pyhv.vm import life
 from pyhv.vm.devices import Devices, is_pc
@@ -263,7 +263,7 @@ class Machine:
         uri: where to wait for it (migration/transport.py). insecure: tcp:// to other addresses than loopback. tls: for
         tls://. timeout: seconds to wait for somebody to come. The others as in Machine().
 
-        Raises BadInput for an address that cannot be used, or where nobody came; Incompatible with every reason why
+        Raises BadInput for an address that cannot be used, TimedOut if nobody came; Incompatible with every reason why
         this host cannot run the guest, NotFaithful, HostError. The VM goes on at the source then.
         """
         from pyhv.migration import transport
@@ -275,7 +275,7 @@ class Machine:
             cls.prepare_arrival(accel)  # while nobody has come yet
             channel = listener.accept(timeout)
         if channel is None:
-            raise BadInput(uri, f"nobody came within {timeout:g} seconds", "start pyhv migrate at the source")
+            raise TimedOut(uri, f"nobody came within {timeout:g} seconds", "start pyhv migrate at the source")
         return cls.arrive(
             Destination(channel),
             overcommit=overcommit,
@@ -405,7 +405,7 @@ class Machine:
                 try:
                     return self._depart(departure, channel, limits, name, strict_tsc, progress, lambda: True)
                 except HostError as error:
-                    complaint = "" if isinstance(error, HandoverUnknown) else channel.complaint()
+                    complaint = channel.complaint()
                     if not complaint:
                         raise
                     detail = f"{error.detail}: {complaint}"
@@ -631,9 +631,14 @@ class Machine:
     def start(self, force: bool = False) -> None:
         """Lets the guest run in the background. force: also one that was handed over to another host, and may run
         there: two copies that both write to the outside world do harm. Raises BadInput."""
-        self.vm.start(force)
-        with self.vm.life.turn:
+        if self._arrival is None:
+            self.vm.start(force)
+            return
+        with self.vm.life.turn:  # of a VM that has not run: no vCPU's thread calls this
             arrival, self._arrival = self._arrival, None
+            if arrival is not None:
+                arrival.begin()  # from here on nobody says that the VM has not run here
+            self.vm.start(force)
         if arrival is not None:
             try:
                 since = self.vm.wait_for_entry()

@@ -26,7 +26,7 @@ CAUSES: dict[str, tuple[int, str]] = {
     "triple-fault": (121, "an exception in the guest that it had no handler for, three deep"),
     "not-executable": (122, "the accelerator cannot execute an instruction, or refuses the vCPU's state"),
     "system-event": (123, "the platform reported an event that pyhv does not know"),
-    "timeout": (124, "--timeout passed; the guest was still running"),
+    "timeout": (124, "--timeout passed, the guest was still running; or nobody came within pyhv receive --wait"),
     "internal-error": (125, "pyhv or the host failed"),
     "interrupted": (130, "the user ended it (escape key, Ctrl-C, SIGTERM)"),
 }

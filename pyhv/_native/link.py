@@ -43,7 +43,8 @@ class Link:
 
     heartbeat: after so many seconds without sending a sign of life is sent. silence: after so many seconds without a
     byte from the other side the link is broken. All calls raise HostError: errnum is EPIPE where the other side has
-    closed the link, ETIMEDOUT after such a silence, EBADMSG for what is no message or is damaged, ECANCELED.
+    closed the link, ETIMEDOUT after such a silence, ETIME after set_limit(), EBADMSG for what is no message or is
+    damaged, ECANCELED.
     """
 
     def __init__(self, in_fd: int, out_fd: int, heartbeat: float, silence: float) -> None:
@@ -94,6 +95,11 @@ class Link:
         self.landing = ffi.new("struct pyhv_landing *", places)
         self._kept = (memory, written, unsettled)
 
+    @property
+    def landed(self) -> int:
+        """How many pages have come in, those of zeros included."""
+        return int(self.landing.pages + self.landing.zero_pages) if self.landing else 0
+
     def check_pages(self) -> None:
         """To be asked when all pages have come: fails with EBADMSG if one of them was changed on the way, and did not
         come again."""
@@ -116,6 +122,14 @@ class Link:
     def cancel(self) -> None:
         """Makes the current call, and all later ones, fail. Any thread."""
         lib.pyhv_link_cancel(self._link)
+
+    def revive(self) -> None:
+        """Takes cancel() back, for a last word."""
+        lib.pyhv_link_revive(self._link)
+
+    def set_limit(self, seconds: float | None) -> None:
+        """From now on calls fail with ETIME once so many seconds have passed, also while bytes move; None: no limit."""
+        lib.pyhv_link_set_limit(self._link, 0 if seconds is None else max(1, math.ceil(seconds * 1000)))
 
     def counters(self) -> tuple[int, int]:
         """Bytes sent and received."""

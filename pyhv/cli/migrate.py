@@ -62,6 +62,14 @@ COMMAND = Command(
         Option("--compress", "compress memory by zstd, for slow links"),
         Option("--strict-tsc", "refuse a host whose TSC runs at another rate, even if the guest was promised none"),
         Option("--silence", "without a sign of life for S seconds the link is broken (default: 1)", "S", 1.0, _number),
+        Option(
+            "--overrun",
+            "the guest, paused at the end, goes on here if it is not handed over within N times the downtime, and two "
+            "silences (default: 10)",
+            "N",
+            None,
+            _number,
+        ),
         Option("--insecure", "allow tcp:// to other addresses than loopback: anybody on the way can read the memory"),
         *TLS_OPTIONS,
         Option(
@@ -104,6 +112,8 @@ def main(arguments: list[str]) -> int:
         "silence": given.silence,
         "heartbeat": min(given.silence / 5, 0.2),
     }
+    if given.overrun is not None:
+        params["overrun"] = given.overrun
     for name in ("tls_cert", "tls_key", "tls_ca"):
         if path := getattr(given, name):
             params[name] = os.path.abspath(path)

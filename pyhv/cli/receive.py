@@ -13,7 +13,7 @@ from pyhv.cli import complain, options, run
 from pyhv.cli.migrate import TLS_OPTIONS
 from pyhv.cli.options import Command, Option
 from pyhv.cli.terminal import HELP
-from pyhv.errors import BadInput
+from pyhv.errors import BadInput, TimedOut
 from pyhv.machine import Machine, check_processors
 from pyhv.migration import protocol, transport
 from pyhv.migration.destination import Destination
@@ -23,7 +23,7 @@ COMMAND = Command(
     "Wait for a VM that is migrated to here, run it, and end with its guest's exit status.",
     (
         Option("URI", "where: unix:PATH, tcp://HOST:PORT, tls://HOST:PORT, tty:PATH, fd:IN,OUT, or - (stdin, stdout)"),
-        Option("--wait", "give up when nobody has come after S seconds", "S", convert=options.seconds),
+        Option("--wait", "give up with status 124 if nobody has come after S seconds", "S", convert=options.seconds),
         Option("--name", "give it this name instead of the one that it brings", "NAME"),
         Option("--detach", "leave it in the background once it runs, where its name finds it; with - always"),
         run.OVERCOMMIT_OPTION,
@@ -89,7 +89,7 @@ def _receive(
         # Not for a stranger's sake: whoever looks at open ports would end it.
         channel = listener.accept(given.wait, lambda error: complain(f"{error}; it waits on"))
     if channel is None:
-        raise BadInput(given.uri, f"nobody came within {given.wait:g} seconds", "start pyhv migrate at the source")
+        raise TimedOut(given.uri, f"nobody came within {given.wait:g} seconds", "start pyhv migrate at the source")
     if address.scheme == "fd":
         # They are nobody else's, and whoever waits for their end, as ssh does, shall not wait for the VM's.
         channel = transport.Channel(*address.fds, channel.peer, lambda: _close(set(address.fds)))

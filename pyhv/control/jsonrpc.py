@@ -12,7 +12,7 @@ import json
 import os
 from typing import Any, NamedTuple
 
-from pyhv.errors import BadInput, HostError, Incompatible
+from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible
 
 MAX_LINE = 64 << 10
 MAX_ANSWER = 1 << 20
@@ -120,8 +120,8 @@ def encode_notification(method: str, params: dict[str, Any]) -> bytes:
 
 
 def encode_error(id: object, error: BaseException) -> bytes:
-    """The answer to a request that failed. BadInput and HostError travel with their facts; of what nobody expected only
-    the kind does."""
+    """The answer to a request that failed. BadInput, HostError and HandoverUnknown travel with their facts; of what
+    nobody expected only the kind does."""
     data: dict[str, Any] | None = None
     match error:
         case RpcError():
@@ -129,20 +129,22 @@ def encode_error(id: object, error: BaseException) -> bytes:
         case Incompatible():
             code, message = BAD_INPUT, str(error)
             # Clients of the version before know of no reasons: for them all is in the problem.
-            data = {"subject": error.subject, "problem": message.removeprefix(f"{error.subject}: ")}
+            data = {"kind": "BadInput", "subject": error.subject, "problem": message.removeprefix(f"{error.subject}: ")}
             data |= {"summary": error.problem, "reasons": [str(reason) for reason in error.reasons]}
         case BadInput():
             code, message = BAD_INPUT, str(error)
-            data = {"subject": error.subject, "problem": error.problem}
+            data = {"kind": "BadInput", "subject": error.subject, "problem": error.problem}
+        case HandoverUnknown():
+            code, message = HOST_ERROR, str(error)
+            data = {"kind": "HandoverUnknown", "subject": error.peer, "problem": error.problem}
         case HostError():
             code, message = HOST_ERROR, str(error)
-            data = {"subject": error.what, "problem": error.detail, "errnum": error.errnum}
+            data = {"kind": "HostError", "subject": error.what, "problem": error.detail, "errnum": error.errnum}
         case _:
             code, message = INTERNAL_ERROR, f"internal error: {type(error).__name__}"
     value: dict[str, Any] = {"code": code, "message": message}
     if data is not None:
-        kind = "BadInput" if code == BAD_INPUT else "HostError"
-        value["data"] = {"kind": kind, **data, "advice": getattr(error, "advice", "")}
+        value["data"] = {**data, "advice": getattr(error, "advice", "")}
     return _line({"error": value, "id": id})
 
 
@@ -187,6 +189,8 @@ def _error_of(value: Any, name: str) -> Exception:
     errnum = data.get("errnum", 0)
     if not all(isinstance(fact, str) for fact in (message, *facts)) or type(errnum) is not int:
         raise ValueError
+    if data.get("kind") == "HandoverUnknown":
+        return HandoverUnknown(*facts[:2])
     if value["code"] == BAD_INPUT:
         summary, reasons = data.get("summary"), data.get("reasons")
         if isinstance(summary, str) and isinstance(reasons, list):

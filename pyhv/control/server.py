@@ -60,6 +60,7 @@ METHODS: dict[str, dict[str, Param]] = {
         "compress": Param(bool),
         "heartbeat": Param(float),
         "silence": Param(float),
+        "overrun": Param(float),
     },
     "console": {"write": Param(bool)},
     "input": {"data": Param(str, True)},

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pyhv._native.link import Link, open_zstd
 from pyhv.errors import BadInput, HostError
-from pyhv.migration import protocol
+from pyhv.migration import protocol, waits
 from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Sync, Synced, Type, Vcpu
 
 TYPE_CHECKING = False
@@ -26,14 +26,8 @@ if TYPE_CHECKING:
     from pyhv.migration.transport import Channel
     from pyhv.state.records import RawMachine
 
-# Until the source has said what it keeps to; in seconds.
-_SILENCE = 10.0
-
 # The limits that a source may set for both sides, in ms.
 _LEAST_MS, _MOST_MS = 10, 3_600_000
-
-# With all of the guest's memory here the source has so long for what is due, in silences, while it gives signs of life.
-_PATIENCE = 10
 
 
 class Received(NamedTuple):
@@ -50,8 +44,8 @@ class Received(NamedTuple):
 
 
 class Destination:
-    """One migration to here, over an open channel: greet(), then accept() or refuse(), receive(), confirm(), and when
-    the VM runs, announce(). Close it in any case.
+    """One migration to here, over an open channel: greet(), then accept() or refuse(), receive(), confirm(), begin()
+    right before the VM runs, and announce() when it does. Close it in any case.
 
     Every call raises HostError where the link breaks or what comes is no message, BadInput for what makes no sense or
     where the source gives up. The VM must then be forgotten, except after confirm().
@@ -62,9 +56,11 @@ class Destination:
         self._channel = channel
         # No sign of life before the source has said something: what stands on a serial line before it listens is lost,
         # or damaged.
-        self._link = Link(channel.in_fd, channel.out_fd, 0, _SILENCE)
+        self._link = Link(channel.in_fd, channel.out_fd, 0, waits.HELLO.seconds())
         self._over = False  # the source knows
-        self._silence = _SILENCE
+        self._silence = waits.HELLO.seconds()
+        self._due = waits.HELLO
+        self._confirmed = False  # the VM is this side's
         self._hello: Hello | None = None
         self._greeted = time.monotonic_ns()
         self._boot_id = protocol.boot_id()  # now, and not when a guest stands
@@ -74,7 +70,7 @@ class Destination:
         """What is to come; may be asked again."""
         if self._hello is not None:
             return self._hello
-        hello = self._expect(Hello, _SILENCE)
+        hello = self._expect(Hello, waits.HELLO)
         if not (_LEAST_MS <= hello.heartbeat <= _MOST_MS and _LEAST_MS <= hello.silence <= _MOST_MS):
             raise BadInput("message hello", f"has the time limits {hello.heartbeat} and {hello.silence} ms")
         self._hello = hello
@@ -83,6 +79,7 @@ class Destination:
     def refuse(self, reasons: list[str]) -> None:
         """Tells why this host cannot run the guest."""
         self._over = True
+        self._link.set_limit(waits.LAST_WORD.seconds())
         self._send(Answer(tuple(reasons), False))
 
     def accept(self, hello: Hello, memory: Memory) -> None:
@@ -90,8 +87,9 @@ class Destination:
         the guest is to run before that."""
         self._at_the_end.enter_context(protocol.no_collection())
         self._link.expect_pages(memory)
-        self._silence = hello.silence / 1000
+        self._silence = min(hello.silence / 1000, waits.MOST_SILENCE)
         self._link.set_times(hello.heartbeat / 1000, self._silence)
+        self._link.set_limit(waits.MEMORY.seconds(self._silence))
         zstd = False
         if hello.zstd:
             try:
@@ -110,23 +108,28 @@ class Destination:
         """All of the guest. while_waiting: is called now and then, and may raise to give up. rehearse: is called
         when the state may be about to come."""
         vcpus: list[Vcpu] = []
-        limit: float | None = None  # not for the rest of the memory, which takes as long as the link needs
+        # The rest of the memory takes as long as the link needs: what must not end is that it comes.
+        due, come = waits.MEMORY, -1
         while True:
+            if come != (landed := self._link.landed):
+                come = landed
+                self._limit(due)
             message = self._receive(0.1)
             while_waiting()
             if message is None:
-                if limit is not None and time.monotonic() > limit:
-                    raise self._late("end")
                 continue
             kind, payload = message
             if kind == Type.SYNC and not vcpus:
                 sync = self._take(Sync, kind, payload)
+                self._limit(due)
                 self._send(Synced())
                 if sync.may_stand:
                     rehearse()
                 continue
             if kind == Type.VCPU:
-                limit = limit or time.monotonic() + self._silence * _PATIENCE
+                if not vcpus:
+                    due = waits.END
+                    self._limit(due)
                 if len(vcpus) == len(hello.tables):
                     problem = f"comes once more than the {len(vcpus)} times that message hello announced"
                     raise BadInput("message vcpu", problem)
@@ -151,8 +154,15 @@ class Destination:
 
     def confirm(self, while_waiting: Callable[[], None] = lambda: None) -> None:
         """All is in place: says so, and waits for the word. After it the VM is this side's."""
+        self._limit(waits.COMMIT)
         self._send(Ready())
-        self._expect(Commit, self._silence * _PATIENCE, while_waiting)
+        self._expect(Commit, waits.COMMIT, while_waiting)
+        self._link.set_limit(None)
+        self._confirmed = True
+
+    def begin(self) -> None:
+        """From here on the VM may have run. Until then close() tells the source that it has not, and the source goes on
+        with it; also after confirm()."""
         self._over = True
 
     def announce(self, since: int) -> None:
@@ -165,10 +175,13 @@ class Destination:
     def close(self, error: BaseException | None = None) -> None:
         """Ends the conversation, with a word about the error that made this side give up. Closing twice is allowed."""
         broken = isinstance(error, HostError) and error.errnum in (errno.EPIPE, errno.ETIMEDOUT)
+        broken = broken and not isinstance(error, _Late)
         try:
-            if error is not None and not self._over and not broken:
+            if (error is not None or self._confirmed) and not self._over and not broken:
                 self._over = True
-                self._link.send_last(*protocol.encode(Cancel(protocol.reason_of(error))), protocol.LAST_WORD)
+                self._link.set_limit(None)
+                reason = "it was ended before it ran" if error is None else protocol.reason_of(error)
+                self._link.send_last(*protocol.encode(Cancel(reason)), waits.LAST_WORD.seconds())
         finally:
             self._at_the_end.close()
             self._link.close()
@@ -188,20 +201,27 @@ class Destination:
         except HostError as error:
             raise self._about(error) from None
 
+    def _limit(self, wait: waits.Wait) -> None:
+        """From now on the source has so long for this; the link sees to it."""
+        self._due = wait
+        self._link.set_limit(wait.seconds(self._silence))
+
     def _about(self, error: HostError) -> HostError:
-        return protocol.about(error, f"migration from {self._peer}", "the VM does not run here")
+        what = f"migration from {self._peer}"
+        if error.errnum == errno.ETIME:
+            within = self._due.seconds(self._silence)
+            return _Late(what, errno.ETIMEDOUT, f"{self._due.what} did not come within {within:g} seconds")
+        return protocol.about(error, what, "the VM does not run here")
 
     def _expect(
-        self, cls: type[protocol.R], limit: float, while_waiting: Callable[[], None] = lambda: None
+        self, cls: type[protocol.R], wait: waits.Wait, while_waiting: Callable[[], None] = lambda: None
     ) -> protocol.R:
-        deadline = time.monotonic() + limit
+        self._limit(wait)
         while True:
-            found = self._receive(min(max(deadline - time.monotonic(), 0), 0.1))
+            found = self._receive(0.1)
             if found is not None:
                 return self._take(cls, *found)
             while_waiting()
-            if time.monotonic() >= deadline:
-                raise self._late(protocol.name_of(cls))
 
     def _take(self, cls: type[protocol.R], kind: int, payload: bytes) -> protocol.R:
         if kind == Type.CANCEL:
@@ -213,5 +233,6 @@ class Destination:
             raise HostError(f"migration from {self._peer}", errno.EBADMSG, problem)
         return protocol.decode(cls, payload)
 
-    def _late(self, what: str) -> HostError:
-        return HostError(f"migration from {self._peer}", errno.ETIMEDOUT, f"the message {what} did not come")
+
+class _Late(HostError):
+    """The source is alive and did not do what was due in time."""

@@ -45,9 +45,6 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=tuple[Any, ...])
 
-# Whoever gives up tries for so long to say it, in seconds: the other side may be slow, or not there any more.
-LAST_WORD = 1.0
-
 
 class Type(IntEnum):
     """What kind of message it is; the first three are the engine's (csrc/pyhv.h)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 from pyhv._native.link import PAGE_SIZE, Link, PageSet
 from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible
-from pyhv.migration import protocol
+from pyhv.migration import protocol, waits
 from pyhv.migration.protocol import Answer, Cancel, Commit, Hello, Ready, Running, Sync, Synced, Type
 
 TYPE_CHECKING = False
@@ -29,15 +30,17 @@ _LOOK = 0.1
 # How often to ask whether the guest may be stopped; seconds.
 _LEAVE_CHECK = 0.001
 
+# A message of pages, of which the link may still have a part when all are said to be sent; bytes.
+_MESSAGE = 256 << 10
+
 # The rate is not known before something was sent; bytes a second, that of a slow network.
 _FIRST_RATE = 100e6
 
 # What a hand-over takes besides sending pages: stopping the vCPUs, their state, one message there and two back.
 _FIXED_DOWNTIME = 0.002
 
-# The destination has so long, in silences, to say what is due while it gives signs of life.
-_PATIENCE = 10
-
+# With less, the destination would wait for the next message of 256 KiB for longer than it does (waits.MEMORY).
+_LEAST_BANDWIDTH = 1000
 
 ON_TIMEOUT = ("cancel", "stop")
 
@@ -64,6 +67,10 @@ class Limits(NamedTuple):
     """Both sides give a sign of life after so long."""
     silence: float = 1.0
     """After so long without one the link is broken."""
+    overrun: float = 10.0
+    """The paused guest goes on here once it has been paused for so many times the downtime, unless it is handed over by
+    then: the link, or the other side, has become slower than it was. Not before two silences have passed; and where the
+    rest is expected to take longer than the downtime (on_timeout), so many times that."""
 
     def check(self) -> None:
         """Raises BadInput for limits that make no sense."""
@@ -71,6 +78,11 @@ class Limits(NamedTuple):
             value = getattr(self, name)
             if not 0 <= value < 1e18:  # bytes are counted in 64 bits
                 raise BadInput(f"{name} {value}", "is no limit", "give a number from 0 to 1e18")
+        if 0 < self.bandwidth < _LEAST_BANDWIDTH:
+            problem = f"is too little: the other side would give up; the least is {_LEAST_BANDWIDTH:g} bytes a second"
+            raise BadInput(f"bandwidth {self.bandwidth:g}", problem)
+        if not 1 <= self.overrun < 1e9:
+            raise BadInput(f"overrun {self.overrun}", "is no factor", "give a number from 1 on")
         for name in ("rounds", "least_rounds"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} {getattr(self, name)}", "are none", "take one at least")
@@ -157,7 +169,9 @@ class Source:
         self._limits = limits
         self._progress = progress or (lambda progress: None)
         # The handshake takes the other side longer than a silence: it makes a VM. Until then nothing stands still.
-        self._link = Link(channel.in_fd, channel.out_fd, limits.heartbeat, limits.silence * _PATIENCE)
+        self._link = Link(channel.in_fd, channel.out_fd, limits.heartbeat, waits.ANSWER.seconds(limits.silence))
+        self._due = ""  # what the other side is to do before the link's limit
+        self._within = 0.0  # seconds that it has for that
         self._round = 0
         self._rate = _FIRST_RATE
         self._dirty_rate = 0.0
@@ -166,14 +180,15 @@ class Source:
         self._since = 0.0  # this round
         self._sent_for = 0.0  # seconds, in the rounds before
         self._asked = False  # a synced is due
+        self._settled = 0  # bytes that the other side has taken for certain
         self._committed = False
 
     def run(self) -> Summary:
-        """Does it all; afterwards the VM stands and belongs to the other side.
+        """Does it all; afterwards the VM is paused and belongs to the other side.
 
         Raises Incompatible or BadInput where the other side does not take the VM, HostError where something broke,
         BadInput if pre-copy did not come to its end: then the VM goes on running here. Raises HandoverUnknown where
-        nobody knows whether the VM runs there: then it stands here.
+        nobody knows whether the VM runs there: then it is paused here.
         """
         begin = time.monotonic()
         try:
@@ -194,7 +209,7 @@ class Source:
                     raise
                 self._resume(error)
                 if isinstance(error, HostError):
-                    raise protocol.about(error, f"migration to {self._peer}", "the VM runs on here") from None
+                    raise (self._last_words(error) or self._about(error)) from None
                 raise
             one_clock = running.host == self._out.hello.host
             end = running.since if one_clock else time.monotonic_ns()
@@ -218,11 +233,26 @@ class Source:
         self._vm.log_dirty(False)
         broken = isinstance(error, HostError) and error.errnum in (errno.EPIPE, errno.ETIMEDOUT, errno.EBADMSG)
         if not broken and not isinstance(error, _Refused):
-            self._link.send_last(*protocol.encode(Cancel(protocol.reason_of(error))), protocol.LAST_WORD)
+            reason = protocol.reason_of(self._about(error) if isinstance(error, HostError) else error)
+            self._link.set_limit(None)
+            self._link.send_last(*protocol.encode(Cancel(reason)), waits.LAST_WORD.seconds())
 
     # -------------------------------------------------------------------------------------------- conversation
 
+    def _limit(self, due: str, seconds: float) -> None:
+        """From now on the other side has so long for what is due; the link sees to it."""
+        self._due, self._within = due, seconds
+        self._link.set_limit(seconds)
+
+    def _about(self, error: HostError) -> HostError:
+        """The same of this migration."""
+        what, advice = f"migration to {self._peer}", "the VM runs on here"
+        if error.errnum == errno.ETIME:
+            return HostError(what, errno.ETIMEDOUT, f"no {self._due} within {self._within:g} seconds", advice)
+        return protocol.about(error, what, advice)
+
     def _handshake(self) -> None:
+        self._limit("answer", waits.ANSWER.seconds(self._limits.silence))
         self._send(self._out.hello)
         answer = self._expect(Answer)
         if answer.reasons:
@@ -236,17 +266,12 @@ class Source:
     def _send(self, message: tuple[Any, ...], more: bool = False) -> None:
         self._link.send(*protocol.encode(message), more)
 
-    def _expect(self, cls: type[protocol.R], limit: float | None = None) -> protocol.R:
-        """The next message, which must be this one. Raises what a cancel or silence means."""
-        limit = self._limits.silence * _PATIENCE if limit is None else limit
-        deadline = time.monotonic() + limit
+    def _expect(self, cls: type[protocol.R]) -> protocol.R:
+        """The next message, which must be this one. Raises what a cancel, silence or the limit means."""
         while True:
-            found = self._hear(min(max(deadline - time.monotonic(), 0), _LOOK))
+            found = self._hear(_LOOK)
             if found is not None:
                 return self._take(cls, *found)
-            if time.monotonic() >= deadline:
-                wanted = protocol.name_of(cls)
-                raise HostError(f"migration to {self._peer}", errno.ETIMEDOUT, f"no {wanted} within {limit:g} seconds")
             if not self._committed:
                 self._check_guest()
                 self._tell(0, 0)
@@ -266,6 +291,19 @@ class Source:
         found = self._hear(timeout)
         if found is not None:
             self._take(None, *found)
+
+    def _last_words(self, broken: HostError) -> _Refused | None:
+        """Why the other side has closed the link, if that is what broke it and it has said so before."""
+        if broken.errnum == errno.EPIPE:
+            self._link.set_limit(None)
+            with contextlib.suppress(HostError, BadInput):
+                try:
+                    while (found := self._link.receive(0)) is not None:
+                        if found[0] == Type.CANCEL:
+                            self._take(None, *found)
+                except _Refused as refusal:
+                    return refusal
+        return None
 
     def _take(self, cls: type[protocol.R] | None, kind: int, payload: bytes) -> protocol.R:
         wanted = protocol.name_of(cls) if cls else "nothing"
@@ -318,10 +356,17 @@ class Source:
 
     def _stop(self) -> int:
         """Stops the VM and sends the rest of its memory. Returns the CLOCK_MONOTONIC in ns of its last instruction."""
+        began = time.monotonic()
         self._out.departure.stop()
         self._check_guest()
         self._vm.take_dirty(self._pages)
-        if left := len(self._pages) * PAGE_SIZE:
+        left = len(self._pages) * PAGE_SIZE
+        limits = self._limits
+        enough = limits.overrun * max(limits.downtime, self._downtime(left))
+        if limits.on_timeout == "stop":  # however long the rest takes: no longer than all before it did
+            enough = max(enough, began - self._began)
+        self._limit("ready", max(enough, 2 * limits.silence))
+        if left:
             self._tell(0, left)
             self._send_all(self._pages)
         return self._vm.left
@@ -364,16 +409,23 @@ class Source:
         taken all."""
         limits, sending = self._limits, self._sending
         self._since = time.monotonic()
+        patience = waits.ROUND.seconds(limits.silence)
         sending.next = 0
         sending.max_ms = _SLICE_MS
         sending.max_bytes = max(int(limits.bandwidth * _SLICE_MS / 1000), 1) if limits.bandwidth else 0
-        done = False
+        done, taken = False, -1
         while not done and not self._is_late():
             since, sent = time.monotonic(), sending.bytes
+            if sent != taken:  # a message more than the last time has found its way
+                taken = sent
+                self._limit("further progress", patience)
             done = self._send_some()
             self._check_guest()
             self._tell(total, len(pages) * PAGE_SIZE)
             until = since + (sending.bytes - sent) / limits.bandwidth if limits.bandwidth else 0.0
+            if time.monotonic() < until:
+                self._link.set_limit(None)
+                taken = -1
             while time.monotonic() < until and not self._is_late():
                 self._rest(min(until, time.monotonic() + _LOOK))
                 self._check_guest()
@@ -386,12 +438,17 @@ class Source:
         """Waits until the other side has taken all that was sent: then it is known how quickly it does, and nothing
         lies between the two when the guest has to stand."""
         self._asked = True
+        on_the_way = _MESSAGE + min(self._link.counters()[0] - self._settled, self._channel.on_the_way())
+        self._limit("synced", waits.SYNCED.seconds(self._limits.silence) + on_the_way / waits.SLOWEST)
         self._send(Sync(self._round >= self._limits.least_rounds))
         while self._asked and not self._is_late():
             self._listen(_LOOK)
             self._check_guest()
             self._tell(total, 0)
         self._measure()
+        self._link.set_limit(None)  # it may have to wait for its guest
+        if not self._asked:
+            self._settled = self._link.counters()[0]
         return not self._asked
 
     def _send_all(self, pages: PageSet) -> None:
@@ -439,10 +496,17 @@ class Source:
         self._committed = True
         self._out.departure.commit(self._peer)
         try:
-            self._send(Commit())
+            self._limit("running", waits.RUNNING.seconds(self._limits.silence))
+            with contextlib.suppress(HostError):  # what it has said before the link broke counts
+                self._send(Commit())
             running = self._expect(Running)
+        except _Refused:
+            # It says that it has forgotten the guest, which it can only before it has run it.
+            self._committed = False
+            raise
         except (HostError, BadInput) as error:
-            raise HandoverUnknown(self._peer, protocol.reason_of(error)) from None
+            reason = self._about(error).detail if isinstance(error, HostError) else protocol.reason_of(error)
+            raise HandoverUnknown(self._peer, reason) from None
         self._out.departure.finish()
         return running
 

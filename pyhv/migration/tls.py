@@ -8,6 +8,8 @@ import socket
 import ssl
 import threading
 
+from pyhv.migration import waits
+
 # TLS records have at most 16 KiB; a few of them a turn.
 _PIECE = 256 << 10
 
@@ -28,7 +30,7 @@ class Pump:
         """What was written before is sent, if the other side takes it; closing twice is allowed."""
         with contextlib.suppress(OSError):
             self._near.shutdown(socket.SHUT_WR)
-        self._thread.join(2.0)
+        self._thread.join(waits.TLS_END.seconds())
         self._near.close()
         if self._thread.is_alive():  # the other side takes no more
             with contextlib.suppress(OSError):

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pyhv.errors import BadInput, HostError, PyhvError
+from pyhv.migration import waits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ class Tls(NamedTuple):
 
 
 class Channel:
-    """A connection: in_fd and out_fd may be the same. A context manager; close() closes it."""
+    """A connection: in_fd and out_fd may be the same. A context manager; close() closes it. direct: the descriptors
+    lead to the other side itself, and to no program in between."""
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class Channel:
         peer: str,
         on_close: Callable[[], None] = lambda: None,
         complaint: Callable[[], str] = lambda: "",
+        direct: bool = False,
     ) -> None:
         self.in_fd = in_fd
         self.out_fd = out_fd
@@ -74,6 +77,19 @@ class Channel:
         self.complaint = complaint
         """Once it is broken: what the program that made it said of that, in one line, or ""."""
         self._on_close: Callable[[], None] | None = on_close
+        self._direct = direct
+
+    def on_the_way(self) -> int:
+        """How many of the bytes that were sent the other side may not have yet, at most."""
+        if not self._direct:
+            return waits.ON_THE_WAY
+        import fcntl
+        import termios
+
+        try:
+            return int.from_bytes(fcntl.ioctl(self.out_fd, termios.TIOCOUTQ, bytes(4)), "little")
+        except OSError:
+            return waits.ON_THE_WAY
 
     def close(self) -> None:
         """Closing twice is allowed."""
@@ -161,7 +177,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def connect(address: Address, tls: Tls | None = None, timeout: float = 10.0) -> Channel:
+def connect(address: Address, tls: Tls | None = None, timeout: float = waits.CONNECT.seconds()) -> Channel:
     """Reaches the side that receives, within `timeout` seconds. Raises BadInput where it cannot be there, HostError."""
     match address.scheme:
         case "fd":
@@ -172,7 +188,7 @@ def connect(address: Address, tls: Tls | None = None, timeout: float = 10.0) -> 
             return _open_tty(address)
         case "tls":
             context = _context(address, tls, server=False)  # before the other side, who takes one VM, is bothered
-            return _wrap_tls(_connect(address, timeout), context, address.text, timeout, address.host)
+            return _wrap_tls(_connect(address, timeout), context, address.text, address.host)
         case _:
             return _of_socket(_connect(address, timeout), address.text)
 
@@ -275,7 +291,7 @@ class Listener:
             if self._context is None:
                 return _of_socket(sock, name)
             try:
-                return _wrap_tls(sock, self._context, name, 10.0)
+                return _wrap_tls(sock, self._context, name)
             except PyhvError as error:
                 if turned_away is None:
                     raise
@@ -333,7 +349,7 @@ def _remove_stale(path: str) -> None:
 
 
 def _of_socket(sock: socket.socket, peer: str) -> Channel:
-    return Channel(sock.fileno(), sock.fileno(), peer, sock.close)
+    return Channel(sock.fileno(), sock.fileno(), peer, sock.close, direct=True)
 
 
 def _open_tty(address: Address) -> Channel:
@@ -355,7 +371,7 @@ def _open_tty(address: Address) -> Channel:
     except Exception as error:  # termios.error
         os.close(fd)
         raise BadInput(address.text, f"is no serial line: {error}", "name one, such as tty:/dev/ttyS1") from None
-    return Channel(fd, fd, address.text, lambda: os.close(fd))
+    return Channel(fd, fd, address.text, lambda: os.close(fd), direct=True)
 
 
 # --------------------------------------------------------------------------------------------------------- ssh
@@ -388,7 +404,7 @@ def _ssh_complaint(process: subprocess.Popen[bytes], said: int) -> str:
     import subprocess
 
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(1.0)  # it is about to end, and may not have said it yet
+        process.wait(waits.SSH_REASON.seconds())  # it is about to end, and may not have said it yet
     lines = os.pread(said, 4096, max(os.fstat(said).st_size - 4096, 0)).decode("utf-8", "replace").splitlines()
     text = "; ".join(line.strip() for line in lines[-3:] if line.strip())
     return "".join(c if c.isprintable() else " " for c in text[-500:])
@@ -400,7 +416,7 @@ def _end_ssh(ours: socket.socket, process: subprocess.Popen[bytes], said: int) -
     ours.close()
     os.close(said)
     try:
-        process.wait(5.0)
+        process.wait(waits.SSH_END.seconds())
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -428,12 +444,12 @@ def _context(address: Address, tls: Tls | None, server: bool) -> ssl.SSLContext:
 
 
 def _wrap_tls(
-    sock: socket.socket, context: ssl.SSLContext, peer: str, timeout: float, host: str | None = None
+    sock: socket.socket, context: ssl.SSLContext, peer: str, host: str | None = None
 ) -> Channel:
     """host: the peer's, whom its certificate must be for; None at the side that was called."""
     import ssl
 
-    sock.settimeout(timeout)
+    sock.settimeout(waits.TLS.seconds())
     try:
         wrapped = context.wrap_socket(sock, server_side=host is None, server_hostname=host)
     except ssl.SSLError as error:

@@ -726,6 +726,72 @@ static void cancelling(bool pipes)
         }
 }
 
+/* The other side of a link, which takes a byte and gives a heartbeat every few milliseconds: never silent. */
+struct trickler {
+    int in, out;
+    atomic_bool over;
+};
+
+static void *trickle(void *opaque)
+{
+    struct trickler *trickler = opaque;
+    struct stream stream = {.bytes = malloc(64)};
+    while (!atomic_load(&trickler->over)) {
+        uint8_t byte;
+        CHECK(read(trickler->in, &byte, 1) <= 1);
+        stream.size = 0;
+        add_message(&stream, PYHV_MESSAGE_HEARTBEAT, NULL, 0);
+        CHECK(write(trickler->out, stream.bytes, stream.size) == (ssize_t)stream.size);
+        sleep_ms(2);
+    }
+    free(stream.bytes);
+    return NULL;
+}
+
+/* Each call ends when the link's time is over, though the other side is never silent; without a limit it would not. */
+static void limits(bool pipes)
+{
+    enum { LIMIT = 80 };
+    for (enum place place = RECEIVING; place < PLACES; place++) {
+        struct ends ends = connect_ends(pipes);
+        struct pyhv_link *link = open_link(&ends, 0, 10, 2000);
+        CHECK_EQUAL(fcntl(ends.in[1], F_SETFL, O_NONBLOCK), 0);
+        struct trickler trickler = {.in = ends.in[1], .out = ends.out[1]};
+        pthread_t thread;
+        CHECK_EQUAL(pthread_create(&thread, NULL, trickle, &trickler), 0);
+        pyhv_link_set_limit(link, LIMIT);
+        uint64_t start = now_ms();
+        CHECK_FAILS(wait_in(place, link, &error), ETIME);
+        uint64_t took = now_ms() - start;
+        CHECK(took >= LIMIT && took < LONG_MS / 2);
+        struct pyhv_message message;
+        pyhv_link_set_limit(link, 0);
+        CHECK_EQUAL(pyhv_link_receive(link, NULL, LIMIT, &message, &error), 0);
+        atomic_store(&trickler.over, true);
+        pthread_join(thread, NULL);
+        finish(link, &ends);
+    }
+}
+
+/* After a cancel the link has a last word. */
+static void last_words(bool pipes)
+{
+    struct ends ends = connect_ends(pipes);
+    struct pyhv_link *links[2] = {open_link(&ends, 0, 0, LONG_MS), open_link(&ends, 1, 0, LONG_MS)};
+    struct pyhv_message message;
+    pyhv_link_cancel(links[0]);
+    CHECK_FAILS(pyhv_link_receive(links[0], NULL, LONG_MS, &message, &error), ECANCELED);
+    pyhv_link_revive(links[0]);
+    CHECK_EQUAL(pyhv_link_receive(links[0], NULL, 10, &message, &error), 0);
+    CHECK_EQUAL(pyhv_link_send(links[0], TYPE, "bye", 3, 0, &error), 0);
+    CHECK_EQUAL(pyhv_link_receive(links[1], NULL, LONG_MS, &message, &error), 1);
+    CHECK_EQUAL(message.length, 3);
+    pyhv_link_cancel(links[0]);
+    CHECK_FAILS(pyhv_link_receive(links[0], NULL, LONG_MS, &message, &error), ECANCELED);
+    pyhv_link_destroy(links[1]);
+    finish(links[0], &ends);
+}
+
 struct waiter {
     struct pyhv_link *link;
     uint32_t ms;
@@ -1287,6 +1353,8 @@ int main(void)
         sending_to_nobody(pipes);
         silence(pipes);
         cancelling(pipes);
+        limits(pipes);
+        last_words(pipes);
         heartbeats_of_two_that_wait(pipes);
         slow_reader(pipes);
         random_rounds(pipes, 0);

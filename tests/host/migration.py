@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pyhv
 from pyhv.accel import choose
-from pyhv.migration import destination, protocol, source
+from pyhv.migration import protocol, source, waits
 from pyhv.migration.destination import Destination
 from pyhv.migration.protocol import Answer, Synced, Type
 from pyhv.migration.source import Limits
@@ -36,7 +36,17 @@ MEMORY = "3M"
 # What makes waiting cheap, and one round of pre-copy, which always suffices. A processor that is taken away for so long
 # would be taken for a broken link.
 HEARTBEAT, SILENCE, PATIENCE = 0.1, 0.6, 3
-LIMITS = Limits(heartbeat=HEARTBEAT, silence=SILENCE, downtime=10.0, rounds=1)
+LIMITS = Limits(heartbeat=HEARTBEAT, silence=SILENCE, downtime=SILENCE * PATIENCE, rounds=1, overrun=1.0)
+
+
+
+def waits_of_tests() -> None:
+    """Makes every wait as short as these limits; for good."""
+    for name, wait in vars(waits).items():
+        if isinstance(wait, waits.Wait):
+            setattr(waits, name, wait._replace(least=min(wait.least, SILENCE * PATIENCE), silences=PATIENCE))
+    waits.SLOWEST = 100e6
+
 
 TIMEOUT = 30.0  # everything here takes a second or so
 
@@ -184,7 +194,7 @@ class Wishes(NamedTuple):
 
 def run_source(side: Side, sock: socket.socket, console: int, wishes: Wishes) -> None:
     """The process that has the guest and gives it away."""
-    source._PATIENCE = PATIENCE
+    waits_of_tests()
     with pyhv.Machine("ticker", console_out=console, **wishes.machine) as machine:
         machine.start()
         wait_for_rounds(machine)
@@ -217,8 +227,7 @@ def run_source(side: Side, sock: socket.socket, console: int, wishes: Wishes) ->
 
 def run_destination(side: Side, sock: socket.socket, console: int, wishes: Wishes) -> None:
     """The process that takes the guest."""
-    destination._PATIENCE = PATIENCE
-    destination._SILENCE = SILENCE * PATIENCE
+    waits_of_tests()
     choose.open_accelerator()  # is kept open
     before = descriptors() - 1
 

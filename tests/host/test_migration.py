@@ -594,7 +594,7 @@ def test_from_python(tmp_path: Path) -> None:
 
 
 def test_nobody_comes(tmp_path: Path) -> None:
-    with pytest.raises(pyhv.BadInput, match=r"nobody came within 0\.05 seconds; start pyhv migrate at the source"):
+    with pytest.raises(pyhv.TimedOut, match=r"nobody came within 0\.05 seconds; start pyhv migrate at the source"):
         pyhv.Machine.receive(f"unix:{tmp_path}/m", timeout=0.05)
     assert os.listdir(tmp_path) == []
 

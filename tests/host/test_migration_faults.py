@@ -108,6 +108,8 @@ WORDS = (
     "no message",
     "too long",
     "did not come",
+    "no further progress",
+    "no synced within",
     "no answer within",
     "no ready within",
     "no running within",

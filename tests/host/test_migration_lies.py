@@ -22,9 +22,10 @@ import pyhv
 from pyhv._native.link import MAX_MESSAGE
 from pyhv.accel import choose
 from pyhv.errors import PyhvError
-from pyhv.migration import destination, protocol, source
+from pyhv.migration import protocol, waits
 from pyhv.migration.destination import Destination
 from pyhv.migration.protocol import Answer, Cancel, End, Ready, Running, Sync, Synced, Type, Vcpu
+from pyhv.migration.source import Progress
 from pyhv.migration.transport import Channel
 from pyhv.state import codec
 
@@ -42,6 +43,7 @@ from .migration import (
     greet,
     take_all,
     wait_for_rounds,
+    waits_of_tests,
 )
 from .test_migration import running
 
@@ -56,9 +58,10 @@ Lie = Callable[[Speaker], None]
 
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(source, "_PATIENCE", PATIENCE)
-    monkeypatch.setattr(destination, "_PATIENCE", PATIENCE)
-    monkeypatch.setattr(destination, "_SILENCE", 0.6)
+    for name, value in vars(waits).items():  # so that each is set back
+        if name.isupper():
+            monkeypatch.setattr(waits, name, value)
+    waits_of_tests()
     choose.open_accelerator().prepare()
     gc.collect()  # what the test before has left in errors that it caught is closed
     before, threads = descriptors(), threading.active_count()
@@ -184,6 +187,7 @@ RECEIVERS: dict[str, tuple[Lie, str]] = {
     "synced too often": (greeted(say(Synced(), Synced())), "a message synced came where nothing was due"),
     "ready twice": (all_taken(say(Ready(), Ready())), "HandoverUnknown"),
     "never ready, but alive": (all_taken(stay_alive), "no ready within"),
+    "never synced, but alive": (greeted(stay_alive), "no synced within"),
     "never ready": (all_taken(wait), "nothing came from the other side for"),
     "running without a commit": (all_taken(say(RUNNING)), "a message running came where ready was due"),
     "running at once": (greeted(say(RUNNING)), "a message running came where nothing was due"),
@@ -203,7 +207,7 @@ RECEIVERS: dict[str, tuple[Lie, str]] = {
         all_taken(say(Ready(), then=message(Type.RUNNING))), r"HandoverUnknown.*message running\.host: is cut short",
     ),
     "cancel after the commit": (
-        all_taken(say(Ready(), Cancel("oh"))), r"HandoverUnknown.*gave the migration up: oh",
+        all_taken(say(Ready(), Cancel("oh"))), r"_Refused: the other side: gave the migration up: oh$",
     ),
 }  # fmt: skip
 
@@ -276,6 +280,64 @@ def test_a_receiver_that_never_says_what_it_has_taken(on_timeout: str, words: st
             machine.depart(channel, limits=LIMITS._replace(timeout=0.5, on_timeout=on_timeout))
         thread.join(TIMEOUT)
         assert machine.vm.running
+        wait_for_rounds(machine)
+
+
+def sip(speaker: Speaker) -> None:
+    """Takes a byte now and then, and gives signs of life."""
+    while speaker.sock.recv(1):
+        speaker.say(Type.HEARTBEAT)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", [Type.PAGES, Type.END], ids=lambda kind: kind.name.lower())
+def test_a_receiver_that_trickles_while_the_guest_is_paused(kind: Type) -> None:
+    """It has been quick until then. The guest goes on once it was paused for `overrun` times the downtime."""
+    paused = threading.Event()
+
+    def lie(speaker: Speaker) -> None:
+        while (heard := speaker.hear().kind) != kind or not (kind == Type.END or paused.is_set()):
+            if heard == Type.SYNC:
+                paused.wait(TIMEOUT) if kind == Type.PAGES else None
+                speaker.say(*protocol.encode(Synced()))
+        (sip if kind == Type.PAGES else stay_alive)(speaker)
+
+    ours, theirs = socket.socketpair()
+    for sock in (ours, theirs):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+    with running(memory="8M") as machine:
+        thread = in_background(theirs, greeted(lie))
+
+        def progress(progress: Progress) -> None:
+            if progress.round == 1 and not progress.left and not paused.is_set():
+                machine.vm.memory.write(4 << 20, os.urandom(2 << 20))  # what is sent once it is paused
+                paused.set()
+
+        begin = time.monotonic()
+        with (
+            Channel(ours.fileno(), ours.fileno(), "the other side", ours.close) as channel,
+            pytest.raises(pyhv.HostError, match="no ready within"),
+        ):
+            limits = LIMITS._replace(downtime=0.1, overrun=2.0, rounds=1, on_timeout="stop")
+            machine.depart(channel, limits=limits, progress=progress)
+        assert time.monotonic() - begin < TIMEOUT
+        assert machine.vm.running and not machine.handed_over
+        wait_for_rounds(machine)
+        thread.join(TIMEOUT)
+
+
+def test_a_receiver_that_trickles_in_pre_copy() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+    with running(memory="8M") as machine:
+        machine.vm.memory.write(4 << 20, os.urandom(4 << 20))
+        thread = in_background(theirs, greeted(sip))
+        with (
+            Channel(ours.fileno(), ours.fileno(), "the other side", ours.close) as channel,
+            pytest.raises(pyhv.HostError, match="no further progress within"),
+        ):
+            machine.depart(channel, limits=LIMITS)
+        thread.join(TIMEOUT)
         wait_for_rounds(machine)
 
 
@@ -572,19 +634,56 @@ def test_a_guest_that_comes_where_its_owner_fails(recorded: list[Frame]) -> None
     thread.join(TIMEOUT)
 
 
-@pytest.mark.parametrize(
-    ("until", "words"), [(0, "hello did not come"), (3, "end did not come"), (None, "commit did not come")], ids=str
-)
-def test_a_source_that_says_nothing_but_is_alive(recorded: list[Frame], until: int | None, words: str) -> None:
+STOPS = {
+    "hello": "hello did not come",
+    "answer": "the next message did not come",
+    "pages": "the next message did not come",
+    "vcpu": "the rest of the state did not come",
+    "end": "commit did not come",
+}
+
+
+@pytest.mark.parametrize("after", STOPS)
+def test_a_source_that_says_nothing_but_is_alive(recorded: list[Frame], after: str) -> None:
     messages = [(frame.kind, frame.payload) for frame in recorded]
     first = next(i for i, (kind, _) in enumerate(messages) if kind == Type.VCPU)
-    end = {0: 0, 3: first + 1, None: len(messages) - 1}[until]
+    end = {"hello": 0, "answer": 1, "pages": 2, "vcpu": first + 1, "end": len(messages) - 1}[after]
     error = take(messages[:end], then=stay_alive)
-    assert error is not None and words in str(error), error
+    assert error is not None and STOPS[after] in str(error), error
 
 
-def test_the_rest_of_the_memory_may_take_long(recorded: list[Frame]) -> None:
+def test_a_source_that_asks_for_endless_patience(recorded: list[Frame], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The silence that it names is for both sides, within what the destination has of it."""
+    monkeypatch.setattr(waits, "MOST_SILENCE", 0.3)
+    messages = hello_with(silence=3_600_000)([(frame.kind, frame.payload) for frame in recorded])
+    assert "the next message did not come within" in str(take(messages[:1], then=stay_alive))
+    error = take(messages[:1], then=lambda speaker: time.sleep(1.5))
+    assert "nothing came from the other side for" in str(error)
+
+
+def test_a_vm_that_came_and_is_ended_before_it_ran_goes_on_at_its_source() -> None:
+    with running() as machine:
+        ours, theirs = socket.socketpair()
+
+        def take() -> None:
+            channel = Channel(theirs.fileno(), theirs.fileno(), "the source", theirs.close)
+            pyhv.Machine.arrive(Destination(channel)).close()  # without a start()
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        with (
+            Channel(ours.fileno(), ours.fileno(), "the other side", ours.close) as channel,
+            pytest.raises(pyhv.Incompatible, match="gave the migration up: it was ended before it ran"),
+        ):
+            machine.depart(channel, limits=LIMITS)
+        thread.join(TIMEOUT)
+        assert machine.vm.running and not machine.handed_over
+        wait_for_rounds(machine)
+
+
+def test_the_rest_of_the_memory_may_take_long(recorded: list[Frame], monkeypatch: pytest.MonkeyPatch) -> None:
     """As it does with --on-timeout stop: longer than a source that has the guest's state to send may take."""
+    monkeypatch.setattr(waits, "MEMORY", waits.MEMORY._replace(least=TIMEOUT))
     messages = [(frame.kind, frame.payload) for frame in recorded]
     paused = next(i for i, (kind, _) in enumerate(messages) if kind == Type.SYNC) + 1
 

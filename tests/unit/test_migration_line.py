@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from pyhv.errors import HostError
-from pyhv.migration import destination, transport
+from pyhv.migration import transport, waits
 from pyhv.migration.destination import Destination
 
 
@@ -38,7 +38,7 @@ def test_somebody_is_there_when_a_byte_comes(line: tuple[int, str]) -> None:
 def test_nothing_is_said_before_the_source_has(line: tuple[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands on the line before the source opens it would be in front of the first answer."""
     far, path = line
-    monkeypatch.setattr(destination, "_SILENCE", 0.5)
+    monkeypatch.setattr(waits, "HELLO", waits.HELLO._replace(least=0.5))
     channel = transport._open_tty(transport.parse(f"tty:{path}"))
     one = Destination(channel)
     with pytest.raises(HostError):

@@ -18,7 +18,7 @@ from pyhv.accel.state import RawState, RawVcpu
 from pyhv.cli import migrate as command
 from pyhv.control.server import METHODS
 from pyhv.errors import BadInput, HostError
-from pyhv.migration import protocol
+from pyhv.migration import protocol, waits
 from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Type, Vcpu
 from pyhv.migration.source import Limits, Progress
 from pyhv.state import codec
@@ -203,6 +203,8 @@ def test_limits_that_make_sense(good: dict[str, Any]) -> None:
         ({"bandwidth": float("inf")}, "bandwidth inf: is no limit"),
         ({"bandwidth": 1e300}, r"bandwidth 1e\+300: is no limit"),
         ({"timeout": float("nan")}, "timeout nan: is no limit"),
+        ({"bandwidth": 1}, "bandwidth 1: is too little: the other side would give up; the least is 1000 bytes"),
+        ({"overrun": 0.5}, "overrun 0.5: is no factor; give a number from 1 on"),
         ({"rounds": 0}, "rounds 0: are none; take one at least"),
         ({"least_rounds": -1}, "least_rounds -1: are none"),
         ({"on_timeout": "maybe"}, "on_timeout maybe: is unknown; choose one of cancel, stop"),
@@ -275,6 +277,21 @@ def test_the_page_has_every_limit_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGE, re.MULTILINE))
     for name, value in Limits()._asdict().items():
         assert rows[name].strip() == (value if isinstance(value, str) else f"{value:g}" if value else "none")
+
+
+def test_the_page_has_every_wait() -> None:
+    assert {value for value in vars(waits).values() if isinstance(value, waits.Wait)} == set(waits.WAITS)
+    for wait in waits.WAITS:
+        assert f"| {wait.who} | {wait.what} | {wait.least:g} | {wait.silences:g} | {wait.why} |" in PAGE, wait
+        assert 0 < wait.seconds() <= wait.seconds(600) <= waits.MOST
+
+
+def test_nothing_else_has_a_wait_of_its_own() -> None:
+    """A number of seconds in the code of a migration is in the table, or it is a look at something else meanwhile."""
+    for path in (ROOT / "pyhv" / "migration").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if path.name != "waits.py":
+            assert not re.findall(r"(?:settimeout|join|wait|timeout=)\(\d", text), path
 
 
 def test_the_page_has_every_field_of_the_summary_and_of_progress() -> None:
