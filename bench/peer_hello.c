@@ -46,6 +46,14 @@ static int create_vm(uint8_t *ram)
         struct kvm_enable_cap payload = {.cap = KVM_CAP_EXCEPTION_PAYLOAD, .args[0] = 1};
         need(ioctl(vm, KVM_ENABLE_CAP, &payload), "KVM_ENABLE_CAP");
     }
+    if (ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_X86_TRIPLE_FAULT_EVENT) > 0) {
+        struct kvm_enable_cap event = {.cap = KVM_CAP_X86_TRIPLE_FAULT_EVENT, .args[0] = 1};
+        need(ioctl(vm, KVM_ENABLE_CAP, &event), "KVM_ENABLE_CAP");
+    }
+    if (ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_PMU_CAPABILITY) > 0) {
+        struct kvm_enable_cap pmu = {.cap = KVM_CAP_PMU_CAPABILITY, .args[0] = KVM_PMU_CAP_DISABLE};
+        need(ioctl(vm, KVM_ENABLE_CAP, &pmu), "KVM_ENABLE_CAP");
+    }
     need(ioctl(vm, KVM_CREATE_IRQCHIP, 0), "KVM_CREATE_IRQCHIP");
     struct kvm_userspace_memory_region region = {.memory_size = ram_size, .userspace_addr = (uintptr_t)ram};
     need(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION");
@@ -95,6 +103,8 @@ static double sample(const char *request)
     struct kvm_run *shared = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
     if (shared == MAP_FAILED)
         fatal("mmap of struct kvm_run");
+    struct kvm_enable_cap enforce = {.cap = KVM_CAP_ENFORCE_PV_FEATURE_CPUID, .args[0] = 1};
+    need(ioctl(vcpu, KVM_ENABLE_CAP, &enforce), "KVM_ENABLE_CAP");
     need(ioctl(vcpu, KVM_SET_CPUID2, &cpuid), "KVM_SET_CPUID2");
     set_registers(vcpu, load(ram), ram_size);
     run(vcpu, shared, console);

@@ -62,6 +62,14 @@ static struct vm create_vm(uint8_t *ram)
         struct kvm_enable_cap payload = {.cap = KVM_CAP_EXCEPTION_PAYLOAD, .args[0] = 1};
         need(ioctl(vm.fd, KVM_ENABLE_CAP, &payload), "KVM_ENABLE_CAP");
     }
+    if (ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_X86_TRIPLE_FAULT_EVENT) > 0) {
+        struct kvm_enable_cap event = {.cap = KVM_CAP_X86_TRIPLE_FAULT_EVENT, .args[0] = 1};
+        need(ioctl(vm.fd, KVM_ENABLE_CAP, &event), "KVM_ENABLE_CAP");
+    }
+    if (ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_PMU_CAPABILITY) > 0) {
+        struct kvm_enable_cap pmu = {.cap = KVM_CAP_PMU_CAPABILITY, .args[0] = KVM_PMU_CAP_DISABLE};
+        need(ioctl(vm.fd, KVM_ENABLE_CAP, &pmu), "KVM_ENABLE_CAP");
+    }
     map(vm.fd, 0, 0, low, ram);
     if (ram_size > low)
         map(vm.fd, 1, high_ram_base, ram_size - low, ram + low);
@@ -71,6 +79,8 @@ static struct vm create_vm(uint8_t *ram)
     vm.run = mmap(NULL, vm.run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vm.vcpu, 0);
     if (vm.run == MAP_FAILED)
         fatal("mmap of struct kvm_run");
+    struct kvm_enable_cap enforce = {.cap = KVM_CAP_ENFORCE_PV_FEATURE_CPUID, .args[0] = 1};
+    need(ioctl(vm.vcpu, KVM_ENABLE_CAP, &enforce), "KVM_ENABLE_CAP");
     need(ioctl(vm.vcpu, KVM_SET_CPUID2, &cpuid), "KVM_SET_CPUID2");
     return vm;
 }

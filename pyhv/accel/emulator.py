@@ -165,7 +165,7 @@ class EmulatorVm:
     ) -> None:
         from pyhv.accel import emulator_state
 
-        emulator_state.apply(self, cast("Sequence[EmulatorVcpu]", vcpus), state, elapsed)
+        emulator_state.apply(self, cast("Sequence[EmulatorVcpu]", vcpus), tables, state, elapsed)
 
     def close(self) -> None:
         handle, self.handle = self.handle, ffi.NULL  # first: Ctrl-C may come after any call

@@ -77,12 +77,17 @@ def capture(vm: EmulatorVm, vcpus: Sequence[EmulatorVcpu], tables: Sequence[Cpui
     return RawState((state,), _capture_irqchip(vm), vm.pit, clock, vcpu.read_tsc_khz())
 
 
-def apply(vm: EmulatorVm, vcpus: Sequence[EmulatorVcpu], state: RawState, elapsed: int) -> None:
-    """Puts `state` into a vCPU that has never run, and whose memory is mapped. Its clocks go on as if it had been taken
-    `elapsed` nanoseconds before the call. Raises BadInput for what the emulator does not have, HostError, ValueError
-    for bytes that are no state; the VM is then good for nothing but close()."""
-    (vcpu,), (saved,) = vcpus, state.vcpus
+def apply(
+    vm: EmulatorVm, vcpus: Sequence[EmulatorVcpu], tables: Sequence[CpuidTable], state: RawState, elapsed: int
+) -> None:
+    """Puts `state` into a vCPU that has never run, and whose memory and table are set. Its clocks go on as if it had
+    been taken `elapsed` nanoseconds before the call. Raises BadInput for what the emulator does not have, HostError,
+    ValueError for bytes that are no state; the VM is then good for nothing but close()."""
+    (vcpu,), (table,), (saved,) = vcpus, tables, state.vcpus
     values = structs.msrs(saved)
+    msrs.check_granted(values, frozenset(msrs.granted(table)), vcpu.index)
+    # Without effect here: the emulator's LFENCE waits anyway.
+    values.pop(msrs.AMD64_DE_CFG, None)
     _check(saved, values)
     handle, error = vcpu.handle, new_error()
     check(lib.pyhv_emulator_vcpu_set_sregs(handle, structs.view("pyhv_sregs", saved.sregs), error), error)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from pyhv.accel.kvm_state import Shown
+    from pyhv.accel.kvm_state import Carried, Shown
     from pyhv.accel.protocol import AccelVcpu
     from pyhv.accel.state import RawState
     from pyhv.cpu.host import HostDescription
@@ -42,6 +42,8 @@ class KvmVcpu:
         self._table: Any = None  # the trap's table, which must live as long as the vCPU
         self.shown: Shown | None = None
         """What its table lets the guest have; kvm_state.py looks it up once."""
+        self.carried: Carried | None = None
+        """What of its MSRs is read; likewise."""
 
     def set_cpuid(self, table: CpuidTable) -> None:
         entries = table.as_entries()
@@ -122,6 +124,7 @@ class KvmVm:
     def __init__(self, kvm_fd: int, bus: Any, irqchip: bool, pit: bool, quick: bool) -> None:
         self.irqchip = irqchip
         self.pit = irqchip and pit
+        self._kvm_fd = kvm_fd
         config = ffi.new("struct pyhv_vm_config *", {"irqchip": irqchip, "pit": pit, "late": quick})
         error = new_error()
         self.handle: Any = check(lib.pyhv_vm_create(kvm_fd, config, bus or ffi.NULL, error), error)
@@ -157,10 +160,14 @@ class KvmVm:
         error = new_error()
         check(lib.pyhv_vm_resume(self.handle, error), error)
 
+    def msr_list(self) -> tuple[int, ...]:
+        """The MSRs that KVM lists (KVM_GET_MSR_INDEX_LIST)."""
+        return _msr_list(self._kvm_fd, False)
+
     def warm_up(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> None:
         from pyhv.accel import kvm_state
 
-        kvm_state.warm_up(vcpus, tables)  # type: ignore[arg-type]  # they are this VM's
+        kvm_state.warm_up(self, vcpus, tables)  # type: ignore[arg-type]  # they are this VM's
 
     def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> RawState:
         from pyhv.accel import kvm_state
@@ -217,10 +224,7 @@ class Kvm:
 
     def msr_list(self, features: bool = False) -> tuple[int, ...]:
         """The MSRs that make up a vCPU's state, or with `features` those that describe the processor."""
-        indices = ffi.new("uint32_t[]", _MAX_MSRS)
-        error = new_error()
-        count = check(lib.pyhv_kvm_msr_list(self.fd, features, indices, _MAX_MSRS, error), error)
-        return tuple(indices[0:count])
+        return _msr_list(self.fd, features)
 
     def feature_msrs(self) -> dict[int, int]:
         """The value of each feature MSR that can be read."""
@@ -287,6 +291,13 @@ class Kvm:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _msr_list(kvm_fd: int, features: bool) -> tuple[int, ...]:
+    indices = ffi.new("uint32_t[]", _MAX_MSRS)
+    error = new_error()
+    count = check(lib.pyhv_kvm_msr_list(kvm_fd, features, indices, _MAX_MSRS, error), error)
+    return tuple(indices[0:count])
 
 
 def _explain(errnum: int, detail: str) -> NotAvailable:

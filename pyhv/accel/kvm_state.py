@@ -18,6 +18,7 @@ from pyhv.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from pyhv.accel.kvm import KvmVcpu, KvmVm
@@ -36,30 +37,76 @@ _LEGACY_COMPONENTS = 3
 class Shown(NamedTuple):
     """What a guest can have, by its CPUID table."""
 
-    indices: Any
-    """Of MSRs (uint32_t[]), in ascending order."""
-    tsc: int | None
-    """Where among them IA32_TSC is."""
+    granted: frozenset[int]
+    """The MSRs that may be in its state."""
     components: int
     """Those of the XSAVE area, a bit each."""
 
+
+class Carried(NamedTuple):
+    """What is read of a vCPU's MSRs: those that are granted and that this KVM has."""
+
+    indices: Any
+    """uint32_t[]: first those that always travel, then those that do where they hold something unusual."""
+    always: int
+    """How many the first are."""
+    always_indices: bytes
+    usual: bytes
+    """uint64_t[] of the others: what they usually hold."""
+    tsc: int | None
+    """Where among them IA32_TSC is."""
+
     @classmethod
-    def of(cls, indices: Sequence[int], components: int) -> Shown:
-        tsc = indices.index(msrs.IA32_TSC) if msrs.IA32_TSC in indices else None
-        return cls(ffi.new("uint32_t[]", indices), tsc, components)
+    def of(cls, numbers: Iterable[int]) -> Carried:
+        known = [msrs.BY_NUMBER[number] for number in numbers]
+        always = [msr.number for msr in known if msr.usual is None]
+        rest = [(msr.number, msr.usual) for msr in known if msr.usual is not None]
+        return cls(
+            ffi.new("uint32_t[]", [*always, *(number for number, _ in rest)]),
+            len(always),
+            structs.to_bytes(ffi.new("uint32_t[]", always)),
+            structs.to_bytes(ffi.new("uint64_t[]", [usual for _, usual in rest])),
+            always.index(msrs.IA32_TSC) if msrs.IA32_TSC in always else None,
+        )
+
+    def pack(self, values: Any) -> tuple[bytes, bytes]:
+        """Indices and values of those that travel, of the values (uint64_t[]) of all."""
+        data = structs.to_bytes(values)
+        end = 8 * self.always
+        if data[end:] == self.usual:
+            return self.always_indices, data[:end]
+        places = [*range(self.always)]
+        places += [n for n in range(self.always, len(values)) if data[8 * n : 8 * n + 8] != self.usual_of(n)]
+        indices = [self.indices[n] for n in places]
+        return structs.to_bytes(ffi.new("uint32_t[]", indices)), b"".join([data[8 * n : 8 * n + 8] for n in places])
+
+    def usual_of(self, place: int) -> bytes:
+        at = 8 * (place - self.always)
+        return self.usual[at : at + 8]
 
 
-def warm_up(vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable]) -> None:
+# Those MSRs that KVM does not list, though it has them, and that this kernel's KVM does not have: looked for once.
+_absent: set[int] = set()
+
+
+def warm_up(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable]) -> None:
     """Looks up what capture() and apply() need to know of the tables."""
     for vcpu, table in zip(vcpus, tables, strict=True):
-        _shown(vcpu, table)
+        _carried(vm, vcpu, table)
 
 
 def _shown(vcpu: KvmVcpu, table: CpuidTable) -> Shown:
     if vcpu.shown is None:
         components = table.xcr0_mask | table.xss_mask | _LEGACY_COMPONENTS
-        vcpu.shown = Shown.of(msrs.granted(table), components)
+        vcpu.shown = Shown(frozenset(msrs.granted(table)), components)
     return vcpu.shown
+
+
+def _carried(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable) -> Carried:
+    if vcpu.carried is None:
+        granted = _shown(vcpu, table).granted
+        vcpu.carried = Carried.of(sorted(granted.difference(_absent, msrs.missing(granted, vm.msr_list()))))
+    return vcpu.carried
 
 
 def capture(vm: KvmVm, vcpus: Sequence[KvmVcpu], tables: Sequence[CpuidTable]) -> RawState:
@@ -93,9 +140,10 @@ def _capture_vcpu(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable, counter: int | No
         lapic = structs.to_bytes(page)
     debugregs = ffi.new("struct pyhv_debugregs *")
     check(lib.pyhv_vcpu_get_debugregs(handle, debugregs, error), error)
-    shown, values = _read_shown(vcpu, table)
-    if counter is not None and shown.tsc is not None:
-        values[shown.tsc] = counter
+    carried, values = _read_carried(vm, vcpu, table)
+    if counter is not None and carried.tsc is not None:
+        values[carried.tsc] = counter
+    msr_indices, msr_values = carried.pack(values)
     # Last: what the calls before have settled or injected is in there.
     events = ffi.new("struct pyhv_events *")
     check(lib.pyhv_vcpu_get_events(handle, events, error), error)
@@ -106,26 +154,29 @@ def _capture_vcpu(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable, counter: int | No
         structs.to_bytes(debugregs),
         xcr0[0],
         mp_state,
-        structs.to_bytes(shown.indices),
-        structs.to_bytes(values),
+        msr_indices,
+        msr_values,
         lapic,
-        _shown_components(ffi.buffer(area, size)[:], shown),
+        _shown_components(ffi.buffer(area, size)[:], _shown(vcpu, table)),
     )
 
 
-def _read_shown(vcpu: KvmVcpu, table: CpuidTable) -> tuple[Shown, Any]:
+def _read_carried(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable) -> tuple[Carried, Any]:
     """Those of the MSRs which the guest can have that this KVM has, and their values (uint64_t[])."""
     error = new_error()
     while True:
-        shown = _shown(vcpu, table)
-        count = len(shown.indices)
+        carried = _carried(vm, vcpu, table)
+        count = len(carried.indices)
         values = ffi.new("uint64_t[]", count)
-        taken = check(lib.pyhv_vcpu_get_msrs(vcpu.handle, shown.indices, values, count, error), error)
+        taken = check(lib.pyhv_vcpu_get_msrs(vcpu.handle, carried.indices, values, count, error), error)
         if taken == count:
-            return shown, values
+            return carried, values
         # The one that it stopped at does not exist here.
-        there = list(shown.indices)
-        vcpu.shown = Shown.of(there[:taken] + there[taken + 1 :], shown.components)
+        there = list(carried.indices)
+        number = there.pop(taken)
+        if number in msrs.UNLISTED:
+            _absent.add(number)
+        vcpu.carried = Carried.of(there)
 
 
 def apply(
@@ -139,6 +190,8 @@ def apply(
     error = new_error()
     pairs = list(zip(vcpus, state.vcpus, strict=True))
     values = [structs.msrs(saved) for saved in state.vcpus]
+    for vcpu, found in zip(vcpus, values, strict=True):
+        msrs.check_granted(found, _shown(vcpu, tables[vcpu.index]).granted, vcpu.index)
     for vcpu, saved in pairs:
         _check_fits(lib.pyhv_vcpu_set_sregs(vcpu.handle, structs.view("pyhv_sregs", saved.sregs), error), error)
         # CR4.OSXSAVE, which SREGS brings, decides whether XCR0 may be set; XCR0 which components XSAVE may set.
@@ -155,7 +208,11 @@ def apply(
     counters = [found.pop(msrs.IA32_TSC, None) for found in values]
     deadlines = [found.pop(msrs.IA32_TSC_DEADLINE, 0) for found in values]
     for vcpu, found in zip(vcpus, values, strict=True):
+        lfence = found.pop(msrs.AMD64_DE_CFG, None)
         write_msrs(vcpu, found)
+        if lfence is not None:
+            # A host that does not know the bit takes none, and needs none (cpu/msrs.py).
+            check(lib.pyhv_vcpu_set_msrs(vcpu.handle, [msrs.AMD64_DE_CFG], [lfence], 1, error), error)
     _apply_tsc(vcpus, counters, state.tsc_khz, taken)
     if state.irqchip:
         # Every LAPIC before the I/O APIC, which routes to them, and delivers at once what is pending.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS, WORDS, XSAVE_COMPONENTS
 from pyhv.cpu.host import HostDescription
 from pyhv.cpu.msrs import NAMES as MSR_NAMES
+from pyhv.cpu.msrs import granted as granted_msrs
 from pyhv.cpu.msrs import missing as missing_msrs
 from pyhv.cpu.table import EXTENDED, HYPERVISOR, NAME_LEAVES, REGISTERS, CpuidTable, XsaveArea
 
@@ -122,6 +123,16 @@ class MissingMsr(NamedTuple):
         return f"the host does not have MSR {self.name} ({self.number:#x})"
 
 
+class MsrNotGiven(NamedTuple):
+    """The guest's state holds an MSR that its own CPUID table does not give it: no guest's state has it."""
+
+    number: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"the state sets MSR {self.name} ({self.number:#x}), which the guest's CPUID table does not give it"
+
+
 class TscDiffers(NamedTuple):
     """The guest counts on the rate of its time-stamp counter (kHz), and the host cannot give it that rate."""
 
@@ -154,6 +165,7 @@ TableReason = (
     | TooManyAddressBits
     | ClflushSizeDiffers
     | MissingMsr
+    | MsrNotGiven
     | TscDiffers
 )
 
@@ -271,9 +283,12 @@ def problems(
         reasons.append(TooManyAddressBits(guest.linear_bits, host.linear_bits, "linear"))
     if guest.has(BY_NAME["clflush"]) and guest.clflush_bytes != host.table.clflush_bytes:
         reasons.append(ClflushSizeDiffers(guest.clflush_bytes, host.table.clflush_bytes))
+    numbers, given = frozenset(msrs), frozenset(granted_msrs(guest, shown))
+    for number in sorted(numbers - given):
+        reasons.append(MsrNotGiven(number, MSR_NAMES.get(number, "of an unknown name")))
     if host.msrs:  # a description made of a processor dump has none
-        for number in sorted(missing_msrs(msrs, host.msrs)):
-            reasons.append(MissingMsr(number, MSR_NAMES.get(number, "of an unknown name")))
+        for number in sorted(missing_msrs(numbers & given, host.msrs)):
+            reasons.append(MissingMsr(number, MSR_NAMES[number]))
     if tsc_differs(tsc_khz, host):
         promised = [name for name in ("invtsc", "tsc_deadline_timer") if name in shown]
         if promised:

@@ -81,7 +81,7 @@ class Hello(NamedTuple):
     tables: Annotated[tuple[Annotated[tuple[CpuidEntry, ...], Length(1, 256)], ...], Length(1, 254)]
     """The CPUID table of each vCPU."""
     msrs: Annotated[tuple[U32, ...], Length(0, 512)]
-    """The MSRs in the vCPUs' state."""
+    """The MSRs that the vCPUs' state has whatever they hold."""
     tsc_khz: U32
     strict_tsc: bool
     irqchip: bool
@@ -102,7 +102,6 @@ class Hello(NamedTuple):
 
 def hello(vm: Vm, machine: MachineRecord, host: HostDescription, heartbeat: float, silence: float) -> Hello:
     """What a VM says about itself; name, strict_tsc and zstd are the caller's to fill in. Times in seconds."""
-    granted = {number for table in vm.tables for number in msrs.granted(table)}
     return Hello(
         pyhv=__version__,
         name="",
@@ -110,7 +109,7 @@ def hello(vm: Vm, machine: MachineRecord, host: HostDescription, heartbeat: floa
         pid=os.getpid(),
         machine=machine,
         tables=tuple(tuple(table.as_entries()) for table in vm.tables),
-        msrs=tuple(sorted(granted.difference(msrs.missing(granted, host.msrs)))),
+        msrs=tuple(sorted({number for table in vm.tables for number in msrs.required(table, host.msrs)})),
         tsc_khz=vm.tsc_khz,
         strict_tsc=False,
         irqchip=vm.irqchip,

@@ -1,5 +1,6 @@
 """Snapshots that older versions wrote are restored. snapshots/ has small ones, of the guest `ticker` in compatibility
-mode, compressed; a name begins with the commit of the version that wrote it. The lab has one of kvm_intel's."""
+mode, compressed; a name begins with the commit of the version that wrote it. The lab has some of its own
+(tests/lab/inside)."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ import pytest
 import pyhv
 from pyhv.accel import choose
 
+from .cli import NOT_IN_THE_LAB
 from .emulator import require
 
 OLD = sorted((Path(__file__).parent / "snapshots").glob("*.z"))
 
 
+@NOT_IN_THE_LAB  # whose processors have no VME
 @pytest.mark.parametrize("compressed", OLD, ids=lambda path: path.name.removesuffix(".pyhv.z"))
 def test_an_old_snapshot_is_restored(compressed: Path, tmp_path: Path) -> None:
     on_kvm = not compressed.name.endswith("-emulator.pyhv.z")

@@ -13,6 +13,7 @@ import pyhv
 from pyhv.accel import kvm_state
 from pyhv.state.records import MachineState
 
+from .emulator import require
 from .test_snapshot_state import change_vcpu, forge
 
 
@@ -44,6 +45,30 @@ def test_an_event_that_does_not_fit(saved: Path, field: str, value: int) -> None
     error = refused(saved, change)
     assert isinstance(error, pyhv.BadInput)
     assert f"{field} is {value:#x}, at most " in str(error)
+
+
+@pytest.mark.parametrize("number, name", [(0x8B, "of an unknown name"), (0x4B564D03, "KVM_STEAL_TIME")])
+def test_an_msr_that_the_guest_does_not_have(tmp_path: Path, number: int, name: str) -> None:
+    path = tmp_path / "saved"
+    with pyhv.Machine("ticker", compat=True, append="every=1", memory="4M", accel="kvm") as machine:
+        machine.save(str(path))
+    error = refused(path, lambda state: change_vcpu(state, msrs=state.vcpus[0].msrs | {number: 1}))
+    assert isinstance(error, pyhv.Incompatible)
+    assert f"the state sets MSR {name} ({number:#x}), which the guest's CPUID table does not give it" in str(error)
+
+
+@pytest.mark.parametrize("accel", ["kvm", "emulator"])
+def test_an_msr_that_comes_without_having_been_announced(accel: str) -> None:
+    """As from the source of a migration: the accelerator itself looks."""
+    if accel == "emulator":
+        require()
+    options: Any = {"compat": True, "memory": "4M", "accel": accel}
+    with pyhv.Machine("ticker", **options) as one, pyhv.Machine("ticker", **options) as other:
+        state = one.vm.capture()
+        state.vcpus[0].msrs[0x4B564D03] = 1
+        named = r"vCPU 0 has no such MSR by its CPUID table: KVM_STEAL_TIME \(0x4b564d03\)"
+        with pytest.raises(ValueError, match=named):
+            other.vm.apply(state)
 
 
 class WithoutScaling:

@@ -1,0 +1,36 @@
+"""MSRs that guests rarely write travel like the others. What a guest can write is found out in the lab
+(tests/lab/inside/test_msrs.py); here it is written from without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import pyhv
+from pyhv.accel import kvm_state
+from pyhv.errors import HostError
+
+RARE = {0x140: 1, 0x1FC: 2, 0x400: (1 << 64) - 1, 0x402: 0x1234, 0x47F: 7, 0xC0010015: 1 << 18, 0x174: 0x10}
+
+
+@pytest.mark.parametrize("number", RARE, ids=hex)
+def test_an_msr_is_restored(tmp_path: Path, number: int) -> None:
+    with pyhv.Machine("ticker", append="every=1", memory="4M", accel="kvm") as machine:
+        (vcpu,) = machine.vm.vcpus
+        usual = kvm_state.read_msrs(vcpu, [number])  # type: ignore[arg-type]
+        try:
+            kvm_state.write_msrs(vcpu, {number: RARE[number]})  # type: ignore[arg-type]
+        except HostError:
+            pytest.skip("this KVM does not take it")
+        written = kvm_state.read_msrs(vcpu, [number])  # type: ignore[arg-type]
+        assert written != usual
+        machine.save(str(tmp_path / "saved"))
+    with pyhv.Machine.restore(str(tmp_path / "saved"), accel="kvm") as machine:
+        assert kvm_state.read_msrs(machine.vm.vcpus[0], [number]) == written  # type: ignore[arg-type]
+
+
+def test_what_is_as_usual_is_not_in_the_state() -> None:
+    with pyhv.Machine("ticker", memory="4M", accel="kvm") as machine:
+        msrs = machine.vm.capture().vcpus[0].msrs
+        assert 0x174 in msrs and not {0x140, 0x1FC, 0x400, 0xC0010015} & msrs.keys()
