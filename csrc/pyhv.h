@@ -125,6 +125,10 @@ struct pyhv_device *pyhv_uart16550_create(uint16_t port, uint32_t gsi, int in_fd
 int pyhv_uart16550_pump_input(struct pyhv_device *uart, struct pyhv_error *error);
 void pyhv_uart16550_stop_input(struct pyhv_device *uart);
 
+/* The errno with which writing to out_fd failed, 0 if it did not; from then on output is dropped. *bytes: how many so far.
+ * Any thread. */
+int pyhv_uart16550_lost_output(struct pyhv_device *uart, uint64_t *bytes);
+
 /* One port; a write ends the run with the byte written as the guest's exit status. Reads are all-ones. */
 struct pyhv_device *pyhv_debug_exit_create(uint16_t port, struct pyhv_error *error);
 

@@ -687,6 +687,11 @@ class Machine:
                 message += f"; {advice}"
             if stopped is None or cause not in ("reset", "halted"):
                 registers = report.registers(self.vm.vcpus[stopped.vcpu if stopped else 0])
+        errnum, lost = self.vm.devices.lost_output()
+        if errnum and cause != "migrated":
+            ended = message or (f"the guest ended with status {status}" if cause == "guest-exit" else "it is off")
+            message = f"console: {os.strerror(errnum)}: {lost} bytes of the guest's output are lost; {ended}"
+            cause, status = "internal-error", outcome.status_of("internal-error")
         return RunResult(cause, status, self.console(), message, registers, self.counters())
 
     def counters(self) -> dict[str, int]:

@@ -17,6 +17,9 @@
  *    without the wait of four character times.
  *  - The other end is always there: CTS, DSR and DCD are on, RI is off.
  *  - Received bytes are never overrun: input waits until there is room. In loopback the guest can overrun itself.
+ *  - Nor are they lost on a guest that is not up yet. Input waits until the guest listens: it enables the receive interrupt,
+ *    or polls, which is to look at LSR again and again, or at RBR, with nothing else in between. And what has come in when
+ *    the guest clears the receive FIFO or switches it, as drivers do more than once while they start, comes in again.
  *
  * Interrupts. As on a PC the line is driven only while OUT2 (MCR bit 3) is set; loopback forces that output off, as it
  * does on the chip. The line is high while an enabled source is pending, and each change is told to the sink.
@@ -29,11 +32,14 @@
  * the next write to THR or pyhv_bus_flush(), which wait, and at the next read of LSR, which does not. The lock is free
  * during a wait; bytes that other vCPUs write meanwhile queue up behind. The transmitter holds TRANSMIT_SIZE bytes; a
  * byte that a cancelled thread writes to a full one is lost, as is on the chip what is written without THRE.
- * The first error of out_fd, a closed pipe say, ends output: from then on bytes are dropped, and the guest goes on.
+ * The first error of out_fd, a closed pipe say, ends output: from then on bytes are dropped and counted, and the guest
+ * goes on. pyhv_uart16550_lost_output() tells.
  *
  * Saved state, version 1 (with the version 46 bytes and what waits for transmission):
  *   u8 IER; u8 FCR (bits 7:6, 3 and 0); u8 LCR; u8 MCR; u8 SCR; u8 DLL; u8 DLM;
- *   u8 flags: bit 0 overrun (LSR bit 1), bit 1 "THR empty" pending; u8 MSR bits 3:0 (changes);
+ *   u8 flags: bit 0 overrun (LSR bit 1), bit 1 "THR empty" pending, bit 2 the receive FIFO has bytes of a loopback,
+ *   bits 5:3 how often the guest has looked for input in vain without doing anything else (4: it polls), bits 7:6 where it
+ *   did so last (0 nowhere, 1 LSR, 2 RBR); u8 MSR bits 3:0 (changes);
  *   u8 count, u8[16] receive FIFO, oldest first, zeros behind; u8 count, u8[16] bytes read from in_fd for which the
  *   FIFO had no room, likewise; u16 count, u8[count] bytes to transmit
  */
@@ -103,6 +109,11 @@ enum { RBR_THR = 0, IER = 1, IIR_FCR = 2, LCR = 3, MCR = 4, LSR = 5, MSR = 6, SC
 
 #define SAVED_OVERRUN   0x01
 #define SAVED_THR_EMPTY 0x02
+#define SAVED_LOOPED    0x04
+#define SAVED_LOOKS(n)  ((n) << 3)
+#define SAVED_LOOK(n)   ((n) << 6)
+
+enum { LOOK_NONE, LOOK_LSR, LOOK_RBR, POLLS = 4 };
 
 /* What is saved: everything that the guest can tell. */
 struct registers {
@@ -110,6 +121,9 @@ struct registers {
     uint8_t modem_changes;
     bool overrun;
     bool thr_empty_event;
+    bool looped;   /* bytes in the receive FIFO are the guest's own, of a loopback */
+    uint8_t look;  /* LOOK_...: what the last access read, if it looked for input and found none */
+    uint8_t looks; /* how often it was the same as before; POLLS: it polls for input */
     uint8_t receive_count, held_count;
     uint16_t transmit_count;
     uint8_t receive[FIFO_SIZE];
@@ -133,8 +147,11 @@ struct uart {
     int out_fd;
     _Atomic int output_way; /* enum output_way; a writer may find out without the lock that NOWAIT does not work */
     bool guard_sigpipe;
-    int output_errno; /* not 0: output has ended */
-    bool sending;     /* a thread is in send_some(), without the lock */
+    int output_errno;     /* not 0: output has ended */
+    uint64_t output_lost; /* bytes that were dropped since */
+    bool sending;         /* a thread is in send_some(), without the lock */
+    bool sender_waits;    /* and will not leave anything behind, unless it is asked to stop */
+    unsigned waiting;     /* threads that want to send as soon as one that does not wait has done */
     uint32_t epoch;   /* counts loads: what was being sent then is no longer the transmitter's */
     pthread_cond_t sent;
 
@@ -257,25 +274,50 @@ static bool has_output(const struct uart *uart)
     return uart->out_fd >= 0 && uart->output_errno == 0;
 }
 
-static void drop_output(struct registers *r)
+static void drop_output(struct uart *uart)
 {
+    struct registers *r = &uart->r;
+    if (uart->output_errno)
+        uart->output_lost += r->transmit_count;
     r->transmit_count = 0;
     r->thr_empty_event = true;
 }
 
+/* Waits, with the lock free, until the thread that is sending has made progress. Not for longer than a slice: a signal
+ * does not end a wait for a condition. */
+static void wait_for_sender(struct uart *uart)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_nsec += PYHV_CANCEL_SLICE_MS * 1000000L;
+    if (until.tv_nsec >= 1000000000L) {
+        until.tv_sec++;
+        until.tv_nsec -= 1000000000L;
+    }
+    pthread_cond_timedwait(&uart->sent, &uart->device.lock, &until);
+}
+
 /* Sends what the transmitter holds. With `wait` until it is empty or the thread is asked to stop. Gives the lock back
- * while it writes. Where another thread is sending already, that one takes the new bytes along. */
+ * while it writes. Where another thread that waits is sending already, that one takes the new bytes along. */
 static void transmit(struct uart *uart, bool wait)
 {
     struct registers *r = &uart->r;
     uint8_t bytes[TRANSMIT_SIZE];
 
+    if (!wait && uart->waiting)
+        return;
+    /* One that does not wait gives up where there is no room: what it leaves would be sent by nobody. */
+    uart->waiting++;
+    while (wait && uart->sending && !uart->sender_waits && !pyhv_cancelled())
+        wait_for_sender(uart);
+    uart->waiting--;
     if (uart->sending || r->transmit_count == 0)
         return;
     uart->sending = true;
+    uart->sender_waits = wait;
     while (r->transmit_count > 0) {
         if (!has_output(uart)) {
-            drop_output(r);
+            drop_output(uart);
             break;
         }
         uint32_t epoch = uart->epoch;
@@ -301,20 +343,6 @@ static void transmit(struct uart *uart, bool wait)
     pthread_cond_broadcast(&uart->sent);
 }
 
-/* Waits, with the lock free, until the thread that is sending has made progress. Not for longer than a slice: a signal
- * does not end a wait for a condition. */
-static void wait_for_sender(struct uart *uart)
-{
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_nsec += PYHV_CANCEL_SLICE_MS * 1000000L;
-    if (until.tv_nsec >= 1000000000L) {
-        until.tv_sec++;
-        until.tv_nsec -= 1000000000L;
-    }
-    pthread_cond_timedwait(&uart->sent, &uart->device.lock, &until);
-}
-
 /* The guest writes to THR, outside loopback. */
 static void write_thr(struct uart *uart, const uint8_t *bytes, uint32_t count)
 {
@@ -322,7 +350,9 @@ static void write_thr(struct uart *uart, const uint8_t *bytes, uint32_t count)
     r->thr_empty_event = false;
     update_irq(uart);
     if (!has_output(uart)) {
-        drop_output(r);
+        if (uart->output_errno)
+            uart->output_lost += count;
+        drop_output(uart);
         return;
     }
     while (count > 0) {
@@ -343,9 +373,12 @@ static void write_thr(struct uart *uart, const uint8_t *bytes, uint32_t count)
 
 /* -------------------------------------------------------------------------------------------------- input -- */
 
+/* Whether input may come in: see the top. */
 static uint8_t receive_room(const struct registers *r)
 {
     if (r->mcr & MCR_LOOPBACK) /* the line is disconnected */
+        return 0;
+    if (!(r->ier & IER_RECEIVE) && r->looks < POLLS)
         return 0;
     return (uint8_t)((r->fcr & FCR_ENABLE ? FIFO_SIZE : 1) - r->receive_count);
 }
@@ -369,6 +402,35 @@ static void refill(struct uart *uart)
     }
 }
 
+/* Clears the receive FIFO. The other end has not sent yet what the guest has not taken: it waits in front of what came
+ * after it. More than fits there cannot be: the pump fetches no more than there is room for in the FIFO. */
+static void clear_receive(struct registers *r)
+{
+    uint8_t count = r->looped ? 0 : r->receive_count;
+    if (count > FIFO_SIZE - r->held_count)
+        count = FIFO_SIZE - r->held_count;
+    memmove(r->held + count, r->held, r->held_count);
+    memcpy(r->held, r->receive, count);
+    r->held_count += count;
+    r->receive_count = 0;
+    r->looped = false;
+    r->looks = 0;
+}
+
+/* Finds out whether the guest polls for input. A driver that starts, or writes to the console by polling, reads LSR too,
+ * and RBR once in a while, but not the same one again and again. */
+static void note_access(struct uart *uart, uint32_t offset, bool is_read)
+{
+    struct registers *r = &uart->r;
+    bool looks = is_read && r->receive_count == 0 && (offset == RBR_THR || (offset == LSR && r->transmit_count == 0));
+    uint8_t look = !looks ? LOOK_NONE : offset == LSR ? LOOK_LSR : LOOK_RBR;
+    if (offset != RBR_THR && offset != LSR) /* it is busy with other things */
+        r->looks = r->looks < POLLS ? 0 : POLLS;
+    else if (looks && r->look == look && r->looks < POLLS && !(r->ier & IER_RECEIVE) && ++r->looks == POLLS)
+        refill(uart);
+    r->look = look;
+}
+
 static uint8_t read_rbr(struct uart *uart)
 {
     struct registers *r = &uart->r;
@@ -376,6 +438,7 @@ static uint8_t read_rbr(struct uart *uart)
         return 0;
     uint8_t byte = r->receive[0];
     r->receive_count--;
+    r->looped = r->looped && r->receive_count > 0;
     memmove(r->receive, r->receive + 1, r->receive_count);
     drive_irq(uart, false); /* the read starts the character timeout anew */
     refill(uart);
@@ -385,6 +448,7 @@ static uint8_t read_rbr(struct uart *uart)
 /* The guest writes to THR in loopback: the byte arrives at once. */
 static void loop_back(struct registers *r, uint8_t byte)
 {
+    r->looped = true;
     if (!(r->fcr & FCR_ENABLE)) { /* the new byte takes the old one's place */
         r->overrun |= r->receive_count > 0;
         r->receive[0] = byte;
@@ -463,6 +527,16 @@ int pyhv_uart16550_pump_input(struct pyhv_device *device, struct pyhv_error *err
     return result;
 }
 
+int pyhv_uart16550_lost_output(struct pyhv_device *device, uint64_t *bytes)
+{
+    struct uart *uart = uart_of(device);
+    pthread_mutex_lock(&device->lock);
+    int errnum = uart->output_errno;
+    *bytes = uart->output_lost;
+    pthread_mutex_unlock(&device->lock);
+    return errnum;
+}
+
 void pyhv_uart16550_stop_input(struct pyhv_device *device)
 {
     struct uart *uart = uart_of(device);
@@ -489,12 +563,14 @@ static void write_ier(struct registers *r, uint8_t value)
     if (value & ~r->ier & IER_TRANSMIT)
         r->thr_empty_event = r->transmit_count == 0;
     r->ier = value & IER_ALL;
+    if (r->ier & IER_RECEIVE) /* it need not poll any more */
+        r->looks = 0;
 }
 
 static void write_fcr(struct registers *r, uint8_t value)
 {
     if ((value ^ r->fcr) & FCR_ENABLE || value & FCR_CLEAR_RECEIVE)
-        r->receive_count = 0;
+        clear_receive(r);
     /* The other bits count only together with bit 0. Clearing the transmit FIFO (bit 2) does not reach bytes that wait
      * for out_fd: for the guest they are on the line. */
     r->fcr = value & FCR_ENABLE ? value & FCR_KEPT : 0;
@@ -542,6 +618,7 @@ static uint32_t uart_read(struct pyhv_device *device, uint32_t offset, uint32_t 
     bool dlab = r->lcr & LCR_DLAB;
     uint8_t value = 0;
     (void)size;
+    note_access(uart, offset, !(offset == RBR_THR && dlab));
     switch (offset) {
     case RBR_THR:
         value = dlab ? r->dll : read_rbr(uart);
@@ -579,6 +656,7 @@ static enum pyhv_action uart_write(struct pyhv_device *device, uint32_t offset, 
     bool dlab = r->lcr & LCR_DLAB;
     uint8_t byte = (uint8_t)value;
     (void)size;
+    note_access(uart, offset, false);
     switch (offset) {
     case RBR_THR:
         if (dlab)
@@ -593,6 +671,7 @@ static enum pyhv_action uart_write(struct pyhv_device *device, uint32_t offset, 
             r->dlm = byte;
         else
             write_ier(r, byte);
+        refill(uart);
         break;
     case IIR_FCR:
         write_fcr(r, byte);
@@ -622,6 +701,7 @@ static enum pyhv_action uart_write_string(struct pyhv_device *device, uint32_t o
 {
     struct uart *uart = uart_of(device);
     if (offset == RBR_THR && !(uart->r.lcr & LCR_DLAB) && !(uart->r.mcr & MCR_LOOPBACK)) {
+        note_access(uart, offset, false);
         write_thr(uart, bytes, count);
         update_irq(uart);
     } else {
@@ -643,7 +723,8 @@ static void uart_flush(struct pyhv_device *device)
 static void uart_save(struct pyhv_device *device, struct pyhv_writer *out)
 {
     const struct registers *r = &uart_of(device)->r;
-    uint8_t flags = (r->overrun ? SAVED_OVERRUN : 0) | (r->thr_empty_event ? SAVED_THR_EMPTY : 0);
+    uint8_t flags = (r->overrun ? SAVED_OVERRUN : 0) | (r->thr_empty_event ? SAVED_THR_EMPTY : 0) |
+                    (r->looped ? SAVED_LOOPED : 0) | SAVED_LOOKS(r->looks) | SAVED_LOOK(r->look);
     uint8_t fifo[FIFO_SIZE];
 
     pyhv_put_int(out, r->ier, 1);
@@ -696,7 +777,7 @@ static int uart_load(struct pyhv_device *device, struct pyhv_reader *in, struct 
         return pyhv_device_refuse_state(device, error, "%zu bytes too many", in->left);
 
     if (r.ier & ~IER_ALL || r.mcr & ~MCR_ALL || r.modem_changes & ~MSR_CHANGES ||
-        flags & ~(SAVED_OVERRUN | SAVED_THR_EMPTY) || r.fcr & ~FCR_KEPT || (r.fcr && !(r.fcr & FCR_ENABLE)))
+        (flags >> 3 & 7) > POLLS || flags >> 6 > LOOK_RBR || r.fcr & ~FCR_KEPT || (r.fcr && !(r.fcr & FCR_ENABLE)))
         return pyhv_device_refuse_state(
             device, error,
             "bits are set that the chip does not keep: IER 0x%02x FCR 0x%02x MCR 0x%02x MSR 0x%02x flags 0x%02x", r.ier,
@@ -706,6 +787,9 @@ static int uart_load(struct pyhv_device *device, struct pyhv_reader *in, struct 
                                         r.receive_count, r.held_count, r.fcr);
     r.overrun = flags & SAVED_OVERRUN;
     r.thr_empty_event = flags & SAVED_THR_EMPTY;
+    r.looped = flags & SAVED_LOOPED;
+    r.looks = flags >> 3 & 7;
+    r.look = flags >> 6;
     if (r.thr_empty_event && r.transmit_count)
         return pyhv_device_refuse_state(device, error, "THR cannot be empty with %u bytes to transmit",
                                         r.transmit_count);

@@ -216,7 +216,8 @@ class _NamedConsole(Console):
 
     def drain(self, signals: Signals, patient: bool) -> None:
         """Once the guest has ended: waits until all that it printed is written to stdout, at most until a signal comes,
-        and not long if it was ended. Then the copy has come to its end too."""
+        and not long if it was ended. Then the copy has come to its end too. Raises HostError, or BrokenPipeError, where
+        stdout did not take all."""
         assert self.output is not None
         self._close_output()
         if self._tee is None:
@@ -227,6 +228,11 @@ class _NamedConsole(Console):
         while self._tee.done not in dict(poll.poll(None if patient else _IMPATIENCE)):
             if not patient or any(number in ENDING for number in signals.take()):
                 return
+        if isinstance(self._tee.failure, BrokenPipeError):
+            raise self._tee.failure
+        if self._tee.failure is not None:
+            lost = f"{self._tee.lost} bytes of the guest's output are lost"
+            raise HostError("console", self._tee.failure.errno or 0, lost)
 
     def captured(self) -> bytes:
         """What the guest printed, where it was captured."""
@@ -269,6 +275,10 @@ class _Tee:
     def __init__(self, source: int, sink: int) -> None:
         self.done = os.eventfd(0, os.EFD_CLOEXEC)
         """Readable when the source has come to its end and all is written."""
+        self.failure: OSError | None = None
+        """What writing to the descriptor failed with."""
+        self.lost = 0
+        """Bytes that did not get there."""
         self._source = source
         self._sink = sink
         self.copy, self._copy_end = os.pipe()
@@ -290,13 +300,20 @@ class _Tee:
         os.close(self.done)
 
     def _run(self) -> None:
-        targets = [self._copy_end, self._sink]
+        copies = True
         while data := os.read(self._source, CHUNK):
-            for target in list(targets):
+            if copies:
                 try:
-                    _write(target, data)
+                    _write(self._copy_end, data)
                 except OSError:
-                    targets.remove(target)
+                    copies = False
+            if self.failure is None:
+                try:
+                    _write(self._sink, data)
+                    continue
+                except OSError as error:
+                    self.failure = error
+            self.lost += len(data)
         os.close(self._copy_end)
         os.close(self._source)
         os.eventfd_write(self.done, 1)

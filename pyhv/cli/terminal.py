@@ -9,6 +9,7 @@ that give the terminal back.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import stat
@@ -34,6 +35,9 @@ _INTERRUPT_HINT = "Ctrl-C went to the guest; Ctrl-A x ends the VM"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 CHUNK = 4096
+
+# Keys that are kept for a guest that does not take them yet.
+MOST_TYPED = 1 << 20
 
 
 class Signals:
@@ -170,6 +174,8 @@ class Console:
         self.output = output
         self.input = 0
         self._keys = -1  # where the keys go: the other end of the pipe
+        self._typed = bytearray()  # keys for which the pipe has no room yet
+        self._dropped = False
         self._raw = RawMode()
         self._escape = EscapeKey()
         self._hinted = False
@@ -216,7 +222,7 @@ class Console:
             machine.vm.interrupt()
         wait.finish()
         self.end(machine)
-        if end == "broken-pipe":
+        if end == "broken-pipe" or machine.vm.devices.lost_output()[0] == errno.EPIPE:
             raise BrokenPipeError
         return machine.result(machine.vm.stopped, "timeout" if end == "ended" else end)
 
@@ -241,6 +247,8 @@ class Console:
         if is_pipe(1):
             poll.register(1, 0)  # errors are always reported
         while True:
+            if self._keys >= 0:
+                poll.register(self._keys, select.POLLOUT if self._typed else 0)
             ready = {descriptor for descriptor, _ in poll.poll()}
             if done in ready:
                 return "ended"
@@ -252,6 +260,8 @@ class Console:
                     return "interrupted"
                 if signal.SIGCONT in numbers:
                     self._raw.enter_again()
+            if self._keys in ready:
+                self._pass_on()
             if 0 in ready:
                 try:
                     keys = os.read(0, CHUNK)
@@ -266,17 +276,28 @@ class Console:
         """Passes on what was typed. Returns whether the run is to end."""
         to_guest, commands = self._escape.feed(keys)
         if to_guest:
-            # Once the guest has 64 KiB of keys to read, more are lost, as on a real serial line.
-            try:
-                os.write(self._keys, to_guest)
-            except OSError:
-                pass
+            # The terminal is read on, or the escape key would not be seen behind what the guest does not take.
+            room = MOST_TYPED - len(self._typed)
+            self._typed += to_guest[:room]
+            if len(to_guest) > room and not self._dropped:
+                self._dropped = True
+                tell(f"the guest does not take its input: what goes beyond {MOST_TYPED >> 20} MiB of it is lost")
+            self._pass_on()
         if "help" in commands:
             tell(HELP)
         if INTERRUPT in to_guest and not self._hinted:
             self._hinted = True
             tell(_INTERRUPT_HINT)
         return "end" in commands
+
+    def _pass_on(self) -> None:
+        """Gives the guest's end of the pipe as much as it has room for."""
+        try:
+            while self._typed:
+                del self._typed[: os.write(self._keys, self._typed)]
+        except BlockingIOError:
+            return
+        self._dropped = False
 
 
 class _Wait:

@@ -135,6 +135,11 @@ class Devices:
             self._pump.join()
             self._pump = None
 
+    def lost_output(self) -> tuple[int, int]:
+        """Where writing the guest's output has failed: the errno, and how many bytes are lost since; else zeros."""
+        count = ffi.new("uint64_t *")
+        return int(lib.pyhv_uart16550_lost_output(self._uart, count)), int(count[0])
+
     def close(self) -> None:
         """Stops the input and destroys bus and devices. No vCPU may run any more."""
         self.stop_input()

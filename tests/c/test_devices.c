@@ -1207,12 +1207,19 @@ static void test_uart_broken_output(void)
     rig_down(&rig);
     close(sink.guest_end);
 
-    /* Not a descriptor at all, one that cannot be written, one that is full for good. */
+    /* Not a descriptor at all, one that cannot be written, one that is full for good: told, with what was lost on it. */
     int bad[] = {999, open("/dev/null", O_RDONLY), open("/dev/full", O_WRONLY)};
+    const int errors[] = {EBADF, EBADF, ENOSPC};
     for (size_t i = 0; i < 3; i++) {
+        uint64_t lost = 99;
         uart_rig(&rig, -1, bad[i]);
+        CHECK_EQUAL(pyhv_uart16550_lost_output(rig.device, &lost), 0);
+        CHECK_EQUAL(lost, 0);
         out(rig.bus, COM1 + THR, 'q');
         CHECK_EQUAL(in(rig.bus, COM1 + LSR), 0x60);
+        pyhv_bus_port_io(rig.bus, COM1, 1, 1, 4, "tail");
+        CHECK_EQUAL(pyhv_uart16550_lost_output(rig.device, &lost), errors[i]);
+        CHECK_EQUAL(lost, 5);
         rig_down(&rig);
     }
     close(bad[1]);
@@ -1364,6 +1371,7 @@ static void test_uart_pump_stop(void)
     struct rig rig;
     uart_rig(&rig, fds[0], -1);
     out(rig.bus, COM1 + FCR, 0x01);
+    out(rig.bus, COM1 + IER, 0x01);
 
     pyhv_uart16550_stop_input(rig.device); /* before it starts */
     CHECK_EQUAL(pyhv_uart16550_pump_input(rig.device, &error), 0);
@@ -1422,15 +1430,146 @@ static void test_uart_pump_stop(void)
     rig_down(&rig);
     int directory = open("/", O_RDONLY | O_DIRECTORY);
     uart_rig(&rig, directory, -1);
+    out(rig.bus, COM1 + IER, 0x01);
     CHECK_EQUAL(pyhv_uart16550_pump_input(rig.device, &error), -1);
     CHECK_EQUAL(error.errnum, EISDIR);
     CHECK(strcmp(error.what, "read") == 0);
     rig_down(&rig);
     close(directory);
     uart_rig(&rig, 999, -1);
+    out(rig.bus, COM1 + IER, 0x01);
     CHECK_EQUAL(pyhv_uart16550_pump_input(rig.device, &error), -1);
     CHECK_EQUAL(error.errnum, EBADF);
     rig_down(&rig);
+}
+
+/* Input that is there before the guest is up: none of it is lost on a driver that starts as Linux's does, which clears the
+ * FIFO and reads RBR without wanting anything, and writes to the console by polling LSR. */
+static void test_uart_input_waits_for_the_guest(void)
+{
+    int fds[2];
+    struct pump pump;
+    struct rig rig;
+    uint8_t got[40];
+    CHECK_EQUAL(pipe(fds), 0);
+    uart_rig(&rig, fds[0], -1);
+    CHECK_EQUAL(write(fds[1], "0123456789abcdefghijklmnopqrstuvwxyz", 36), 36);
+    pump_start(&pump, rig.device);
+    for (int again = 0; again < 20; again++) {
+        out(rig.bus, COM1 + FCR, 0x01);
+        out(rig.bus, COM1 + FCR, 0x07);
+        out(rig.bus, COM1 + FCR, 0x00);
+        CHECK_EQUAL(in(rig.bus, COM1 + LSR), 0x60);
+        in(rig.bus, COM1 + RBR);
+        in(rig.bus, COM1 + IIR);
+        in(rig.bus, COM1 + MSR);
+        for (int i = 0; i < 50; i++) { /* a line of the early console: with each byte one look, and one more in the end */
+            CHECK_EQUAL(in(rig.bus, COM1 + LSR), 0x60);
+            out(rig.bus, COM1 + THR, 'e');
+        }
+        CHECK_EQUAL(in(rig.bus, COM1 + LSR), 0x60);
+        out(rig.bus, COM1 + IER, 0x00);
+        sleep_ms(1);
+    }
+    out(rig.bus, COM1 + IER, 0x05);
+    await_data(rig.bus); /* one byte has come in: the FIFO is not on yet */
+    out(rig.bus, COM1 + FCR, 0x81);
+    for (int i = 0; i < 36; i++) {
+        if (i % 7 == 3) /* it starts once more: what it has not read yet comes again */
+            out(rig.bus, COM1 + FCR, i % 2 ? 0x07 : 0x00);
+        await_data(rig.bus);
+        got[i] = in(rig.bus, COM1 + RBR);
+    }
+    CHECK(memcmp(got, "0123456789abcdefghijklmnopqrstuvwxyz", 36) == 0);
+    CHECK_EQUAL(in(rig.bus, COM1 + LSR), 0x60);
+
+    /* What the guest has sent itself is cleared. */
+    out(rig.bus, COM1 + FCR, 0x01);
+    out(rig.bus, COM1 + MCR, 0x10);
+    out(rig.bus, COM1 + THR, 'L');
+    CHECK_EQUAL(in(rig.bus, COM1 + LSR), 0x61);
+    out(rig.bus, COM1 + MCR, 0x00);
+    out(rig.bus, COM1 + FCR, 0x03);
+    CHECK_EQUAL(in(rig.bus, COM1 + LSR), 0x60);
+    pump_stop(&pump);
+    rig_down(&rig);
+    close(fds[0]);
+    close(fds[1]);
+}
+
+/* A guest without interrupts gets its input when it polls for it: by LSR, also one that prints in between, or by RBR. */
+static void test_uart_input_for_a_guest_that_polls(void)
+{
+    for (int how = 0; how < 3; how++) {
+        int fds[2];
+        struct pump pump;
+        struct rig rig;
+        uint8_t byte = 0;
+        CHECK_EQUAL(pipe(fds), 0);
+        uart_rig(&rig, fds[0], -1);
+        CHECK_EQUAL(write(fds[1], "p", 1), 1);
+        pump_start(&pump, rig.device);
+        for (int tries = 0; tries < 5000 && byte != 'p'; tries++) {
+            if (how == 2) {
+                byte = in(rig.bus, COM1 + RBR);
+            } else if (in(rig.bus, COM1 + LSR) & 1) {
+                byte = in(rig.bus, COM1 + RBR);
+            } else if (how == 1) {
+                while (!(in(rig.bus, COM1 + LSR) & 0x20))
+                    ;
+                out(rig.bus, COM1 + THR, '.');
+            }
+            if (tries > 10)
+                sleep_ms(1);
+        }
+        CHECK_EQUAL(byte, 'p');
+        pump_stop(&pump);
+        rig_down(&rig);
+        close(fds[0]);
+        close(fds[1]);
+    }
+}
+
+/* One vCPU looks at LSR all the time, which sends without waiting, while another writes: that one's byte is not left to
+ * the first, who gives up. */
+static void *look_at_lsr(void *opaque)
+{
+    struct writer *looker = opaque;
+    while (!atomic_load(&looker->stop))
+        in(looker->bus, COM1 + LSR);
+    return NULL;
+}
+
+static void test_uart_a_writer_beside_one_who_looks(void)
+{
+    for (int round = 0; round < 30; round++) {
+        struct sink sink = sink_open(SINK_PIPE);
+        struct rig rig;
+        uart_rig(&rig, -1, sink.guest_end);
+        out(rig.bus, COM1 + MCR, 0x08);
+        out(rig.bus, COM1 + IER, 0x02);
+        in(rig.bus, COM1 + IIR);
+        size_t filler = sink_fill(sink);
+        _Atomic int stopped = 1; /* as a kick leaves it: a byte waits in the transmitter */
+        pyhv_cancel = &stopped;
+        out(rig.bus, COM1 + THR, 'A');
+        pyhv_cancel = NULL;
+
+        struct writer looker = {.bus = rig.bus}, writer;
+        pthread_create(&looker.thread, NULL, look_at_lsr, &looker);
+        writer_start(&writer, rig.bus, (const uint8_t *)"B", 1);
+        CHECK(!atomic_load(&writer.finished)); /* it waits for room, as it would alone */
+        atomic_store(&looker.stop, 1);
+        pthread_join(looker.thread, NULL);
+        uint8_t got[2];
+        sink_skip(sink, filler);
+        CHECK(read_exactly(sink.reader, got, 2)); /* without anybody who looks again */
+        CHECK(memcmp(got, "AB", 2) == 0);
+        pthread_join(writer.thread, NULL);
+        CHECK_EQUAL(rig.line.level, 1);
+        rig_down(&rig);
+        sink_close(sink);
+    }
 }
 
 struct feeder {
@@ -2250,11 +2389,11 @@ static void test_state_layout(void)
                                         W(FCR, 0x89, 0), W(SCR, 0x44, 0), W(MCR, 0x10, 0), W(IER, 0x0d, 0),
                                         W(THR, 'p', 0),  W(THR, 'q', 0)};
     PLAY("layout", &rig, COM1, steps);
-    memcpy(expected, (uint8_t[]){1, 0x0d, 0x89, 0x1b, 0x10, 0x44, 0x22, 0x33, 0x02, 0x0b, 2, 'p', 'q'}, 13);
+    memcpy(expected, (uint8_t[]){1, 0x0d, 0x89, 0x1b, 0x10, 0x44, 0x22, 0x33, 0x06, 0x0b, 2, 'p', 'q'}, 13);
     CHECK_EQUAL(pyhv_device_save(rig.device, state, sizeof state, &error), 46);
     CHECK(memcmp(state, expected, 46) == 0);
 
-    expected[8] = 0x01;                            /* overrun, THR not empty */
+    expected[8] = 0x61;                            /* overrun, THR not empty; it polls for input, LSR the last time */
     memcpy(expected + 27, (uint8_t[]){1, 'r'}, 2); /* one held */
     memcpy(expected + 44, (uint8_t[]){4, 0, 'w', 'x', 'y', 'z'}, 6);
     CHECK_EQUAL(pyhv_device_load(rig.device, expected, 50, &error), 0);
@@ -2273,9 +2412,10 @@ static void test_state_layout(void)
     } bad[] = {{0, 2, "version 2"},          {1, 0x10, "IER 0x10"},
                {2, 0x88, "FCR 0x88"},        {2, 0x02, "FCR 0x02"},
                {2, 0x91, "FCR 0x91"},        {4, 0x20, "MCR 0x20"},
-               {8, 0x05, "flags 0x05"},      {8, 0x03, "THR cannot be empty"},
+               {8, 0x29, "flags 0x29"},      {8, 0x03, "THR cannot be empty"},
                {9, 0x10, "MSR 0x10"},        {10, 17, "17 bytes"},
-               {27, 17, "17 held"},          {44, 5, "cut short"},
+               {8, 0xc1, "flags 0xc1"},      {27, 17, "17 held"},
+               {44, 5, "cut short"},
                {44, 3, "1 bytes too many"},  {45, 0x10, "4100 bytes"},
                {2, 0x00, "2 bytes received"}};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
@@ -2501,6 +2641,9 @@ int main(int argc, char **argv)
         TEST(uart_output_to_file),
         TEST(uart_pump),
         TEST(uart_pump_stop),
+        TEST(uart_input_waits_for_the_guest),
+        TEST(uart_input_for_a_guest_that_polls),
+        TEST(uart_a_writer_beside_one_who_looks),
         TEST(uart_pump_by_edges),
         TEST(i8042),
         TEST(cmos_clock),

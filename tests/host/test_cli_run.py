@@ -200,6 +200,27 @@ def test_a_full_disk_is_said(words: tuple[str, ...]) -> None:
     assert (done.returncode, done.stderr) == (125, b"pyhv: stdout: No space left on device, output is missing\n")
 
 
+@pytest.mark.parametrize("words", [("--accel", "kvm"), ("--accel", "emulator"), ("--name", "full")])
+def test_a_console_that_cannot_be_written_is_an_error(words: tuple[str, ...], base: Path) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"exec {' '.join([*COMMAND, 'run', 'hello', *words])} >/dev/full"], stdin=subprocess.DEVNULL,
+        capture_output=True, timeout=TIMEOUT, check=False, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 125
+    assert done.stderr.startswith(b"pyhv: console: No space left on device")
+    assert b"24 bytes of the guest's output are lost" in done.stderr
+
+
+@pytest.mark.parametrize("accel", ["kvm", "emulator"])
+def test_input_that_is_there_before_the_guest_reaches_it(accel: str) -> None:
+    text = "".join(chr(ord("a") + n % 16) for n in range(200)) + "q"
+    done = subprocess.run(
+        [*COMMAND, "run", "faults", "--append", "echo", "--accel", accel], input=text, capture_output=True, text=True,
+        timeout=TIMEOUT, check=False, env=environment(),
+    )  # fmt: skip
+    assert done.stdout.endswith(text), done.stdout
+
+
 def test_two_runs_at_once() -> None:
     command = [*COMMAND, "run", "cpuid"]
     processes = [

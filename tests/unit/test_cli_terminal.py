@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyhv.cli.terminal import EscapeKey, Signals
+from pyhv.cli import terminal
+from pyhv.cli.terminal import CHUNK, MOST_TYPED, Console, EscapeKey, Signals
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,54 @@ def test_more_signals_than_a_pipe_holds_do_not_block() -> None:
         for _ in range(70000):
             signal.raise_signal(signal.SIGTERM)
         assert set(signals.take()) == {signal.SIGTERM}
+
+
+class _Keys(Console):
+    """A console whose keys come from the test instead of a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.close()
+        self.input, self._keys = os.pipe()
+        os.set_blocking(self._keys, False)
+        os.set_blocking(self.input, False)
+
+    def paste(self, text: bytes) -> bool:
+        return any(self._take_keys(text[at : at + CHUNK]) for at in range(0, len(text), CHUNK))
+
+    def read(self) -> bytes:
+        """What the guest gets, until there is no more."""
+        got = b""
+        while True:
+            try:
+                got += os.read(self.input, CHUNK)
+            except BlockingIOError:
+                return got
+            self._pass_on()
+
+
+def test_a_long_paste_waits_for_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is more than a pipe holds, and the escape key behind it is still seen."""
+    told: list[str] = []
+    monkeypatch.setattr(terminal, "tell", told.append)
+    text = bytes(n % 251 + 4 for n in range(300_000))
+    with _Keys() as console:
+        assert not console.paste(text)
+        assert console.paste(b"\x01x")
+        assert console.read() == text
+        assert not console.paste(b"and on")
+        assert console.read() == b"and on"
+    assert told == []
+
+
+def test_what_is_lost_of_a_paste_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(terminal, "tell", told.append)
+    text = bytes(n % 251 + 4 for n in range(MOST_TYPED + 300_000))
+    with _Keys() as console:
+        console.paste(text)
+        assert len(told) == 1 and "1 MiB" in told[0]
+        got = console.read()
+        assert MOST_TYPED <= len(got) < len(text) and text.startswith(got)
+        console.paste(b"again")
+        assert console.read() == b"again"

@@ -1,6 +1,7 @@
 /* The first process of a Linux guest that pyhv boots inside a host: it says what it finds, a line each ("linux: KEY
- * VALUE"), and ends the machine as its command line says: do=off (the default), reboot, halt, panic, sleep; with do=work
- * it computes for ever, and says so each second; with do=ride it goes on in ride.c. Modules in /modules that the command line names (load=A,B) are loaded first. */
+ * VALUE"), and ends the machine as its command line says: do=off (the default), reboot, halt, panic, sleep; with do=read
+ * it tells a line of its console's input first; with do=work it computes for ever, and says so each second; with do=ride
+ * it goes on in ride.c. Modules in /modules that the command line names (load=A,B) are loaded first. */
 #define _GNU_SOURCE
 #include "ride.h"
 
@@ -113,6 +114,8 @@ int main(void)
     }
     while (!strcmp(act, "sleep"))
         pause();
+    if (!strcmp(act, "read") && fgets(line, sizeof line, stdin))
+        printf("linux: read %s", line);
     for (time_t last = 0; !strcmp(act, "work");) {
         clock_gettime(CLOCK_MONOTONIC, &now);
         if (now.tv_sec != last)

@@ -117,6 +117,16 @@ def test_each_end_has_its_cause(host: Host, line: str, cause: str, status: int, 
     assert words in result["message"] and said["cmdline"].endswith(line)
 
 
+def test_input_that_was_there_before_the_guest_is_not_lost(host: Host) -> None:
+    """Linux's serial driver clears the FIFO again and again, and reads from it, until it is up."""
+    text = " ".join(str(n) for n in range(100, 180))
+    command = ["python3", "-m", "pyhv", "run", f"{FOLDER}/vmlinux", "--initrd", f"{FOLDER}/initrd", "--mem", "256M"]
+    command += ["--append", f"{LINE} do=read", "--timeout", "300"]
+    done = host.run(command, timeout=400, env=code.ENVIRONMENT, stdin=f"{text}\n".encode())
+    assert f"linux: read {text}" in done.stdout.decode().replace("\r", ""), done.stdout[-2000:]
+    assert done.status == 0
+
+
 def test_a_guest_that_works_forgives_a_pause(host: Host) -> None:
     """Its watchdog barks after 4 s without a turn; told by kvmclock that it was stopped it does not."""
     command = ["python3", "-m", "pyhv", "run", f"{FOLDER}/vmlinux", "--initrd", f"{FOLDER}/initrd", "--mem", "256M"]
