@@ -151,6 +151,10 @@ def _compare_tables(a: CpuidTable, b: CpuidTable) -> Comparison:
             if (value_a or 0) != (value_b or 0):
                 subleaf = f".{key[1]}" if key[0] in a.indexed | b.indexed else ""
                 rows.append(Row(f"{key[0]:#x}{subleaf}.{register}", value_a, value_b))
+    for number in features.NUMBERS:
+        values = number.of(a.word(number.word)), number.of(b.word(number.word))
+        if number.word in features.WORDS and values[0] != values[1]:
+            rows.append(Row(f"{number.name} ({number.title})", *values))
     return _comparison(vendor, _words_of(a), _words_of(b), (a.lineage, b.lineage), rows)
 
 
@@ -178,12 +182,17 @@ def _compare_to_profile(a: Side, b: Side, vendor: str) -> Comparison:
 
 
 def _undecided(word: Word) -> int:
-    """The bits of the word that follow the VM's topology or the guest's state."""
-    return sum(f.mask for f in features.WORDS[word] if f.topology or f.dynamic)
+    """The bits of the word that follow the VM's topology or the guest's state, or are a number."""
+    return sum(f.mask for f in features.WORDS[word] if f.topology or f.dynamic) | _numbers(word)
+
+
+def _numbers(word: Word) -> int:
+    """The bits of the word that are numbers."""
+    return sum(number.mask for number in features.NUMBERS if number.word == word)
 
 
 def _words_of(table: CpuidTable) -> dict[Word, int]:
-    return {word: table.word(word) for word in features.WORDS}
+    return {word: table.word(word) & ~_numbers(word) for word in features.WORDS}
 
 
 def _comparison(

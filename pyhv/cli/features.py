@@ -96,8 +96,9 @@ def _show(feature: Feature, as_json: bool) -> None:
     shown_by = _profiles_showing(feature)
     here, why_unknown = _on_this_host(feature)
     if as_json:
+        numbers = {number.name: number.title for number in _numbers(feature)}
         more = {"required_by": required_by, "profiles": shown_by, "host": here, "host_error": why_unknown}
-        output.print_json(_to_json(feature) | more)
+        output.print_json(_to_json(feature) | more | {"numbers": numbers})
         return
     rows = [
         ("bit", f"{output.word_title(feature.word)}, bit {feature.bit} (mask 0x{feature.mask:08x})"),
@@ -107,6 +108,7 @@ def _show(feature: Feature, as_json: bool) -> None:
         ("requires", ", ".join(feature.requires)),
         ("required by", ", ".join(required_by)),
         ("XSAVE state", ", ".join(f"{n} ({features.XSAVE_COMPONENTS[n].name})" for n in feature.xsave)),
+        ("numbers", ", ".join(f"{number.name} ({number.title})" for number in _numbers(feature))),
         ("repeats", feature.mirrors),
         ("KVM", _KVM[feature.kvm]),
         ("profiles", _BARRED.get(feature.barred) or _profile_words(feature, shown_by)),
@@ -114,6 +116,11 @@ def _show(feature: Feature, as_json: bool) -> None:
     ]
     print(f"{feature.name}: {feature.title}\n")
     output.print_rows([(title, text) for title, text in rows if text])
+
+
+def _numbers(feature: Feature) -> list[features.Number]:
+    """The numbers that a guest is shown with the feature."""
+    return [number for number in features.NUMBERS if number.needs == feature.name]
 
 
 def _names(feature: Feature) -> list[str]:

@@ -7,6 +7,7 @@ import functools
 from typing import NamedTuple
 
 from pyhv.cpu import compare, policy, profiles
+from pyhv.cpu.features import NUMBERS
 from pyhv.cpu.host import HostDescription
 from pyhv.cpu.table import CpuidTable
 from pyhv.errors import Incompatible
@@ -56,11 +57,13 @@ class Needs(NamedTuple):
         """
         table, topology = self.tables[0], policy.Topology(len(self.tables))
         visible = table.features()
-        hides = self.hides or not _shown_at_most(host.table, topology) <= visible
+        most = _most(host.table, topology)
+        more = any(n.of(most.table.word(n.word)) > n.of(table.word(n.word)) for n in NUMBERS)
+        hides = self.hides or more or not most.visible <= visible
         return policy.GuestCpu(self.profile, topology, hides, table, visible, (), (), ())
 
 
 @functools.lru_cache(maxsize=4)  # a quarter of the time that a restore takes, and always the same on one host
-def _shown_at_most(offered: CpuidTable, topology: policy.Topology) -> frozenset[str]:
-    """All the features that a host which offers this table can show a guest."""
-    return policy.guest_table(HostDescription(offered), profiles.load("host"), topology).visible
+def _most(offered: CpuidTable, topology: policy.Topology) -> policy.GuestCpu:
+    """The processor of a guest that is shown all that a host which offers this table can show."""
+    return policy.guest_table(HostDescription(offered), profiles.load("host"), topology)

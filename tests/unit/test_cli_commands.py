@@ -197,6 +197,24 @@ def test_no_difference(dump: Any, capfd: pytest.CaptureFixture[str]) -> None:
     assert call_json(capfd, "diff", a, b)["same"] is True
 
 
+def test_numbers_beside_features_differ_as_numbers(dump: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    def avx10(version: int) -> CpuidTable:
+        made = table()
+        changes = {(0, 0): made.get(0)._replace(eax=0x24), (0x24, 0): Registers(0, 7 << 16 | version, 0, 0)}
+        return made.replace(changes)
+
+    a, b = dump("a", avx10(1)), dump("b", avx10(2))
+    value = call_json(capfd, "diff", a, b, status=1)
+    (comparison,) = value["comparisons"]
+    assert (comparison["only_in_a"], comparison["only_in_b"], comparison["words"]) == ([], [], [])
+    assert [(row["what"], row["a"], row["b"]) for row in comparison["numbers"]] == [
+        ("avx10_version (version of AVX10)", 1, 2)
+    ]
+    # To a profile, which says nothing of it, it is no difference.
+    value = call_json(capfd, "diff", "hyperv-r2", b, status=1)
+    assert not [name for name in value["comparisons"][0]["only_in_b"] if name.startswith("0x24")]
+
+
 def test_differences_by_name_and_bit(dump: Any, capfd: pytest.CaptureFixture[str]) -> None:
     # PNI and bit 16, which nobody defines; POPCNT and SSSE3; and the brand index, which is a number
     a, b = dump("a", table(ecx=0x00010001)), dump("b", table(ecx=0x00800200, brand=7))

@@ -333,6 +333,25 @@ def test_every_vcpus_table_is_judged() -> None:
     assert len(both) == 2 and not any(isinstance(reason, OnVcpu) for reason in both)
 
 
+def test_a_host_that_could_show_a_higher_number_has_something_to_hide() -> None:
+    """A restored guest goes on with what it saw; where the host could show more, hiding it must be proved."""
+    base = ("fpu", "fxsr", "sse", "sse2", "xsave", "avx", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512dq")
+    made = table(*base, "avx512cd", "avx10", "avx10_512").replace({(0, 0): Registers(0x24, *cpus.INTEL)})
+    areas = {n: XsaveArea(256, 576 + 256 * n, 0) for n in (2, 5, 6, 7)}
+    made = made.replace(xsave_leaf(areas, 0, False))
+
+    def version(number: int) -> CpuidTable:
+        return made.replace({(0x24, 0): Registers(0, BY_NAME["avx10_512"].mask | number, 0, 0)})
+
+    def hides(guest_has: int, host_has: int) -> bool:
+        host = HostDescription(version(host_has))
+        saw = guest_table(HostDescription(version(guest_has)), EVERYTHING, Topology(1)).table
+        return Needs("host", False, (saw,), frozenset(), 0).guest_cpu(host).hides
+
+    assert "avx10" in guest_table(HostDescription(version(2)), EVERYTHING, Topology(1)).visible
+    assert not hides(2, 2) and not hides(1, 1) and hides(1, 2)
+
+
 @cpus.needs_processors
 def test_vcpus_that_differ_in_apic_ids_are_alike() -> None:
     for name, host in cpus.hosts().items():
