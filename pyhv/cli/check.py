@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     with file.open_snapshot(given.file) as snapshot:
         if dump is not None:
             for table in snapshot.tables:
-                _check_told(dump, table, where)
+                check_told(dump, table, where)
         reasons = snapshot.needs.reasons_against(host, given.strict_tsc)
         notes = snapshot.needs.notes(host)
     if dump is not None:
@@ -69,7 +69,7 @@ def read_host(path: str) -> tuple[HostDescription, dumps.Dump | None]:
     return as_kvm_host(dump.table, name=path), dump
 
 
-def _check_told(dump: dumps.Dump, guest: CpuidTable, path: str) -> None:
+def check_told(dump: dumps.Dump, guest: CpuidTable, path: str) -> None:
     """Raises BadInput where the dump does not tell what this guest's XSAVE area depends on."""
     if untold := dumps.untold(dump, guest):
         missing = f"it lacks subleaf {', '.join(map(str, untold))}, on which the guest depends"

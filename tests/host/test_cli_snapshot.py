@@ -271,6 +271,7 @@ def test_check_on_this_host_and_on_others(saved: Path, tmp_path: Path, capfd: Ca
         code, out, err = call_here(capfd, "check", str(saved), "--on", str(on))
         assert (code, out.splitlines()[0], err) == (1, f"{saved} cannot run on {on}", "")
         assert "cx16" in out and "cmov" in out  # all reasons, not the first
+        assert ("not compared: MSRs and the TSC's rate" in out) == (on == dump)
         code, out, err = call_here(capfd, "check", str(saved), "--on", str(on), "--json")
         value = json.loads(out)
         assert (code, value["runs"], err) == (1, False, "")

@@ -54,6 +54,18 @@ def test_compatibility_mode_moves_between_all_processors_of_a_vendor() -> None:
     assert moves == 16 * 16 + 11 * 11
 
 
+@cpus.needs_processors
+def test_bobcat_is_the_exception_that_the_profile_names() -> None:
+    """It has 36 physical address bits, by its manual and by dumps of it."""
+    k8 = cpus.hosts()["amd-k8-opteron-2210-he"]
+    leaf8 = k8.table.get(0x80000008)
+    bobcat = HostDescription(k8.table.replace({(0x80000008, 0): leaf8._replace(eax=0x3024)}))
+    assert problems(guest(k8), bobcat) == [TooManyAddressBits(40, 36)]
+    assert "AMD's Bobcat (family 0x14" in COMPAT.description
+    started_there = guest(bobcat)
+    assert all(problems(started_there, h) == [] for h in cpus.hosts().values() if h.vendor == "amd")
+
+
 def missing(start: str, target: str) -> list[str]:
     table = guest(cpus.hosts()[start], EVERYTHING)
     return [reason.name for reason in problems(table, cpus.hosts()[target]) if isinstance(reason, MissingFeature)]

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyhv.cli import check
 from pyhv.cpu import dumps
 from pyhv.cpu.host import HostDescription, as_kvm_host
 from pyhv.cpu.table import CpuidTable, Registers
@@ -292,6 +293,13 @@ def test_a_leaf_0xd_that_is_cut_off_is_no_processor_without_avx() -> None:
     assert dumps.untold(cut, small) == [2] and dumps.untold(whole, small) == []
     more = guest.replace({(0xD, 5): Registers(64, 1088, 0, 0), (0xD, 0): guest.get(0xD)._replace(eax=0x227)})
     assert dumps.untold(whole, more) == []  # the host does not have it: a reason, and no gap
+    with pytest.raises(BadInput) as caught:
+        check.check_told(cut, guest, "a.txt")
+    assert str(caught.value) == (
+        "a.txt: leaf 0xd is cut off: it lacks subleaf 2, 9, on which the guest depends; make the dump again by a "
+        "program that prints all subleaves, such as cpuid -r"
+    )
+    check.check_told(whole, guest, "a.txt")
     # pyhv's own tables hold no zeros, and kcpuid prints none.
     assert dumps.untold(dumps.read(json.dumps(cut.table.to_json()), "a"), guest) == []
 
@@ -359,8 +367,6 @@ def test_load_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
 
 def test_a_host_may_come_out_of_a_pipe_that_is_slow() -> None:
     """pyhv check FILE --on <(ssh HOST pyhv host --json)"""
-    from pyhv.cli import check
-
     reader, writer = os.pipe()
 
     def write() -> None:
