@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pyhv.errors import (
     BadInput,
+    Cancelled,
     HandoverUnknown,
     HostError,
     Incompatible,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BadInput",
+    "Cancelled",
     "HandoverUnknown",
     "HostError",
     "Incompatible",

@@ -112,6 +112,18 @@ class TimedOut(PyhvError):
         super().__init__(f"{subject}: {problem}" + (f"; {advice}" if advice else ""))
 
 
+class Cancelled(PyhvError):
+    """A migration that somebody gave up (Machine.cancel_migration): the VM goes on as if nothing had been. Exit status
+    130.
+
+    peer: the other side.
+    """
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        super().__init__(f"migration to {peer}: it was cancelled; the VM stays here")
+
+
 class HandoverUnknown(PyhvError):
     """A VM was handed over to another host, and nobody knows whether it runs there: here it is paused, and must not run
     unless it is certain that it does not run there. Not a HostError, for whoever tries again after those must not try

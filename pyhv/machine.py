@@ -20,7 +20,7 @@ from pyhv.vm.vm import Departure, Stopped, Trap, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -383,16 +383,18 @@ class Machine:
         insecure: bool = False,
         tls: Tls | None = None,
         strict_tsc: bool = False,
+        environment: Mapping[str, str] | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> Summary:
         """Gives the running VM to the side that waits at `uri` (Machine.receive, pyhv receive), while it runs.
 
         limits: how (migration/source.py). name: what the other side is told that the VM is called. strict_tsc: see
-        restore(). progress: is called now and then; what it raises gives the migration up. The others as in receive().
+        restore(). environment: for ssh://, the variables of transport.SSH_VARIABLES instead of this process's.
+        progress: is called now and then; what it raises gives the migration up. The others as in receive().
 
-        Afterwards the VM stands here, for good, and only close() is left to do. On failure it runs on as if nothing had
-        been: Incompatible with every reason of the other side, BadInput, HostError. Only after HandoverUnknown it
-        stands, since it may run there; start(force=True) lets it run nevertheless.
+        Afterwards the VM is paused here, for good, and only close() is left to do. On failure it runs on as if nothing
+        had been: Incompatible with every reason of the other side, BadInput, HostError, Cancelled. Only after
+        HandoverUnknown it is paused, since it may run there; start(force=True) lets it run nevertheless.
         """
         from pyhv.migration import transport
 
@@ -401,7 +403,7 @@ class Machine:
             limits.check()
 
         def go(departure: Departure) -> Summary:
-            with transport.connect(address, tls) as channel:
+            with transport.connect(address, tls, environment=environment) as channel:
                 try:
                     return self._depart(departure, channel, limits, name, strict_tsc, progress, lambda: True)
                 except HostError as error:
@@ -412,6 +414,13 @@ class Machine:
                     raise HostError(error.what, error.errnum, detail, error.advice) from None
 
         return self.vm.leave(uri, go)  # before the other side, who takes one VM, is bothered
+
+    def cancel_migration(self) -> bool:
+        """Gives up the migration that another thread, or this one in a callback, is in: its migrate() raises Cancelled,
+        and the VM goes on here. Returns at once whether that is so: False where there is no migration, or the VM is
+        given away already and the other side decides."""
+        departure = self.vm.departure
+        return departure is not None and departure.cancel()
 
     def depart(
         self,
@@ -445,6 +454,7 @@ class Machine:
         from pyhv.migration import protocol, source
         from pyhv.state import capture
 
+        departure.check()
         limits = limits or source.Limits()
         record = self._record()
         host = self.choice.accelerator.describe()

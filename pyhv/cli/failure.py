@@ -10,7 +10,7 @@ from typing import Any
 
 from pyhv import outcome
 from pyhv.cli import complain, die_of_broken_pipe
-from pyhv.errors import BadInput, HostError, PyhvError, TimedOut
+from pyhv.errors import BadInput, Cancelled, HostError, PyhvError, TimedOut
 
 # What writing to a full or broken device fails with.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
@@ -47,6 +47,7 @@ def to_json(error: BaseException) -> dict[str, Any]:
         kind, message = type(error).__name__.lstrip("_"), str(error)
         cause = "usage" if isinstance(error, BadInput) else "internal-error"
         cause = "timeout" if isinstance(error, TimedOut) else cause
+        cause = "interrupted" if isinstance(error, Cancelled) else cause
         facts = {name: _fact(value) for name, value in vars(error).items()}
         if "reasons" in facts:
             facts["reasons"] = [reason_to_json(reason) for reason in getattr(error, "reasons", ())]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from pyhv.cli import options, output
 from pyhv.cli.options import Command, Option
 from pyhv.control.client import Client
-from pyhv.errors import BadInput
+from pyhv.errors import BadInput, HostError
 from pyhv.migration import transport
 from pyhv.migration.source import ON_TIMEOUT
+from pyhv.migration.transport import SSH_VARIABLES
 
 # What both sides of tls:// need; also for pyhv receive.
 TLS_OPTIONS = (
@@ -20,26 +23,54 @@ TLS_OPTIONS = (
 )
 
 
+# One rule for sizes and rates, here and in --mem: K, M and G are powers of 1024, also as KiB, MiB, GiB; those of 1000
+# are kB, MB, GB.
+_SIZES = {"": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9}
+for _power, _letter in enumerate("kmg", 1):
+    _SIZES[_letter] = _SIZES[f"{_letter}ib"] = float(1 << 10 * _power)
+
+_TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+
+
+def _split(text: str) -> tuple[float, str]:
+    """A number and what stands behind it. Raises ValueError."""
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    return float(number), text[len(number) :].lower()
+
+
 def _rate(text: str) -> float:
-    """Bytes a second for 100M and the like."""
-    unit = {"k": 1e3, "m": 1e6, "g": 1e9}.get(text[-1:].lower(), 1.0)
+    """Bytes a second for 100M, 100MB and the like."""
     try:
-        value = float(text[:-1] if unit > 1 else text) * unit
-    except ValueError:
+        value, unit = _split(text.removesuffix("/s"))
+        value *= _SIZES[unit]
+    except (ValueError, KeyError):
         value = 0.0
     if not 0 < value < 1e15:
-        raise ValueError("is no rate; give bytes a second, such as 100M")
+        raise ValueError("is no rate; give bytes a second, such as 100M (of 1024) or 100MB (of 1000)")
     return value
 
 
-def _number(text: str) -> float:
+def _time(unit: str) -> Callable[[str], float]:
+    """Option.convert: seconds, for a number with a unit (s, ms, us), or in this one."""
+
+    def convert(text: str) -> float:
+        try:
+            value, given = _split(text)
+            value *= _TIMES[given or unit]
+        except (ValueError, KeyError):
+            value = -1.0
+        if not 0 <= value < 1e9:
+            raise ValueError("is not a time that is not negative, such as 20ms or 0.5s")
+        return value
+
+    return convert
+
+
+def _factor(text: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e9:
-        raise ValueError("is not a number that is not negative")
-    return value
+        raise ValueError("is not a number") from None
 
 
 COMMAND = Command(
@@ -47,10 +78,27 @@ COMMAND = Command(
     "Move a running VM to another host, or another process, while it runs.",
     (
         Option("NAME", "as given to pyhv run --name; see pyhv ls"),
-        Option("URI", "to where: unix:PATH, tcp://HOST:PORT, tls://HOST:PORT, ssh://[USER@]HOST, tty:PATH"),
-        Option("--downtime", "the guest may stand for MS milliseconds at the end (default: 50)", "MS", 50.0, _number),
-        Option("--bandwidth", "bytes a second while it runs, such as 100M (default: no limit)", "RATE", 0.0, _rate),
-        Option("--timeout", "seconds that copying may take while it runs (default: no limit)", "S", 0.0, _number),
+        Option(
+            "URI",
+            "to where: unix:PATH, tcp://HOST[:PORT], tls://HOST[:PORT], ssh://[USER@]HOST[:PORT], tty:PATH",
+            required=False,
+        ),
+        Option("--cancel", "give up the migration of this VM that is under way: it stays here"),
+        Option(
+            "--downtime",
+            "how long the guest may be paused at the end: 20ms, 0.05s; a number alone is milliseconds (default: 50)",
+            "TIME",
+            0.05,
+            _time("ms"),
+        ),
+        Option(
+            "--bandwidth",
+            "bytes a second while it runs, such as 100M (of 1024) or 100MB (of 1000) (default: no limit)",
+            "RATE",
+            0.0,
+            _rate,
+        ),
+        Option("--timeout", "seconds that copying may take while it runs (default: no limit)", "S", 0.0, _time("s")),
         Option("--rounds", "copy at most N times what the guest has written (default: 30)", "N", 30, options.number),
         Option(
             "--on-timeout",
@@ -61,14 +109,16 @@ COMMAND = Command(
         ),
         Option("--compress", "compress memory by zstd, for slow links"),
         Option("--strict-tsc", "refuse a host whose TSC runs at another rate, even if the guest was promised none"),
-        Option("--silence", "without a sign of life for S seconds the link is broken (default: 1)", "S", 1.0, _number),
+        Option(
+            "--silence", "the link is broken after S seconds without a sign of life (default: 1)", "S", 1.0, _time("s")
+        ),
         Option(
             "--overrun",
             "the guest, paused at the end, goes on here if it is not handed over within N times the downtime, and two "
             "silences (default: 10)",
             "N",
             None,
-            _number,
+            _factor,
         ),
         Option("--insecure", "allow tcp:// to other addresses than loopback: anybody on the way can read the memory"),
         *TLS_OPTIONS,
@@ -85,8 +135,8 @@ for a moment, and goes on there; here its run ends with status 0. Until that mom
 running here. With ssh:// the other side is started by itself (PYHV_REMOTE: how pyhv is called there).
 
 examples:
-  pyhv receive unix:/tmp/m          # in one terminal, or on another host with tls://
-  pyhv migrate t unix:/tmp/m        # in another
+  pyhv receive unix:m.sock          # in one terminal, or on another host with tls://
+  pyhv migrate t unix:m.sock        # in another, in the same folder
 """,
 )
 
@@ -94,6 +144,10 @@ examples:
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     given = COMMAND.parse(arguments)
+    if given.cancel:
+        return _cancel(given)
+    if given.uri is None:
+        raise BadInput("URI", "is missing", "say to where the VM is to go; pyhv migrate --help has the ways")
     address = transport.parse(given.uri, given.insecure)
     if address.scheme == "fd":
         raise BadInput(given.uri, "names descriptors of this process, which the VM's does not have", "name another URI")
@@ -101,7 +155,7 @@ def main(arguments: list[str]) -> int:
     if address.path:  # the VM's process has another working directory
         uri = f"{address.scheme}:{os.path.abspath(address.path)}"
     params: dict[str, Any] = {
-        "downtime": given.downtime / 1000,
+        "downtime": given.downtime,
         "bandwidth": given.bandwidth,
         "timeout": given.timeout,
         "rounds": given.rounds,
@@ -120,11 +174,32 @@ def main(arguments: list[str]) -> int:
     with Client(given.name) as client:
         client.status()  # does it answer at all?
         with _Progress(given.json) as progress:
-            summary = client.migrate(uri, params, progress)
+            if address.scheme == "ssh":
+                # As it is here, where the user has it, and not as it was when the VM was started.
+                params["environment"] = {name: os.environ[name] for name in SSH_VARIABLES if name in os.environ}
+            try:
+                summary = client.migrate(uri, params, progress)
+            except HostError as error:
+                if "no parameter 'environment'" not in error.detail:
+                    raise
+                del params["environment"]  # a VM's of the version before, which has its own
+                summary = client.migrate(uri, params, progress)
     if given.json:
         output.print_json({"name": given.name, "uri": given.uri, **summary})
     else:
         print(f"{given.name}: {_describe(summary)}")
+    return 0
+
+
+def _cancel(given: SimpleNamespace) -> int:
+    if given.uri is not None:
+        raise BadInput(given.uri, "cannot be combined with --cancel, which is about the VM", "leave it out")
+    with Client(given.name) as client:
+        client.cancel_migration()
+    if given.json:
+        output.print_json({"name": given.name})
+    else:
+        print(f"{given.name}: its migration is cancelled; it stays here")
     return 0
 
 

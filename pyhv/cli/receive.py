@@ -13,10 +13,14 @@ from pyhv.cli import complain, options, run
 from pyhv.cli.migrate import TLS_OPTIONS
 from pyhv.cli.options import Command, Option
 from pyhv.cli.terminal import HELP
-from pyhv.errors import BadInput, TimedOut
+from pyhv.errors import BadInput, PyhvError, TimedOut
 from pyhv.machine import Machine, check_processors
 from pyhv.migration import protocol, transport
 from pyhv.migration.destination import Destination
+from pyhv.migration.protocol import Hello
+
+# So long a VM of that name has to say what it is doing, in seconds.
+_ASK = 2.0
 
 COMMAND = Command(
     "receive",
@@ -43,7 +47,7 @@ The console is stdin and stdout. Is stdin a terminal, then
   {HELP}
 
 example:
-  pyhv receive unix:/tmp/m
+  pyhv receive unix:m.sock
 """,
 )
 
@@ -113,11 +117,31 @@ def _receive(
         from pyhv.control import names
 
         names.check_name(name)
-        here = hello.host == protocol.boot_id()
-        return named.run_as(name, given, make, leave, hello.pid if here and name == hello.name else 0)
+        return named.run_as(name, given, make, leave, _predecessor(address, channel, hello, name))
     except BaseException as error:
         destination.close(error)
         raise
+
+
+def _predecessor(address: transport.Address, channel: transport.Channel, hello: Hello, name: str) -> int:
+    """The process of this host that gives its name to the VM that comes; 0 where there is none, or what the source says
+    of itself is not proven: then a name that somebody has is refused to it."""
+    if name != hello.name or hello.host != protocol.boot_id():
+        return 0
+    if channel.is_of(hello.pid):
+        return hello.pid
+    if address.scheme != "fd":
+        return 0
+    # Who has given us descriptors, or has logged in by ssh, is this user. Which of his VMs it is its own process says.
+    from pyhv.control.client import Client
+
+    try:
+        with Client(name) as client:
+            facts = client.status(within=_ASK)
+    except PyhvError:
+        return 0
+    own = {"pid": hello.pid, "uuid": hello.machine.uuid, "doing": "migrate"}
+    return hello.pid if all(facts.get(key) == value for key, value in own.items()) else 0
 
 
 def _close(fds: set[int]) -> None:

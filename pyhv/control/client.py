@@ -78,6 +78,11 @@ class Client:
             raise self._broken("what came from it is no summary")
         return summary
 
+    def cancel_migration(self) -> None:
+        """Gives up the migration that another client has begun: the VM stays here. Raises BadInput where there is none,
+        or it is too late."""
+        self.call("cancel")
+
     def save(self, path: str, stop: bool = False, progress: Callable[[int, int], None] | None = None) -> None:
         """Saves the VM to the absolute path, as Machine.save does; raises what that raises. stop: end the VM then, and
         return when its name is free; nothing in it runs after what was saved. progress: is called now and then with the

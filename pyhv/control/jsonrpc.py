@@ -12,7 +12,7 @@ import json
 import os
 from typing import Any, NamedTuple
 
-from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible
+from pyhv.errors import BadInput, Cancelled, HandoverUnknown, HostError, Incompatible
 
 MAX_LINE = 64 << 10
 MAX_ANSWER = 1 << 20
@@ -20,7 +20,7 @@ MAX_ANSWER = 1 << 20
 # Codes that JSON-RPC 2.0 defines (section 5.1) ...
 PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32601, -32602, -32603
 # ... and pyhv's own, the exit statuses of a command that fails in the same way.
-BAD_INPUT, HOST_ERROR = 2, 125
+BAD_INPUT, HOST_ERROR, CANCELLED = 2, 125, 130
 
 _SHOWN = 40  # characters of what a client sent that an answer repeats
 
@@ -120,8 +120,8 @@ def encode_notification(method: str, params: dict[str, Any]) -> bytes:
 
 
 def encode_error(id: object, error: BaseException) -> bytes:
-    """The answer to a request that failed. BadInput, HostError and HandoverUnknown travel with their facts; of what
-    nobody expected only the kind does."""
+    """The answer to a request that failed. What pyhv raises on purpose travels with its facts; of what nobody
+    expected only the kind does."""
     data: dict[str, Any] | None = None
     match error:
         case RpcError():
@@ -134,6 +134,9 @@ def encode_error(id: object, error: BaseException) -> bytes:
         case BadInput():
             code, message = BAD_INPUT, str(error)
             data = {"kind": "BadInput", "subject": error.subject, "problem": error.problem}
+        case Cancelled():
+            code, message = CANCELLED, str(error)
+            data = {"kind": "Cancelled", "subject": error.peer, "problem": "was cancelled"}
         case HandoverUnknown():
             code, message = HOST_ERROR, str(error)
             data = {"kind": "HandoverUnknown", "subject": error.peer, "problem": error.problem}
@@ -189,6 +192,8 @@ def _error_of(value: Any, name: str) -> Exception:
     errnum = data.get("errnum", 0)
     if not all(isinstance(fact, str) for fact in (message, *facts)) or type(errnum) is not int:
         raise ValueError
+    if data.get("kind") == "Cancelled":
+        return Cancelled(facts[0])
     if data.get("kind") == "HandoverUnknown":
         return HandoverUnknown(*facts[:2])
     if value["code"] == BAD_INPUT:

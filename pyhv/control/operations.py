@@ -112,6 +112,9 @@ class Operations:
     def submit(self, call: Call) -> None:
         """Queues a call. After close() it fails with BadInput at once, unless it asks for the VM's end, and so does
         during a migration what would have to wait for it, and then find nothing."""
+        if call.method == "cancel":
+            call.finished(self._cancel())
+            return
         current = self._current
         if current is not None and current.method == "migrate" and not self._closed:
             if call.method == "stop":  # whoever ends the VM does not wait until it is gone elsewhere
@@ -123,6 +126,15 @@ class Operations:
         self._calls.put(call)
         if self._closed:
             self._refuse_rest()
+
+    def _cancel(self) -> object:
+        """Gives up the migration that is under way."""
+        if self._machine.cancel_migration():
+            return {}
+        current = self._current
+        if current is not None and current.method == "migrate":
+            return BadInput(self._name, "is handed over already", "pyhv status tells what becomes of it")
+        return BadInput(self._name, "is not being migrated", "pyhv status tells about it")
 
     def close(self, give_up: bool = False) -> None:
         """Carries out what has begun, refuses what is queued, and leaves the machine alone from then on. give_up: stop
@@ -227,7 +239,7 @@ class Operations:
 
     def _migrate(self, call: Call) -> object:
         from pyhv.migration.source import Limits
-        from pyhv.migration.transport import Tls
+        from pyhv.migration.transport import SSH_VARIABLES, Tls
 
         params = dict(call.params)
         given = {key: params.pop(key) for key in Limits._fields if key in params}
@@ -239,6 +251,9 @@ class Operations:
             call.progress(progress._asdict())
 
         uri = params.pop("uri")
+        for name, value in params.get("environment", {}).items():
+            if name not in SSH_VARIABLES or not isinstance(value, str) or "\0" in value:
+                raise BadInput(f"environment {name}", "is not for ssh", f"there are {', '.join(SSH_VARIABLES)}")
         tls = Tls(*files) if any(files) else None
         summary = self._machine.migrate(
             uri, limits=Limits(**given), tls=tls, name=self._name, progress=progress, **params

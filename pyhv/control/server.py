@@ -61,7 +61,9 @@ METHODS: dict[str, dict[str, Param]] = {
         "heartbeat": Param(float),
         "silence": Param(float),
         "overrun": Param(float),
+        "environment": Param(dict),
     },
+    "cancel": {},
     "console": {"write": Param(bool)},
     "input": {"data": Param(str, True)},
 }

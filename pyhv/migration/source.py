@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from pyhv._native.link import PAGE_SIZE, Link, PageSet
-from pyhv.errors import BadInput, HandoverUnknown, HostError, Incompatible
+from pyhv.errors import BadInput, Cancelled, HandoverUnknown, HostError, Incompatible
 from pyhv.migration import protocol, waits
 from pyhv.migration.protocol import Answer, Cancel, Commit, Hello, Ready, Running, Sync, Synced, Type
 
@@ -146,6 +147,18 @@ class Outgoing(NamedTuple):
     """Stops the VM, gives it away, or lets it go on here."""
 
 
+class Stage(enum.Enum):
+    """How far a migration is, in the order in which it goes; it can be cancelled in all but the last."""
+
+    ASKING = "the other side is asked whether it can run the guest"
+    COPYING = "memory is sent while the guest runs"
+    SETTLING = "all that was sent is to be taken"
+    LEAVING = "the guest may not stop yet"
+    STOPPING = "the guest is stopped, and the rest of its memory sent"
+    HANDING_OVER = "its state is sent, and is to be put in place"
+    COMMITTED = "it is the other side's"
+
+
 class Source:
     """One migration of a running VM, over an open channel.
 
@@ -161,6 +174,7 @@ class Source:
         progress: Callable[[Progress], None] | None = None,
         may_stop: Callable[[], bool] = lambda: True,
     ) -> None:
+        self.stage = Stage.ASKING
         self._may_stop = may_stop
         self._out = outgoing
         self._vm = outgoing.vm
@@ -191,6 +205,7 @@ class Source:
         nobody knows whether the VM runs there: then it is paused here.
         """
         begin = time.monotonic()
+        self._out.departure.watch(self._link.cancel)
         try:
             try:
                 self._handshake()
@@ -207,7 +222,11 @@ class Source:
             except BaseException as error:
                 if self._committed:
                     raise
+                if isinstance(error, HostError) and error.errnum == errno.ECANCELED:
+                    error = Cancelled(self._peer)
                 self._resume(error)
+                if isinstance(error, Cancelled):
+                    raise error from None
                 if isinstance(error, HostError):
                     raise (self._last_words(error) or self._about(error)) from None
                 raise
@@ -225,7 +244,11 @@ class Source:
                 rate=self._rate,
             )
         finally:
+            self._out.departure.watch(None)
             self._link.close()
+
+    def _enter(self, stage: Stage) -> None:
+        self.stage = stage
 
     def _resume(self, error: BaseException) -> None:
         """Lets the VM run on, first of all; then tells the other side."""
@@ -234,6 +257,8 @@ class Source:
         broken = isinstance(error, HostError) and error.errnum in (errno.EPIPE, errno.ETIMEDOUT, errno.EBADMSG)
         if not broken and not isinstance(error, _Refused):
             reason = protocol.reason_of(self._about(error) if isinstance(error, HostError) else error)
+            self._out.departure.watch(None)
+            self._link.revive()
             self._link.set_limit(None)
             self._link.send_last(*protocol.encode(Cancel(reason)), waits.LAST_WORD.seconds())
 
@@ -252,6 +277,7 @@ class Source:
         return protocol.about(error, what, advice)
 
     def _handshake(self) -> None:
+        self._enter(Stage.ASKING)
         self._limit("answer", waits.ANSWER.seconds(self._limits.silence))
         self._send(self._out.hello)
         answer = self._expect(Answer)
@@ -356,6 +382,7 @@ class Source:
 
     def _stop(self) -> int:
         """Stops the VM and sends the rest of its memory. Returns the CLOCK_MONOTONIC in ns of its last instruction."""
+        self._enter(Stage.STOPPING)
         began = time.monotonic()
         self._out.departure.stop()
         self._check_guest()
@@ -372,6 +399,7 @@ class Source:
         return self._vm.left
 
     def _wait_for_leave(self) -> None:
+        self._enter(Stage.LEAVING)
         while not self._may_stop():
             self._rest(time.monotonic() + _LEAVE_CHECK)
             self._check_guest()
@@ -407,6 +435,7 @@ class Source:
     def _send_round(self, pages: PageSet, total: int) -> bool:
         """Sends the pages, of so many bytes, until the time for all of pre-copy is over; whether the other side has
         taken all."""
+        self._enter(Stage.COPYING)
         limits, sending = self._limits, self._sending
         self._since = time.monotonic()
         patience = waits.ROUND.seconds(limits.silence)
@@ -437,6 +466,7 @@ class Source:
     def _settle(self, total: int) -> bool:
         """Waits until the other side has taken all that was sent: then it is known how quickly it does, and nothing
         lies between the two when the guest has to stand."""
+        self._enter(Stage.SETTLING)
         self._asked = True
         on_the_way = _MESSAGE + min(self._link.counters()[0] - self._settled, self._channel.on_the_way())
         self._limit("synced", waits.SYNCED.seconds(self._limits.silence) + on_the_way / waits.SLOWEST)
@@ -486,6 +516,7 @@ class Source:
 
     def _hand_over(self) -> Running:
         """Sends the state of the VM, which stands, and gives it away."""
+        self._enter(Stage.HANDING_OVER)
         taken = time.time_ns()
         counts = self._sending
         vcpus, end = protocol.parts(self._out.capture(), counts.pages, counts.zero_pages, taken)
@@ -493,9 +524,11 @@ class Source:
             self._send(vcpu, more=True)
         self._send(end)
         self._expect(Ready)
-        self._committed = True
         self._out.departure.commit(self._peer)
+        self._committed = True
+        self._out.departure.watch(None)
         try:
+            self._enter(Stage.COMMITTED)
             self._limit("running", waits.RUNNING.seconds(self._limits.silence))
             with contextlib.suppress(HostError):  # what it has said before the link broke counts
                 self._send(Commit())

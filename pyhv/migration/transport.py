@@ -1,9 +1,9 @@
 """How two processes that migrate a VM reach each other. Each way ends in a Channel: two descriptors.
 
-unix:PATH               a socket in the file system, which only its user can connect to
-tcp://HOST:PORT         unprotected: to other addresses than loopback only with `insecure`
-tls://HOST:PORT         both sides show a certificate; a thread moves the bytes between TLS and a socketpair
-ssh://[USER@]HOST       runs `pyhv receive -` on the other side: who may log in there may migrate to there
+unix:PATH               a socket in the file system; both sides are the same user's, or root's
+tcp://HOST[:PORT]       to loopback likewise; unprotected to other addresses, and only with `insecure`
+tls://HOST[:PORT]       both sides show a certificate; a thread moves the bytes between TLS and a socketpair
+ssh://[USER@]HOST[:PORT] runs `pyhv receive -` on the other side: who may log in there may migrate to there
 tty:PATH                a serial line, which is set to raw mode
 fd:IN,OUT               descriptors that this process has
 -                       its stdin and stdout (to receive)
@@ -18,11 +18,11 @@ import select
 import socket
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from pyhv.errors import BadInput, HostError, PyhvError
-from pyhv.migration import waits
+from pyhv.migration import peer, waits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     import subprocess
 
 SCHEMES = "unix:PATH, tcp://HOST:PORT, tls://HOST:PORT, ssh://[USER@]HOST, tty:PATH or fd:IN,OUT"
+
+# Where none is given: of tcp:// and tls://. "pyhv" on a telephone's keys; nobody has it at IANA.
+PORT = 7948
 
 # ssh's user and host, and nothing that could be taken for an option.
 _SSH_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_@:[]%")
@@ -65,19 +68,28 @@ class Channel:
         self,
         in_fd: int,
         out_fd: int,
-        peer: str,
+        name: str,
         on_close: Callable[[], None] = lambda: None,
         complaint: Callable[[], str] = lambda: "",
+        sock: socket.socket | None = None,
         direct: bool = False,
     ) -> None:
         self.in_fd = in_fd
         self.out_fd = out_fd
-        self.peer = peer
+        self.peer = name
         """What people call the other side."""
         self.complaint = complaint
         """Once it is broken: what the program that made it said of that, in one line, or ""."""
         self._on_close: Callable[[], None] | None = on_close
+        self._sock = sock  # that leads to the other side, and is open as long as this
         self._direct = direct
+
+    def is_of(self, pid: int) -> bool:
+        """Whether it is certain that this process, of this host, is the other side."""
+        try:
+            return self._sock is not None and peer.is_of(self._sock, pid)
+        except OSError:  # it is closed
+            return False
 
     def on_the_way(self) -> int:
         """How many of the bytes that were sent the other side may not have yet, at most."""
@@ -129,18 +141,28 @@ def parse(uri: str, insecure: bool = False) -> Address:
     if scheme not in ("tcp", "tls", "ssh") or not rest.startswith("//"):
         raise BadInput(uri, "is of no kind that pyhv knows", advice)
     rest = rest[2:]
+    host, number = _split_port(rest)
     if scheme == "ssh":
-        if not rest or rest.startswith("-") or not _SSH_NAME.issuperset(rest):
-            raise BadInput(uri, "has no host that ssh could take", "write ssh://[USER@]HOST")
-        return Address("ssh", uri, host=rest)
-    host, _, port = rest.rpartition(":")
+        known = host and not host.startswith("-") and _SSH_NAME.issuperset(host) and number != 0
+        if not known or host.endswith("@") or not -1 <= number <= 65535:
+            raise BadInput(uri, "has no host and port that ssh could take", "write ssh://[USER@]HOST[:PORT]")
+        return Address("ssh", uri, host=host, port=max(number, 0))
+    number = PORT if number < 0 else number
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not _may_be_host(host) or not (port.isascii() and port.isdigit() and int(port[:6]) <= 65535):
-        raise BadInput(uri, "has no host and port", f"write {scheme}://HOST:PORT")
+    if not _may_be_host(host) or number > 65535:
+        raise BadInput(uri, "has no host and port", f"write {scheme}://HOST:PORT; without one it is {PORT}")
     if scheme == "tcp" and not insecure and not _is_loopback(host):
         problem = "would send a VM's memory unprotected, and take anybody's"
         raise BadInput(uri, problem, "use tls:// or ssh://, or say --insecure")
-    return Address(scheme, uri, host, int(port))
+    return Address(scheme, uri, host, number)
+
+
+def _split_port(text: str) -> tuple[str, int]:
+    """Host and port; -1 without one. An IPv6 address has colons of its own, and stands in brackets before a port."""
+    host, colon, port = text.rpartition(":")
+    if not colon or port.endswith("]") or (":" in host and not host.endswith("]")):
+        return text, -1
+    return host, int(port) if port.isascii() and port.isdigit() and len(port) < 7 else 1 << 16
 
 
 def _parse_fds(uri: str, text: str, advice: str) -> tuple[int, int]:
@@ -177,26 +199,51 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def connect(address: Address, tls: Tls | None = None, timeout: float = waits.CONNECT.seconds()) -> Channel:
-    """Reaches the side that receives, within `timeout` seconds. Raises BadInput where it cannot be there, HostError."""
+def connect(
+    address: Address,
+    tls: Tls | None = None,
+    timeout: float = waits.CONNECT.seconds(),
+    environment: Mapping[str, str] | None = None,
+) -> Channel:
+    """Reaches the side that receives, within `timeout` seconds. environment: for ssh, in which these variables are
+    instead of this process's (SSH_VARIABLES). Raises BadInput where it cannot be there, HostError."""
     match address.scheme:
         case "fd":
             return Channel(*address.fds, address.text)
         case "ssh":
-            return _run_ssh(address)
+            return _run_ssh(address, environment)
         case "tty":
             return _open_tty(address)
         case "tls":
             context = _context(address, tls, server=False)  # before the other side, who takes one VM, is bothered
             return _wrap_tls(_connect(address, timeout), context, address.text, address.host)
         case _:
-            return _of_socket(_connect(address, timeout), address.text)
+            sock = _connect(address, timeout)
+            try:
+                _check_user(address, sock, called=False)
+            except BaseException:
+                sock.close()
+                raise
+            return _of_socket(sock, address.text)
+
+
+def _check_user(address: Address, sock: socket.socket, called: bool) -> None:
+    """Raises BadInput where the other side is on this host and somebody else's, who could read the VM's memory, or send
+    one of his own."""
+    if address.scheme == "unix" or (address.scheme == "tcp" and _is_loopback(sock.getpeername()[0])):
+        try:
+            peer.check_user(sock, called)
+        except BadInput as error:
+            raise BadInput(address.text, f"{error.subject} {error.problem}", error.advice) from None
+        except OSError as error:  # it has gone again
+            raise HostError(f"connection with {address.text}", error.errno or errno.EPIPE) from None
 
 
 def _connect(address: Address, timeout: float) -> socket.socket:
     advice = "is pyhv receive running there?"
     try:
         if address.scheme == "unix":
+            peer.check_folder(address.text, address.path)
             sock = socket.socket(socket.AF_UNIX)
             try:
                 sock.settimeout(timeout)
@@ -244,6 +291,7 @@ class Listener:
 
     def _listen(self) -> None:
         if self.address.scheme == "unix":
+            peer.check_folder(self.address.text, self.address.path)
             self._socket = socket.socket(socket.AF_UNIX)
             _remove_stale(self.address.path)
             os.fchmod(self._socket.fileno(), 0o600)  # before bind: the file never has another mode
@@ -259,17 +307,18 @@ class Listener:
 
     @property
     def where(self) -> str:
-        """The URI to migrate to: with the port that was chosen where it was 0."""
-        if self._socket is None or self.address.scheme == "unix" or self.address.port:
+        """The URI to migrate to: with the port that was chosen where it was 0, or that is the default."""
+        if self._socket is None or self.address.scheme == "unix":
             return self.address.text
-        return self.address.text.rpartition(":")[0] + f":{self._socket.getsockname()[1]}"
+        host = f"[{self.address.host}]" if ":" in self.address.host else self.address.host
+        return f"{self.address.scheme}://{host}:{self._socket.getsockname()[1]}"
 
     def accept(
         self, timeout: float | None = None, turned_away: Callable[[PyhvError], None] | None = None
     ) -> Channel | None:
         """The connection; None when nobody has come within `timeout` seconds. turned_away: is told why somebody was
         who came to tls:// without the right certificate; then it waits on. Raises HostError, and without turned_away
-        BadInput for such a one."""
+        BadInput for such a one. So it is with who comes from this host and is somebody else."""
         if self.address.scheme == "tty":
             return self._wait_for_line(timeout)
         if self._socket is None:
@@ -282,17 +331,19 @@ class Listener:
             if not poll.poll(left):
                 return None
             try:
-                sock, peer = self._socket.accept()
+                sock, place = self._socket.accept()
             except (BlockingIOError, ConnectionError):
                 continue  # it has left already
             if self.address.scheme != "unix":
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            name = f"{peer[0]}:{peer[1]}" if peer else self.address.text
-            if self._context is None:
-                return _of_socket(sock, name)
+            name = f"{place[0]}:{place[1]}" if place else self.address.text
             try:
-                return _wrap_tls(sock, self._context, name)
+                if self._context is not None:
+                    return _wrap_tls(sock, self._context, name)
+                _check_user(self.address, sock, called=True)
+                return _of_socket(sock, name)
             except PyhvError as error:
+                sock.close()
                 if turned_away is None:
                     raise
                 turned_away(error)
@@ -348,8 +399,8 @@ def _remove_stale(path: str) -> None:
             pass
 
 
-def _of_socket(sock: socket.socket, peer: str) -> Channel:
-    return Channel(sock.fileno(), sock.fileno(), peer, sock.close, direct=True)
+def _of_socket(sock: socket.socket, name: str) -> Channel:
+    return Channel(sock.fileno(), sock.fileno(), name, sock.close, sock=sock, direct=True)
 
 
 def _open_tty(address: Address) -> Channel:
@@ -377,27 +428,79 @@ def _open_tty(address: Address) -> Channel:
 # --------------------------------------------------------------------------------------------------------- ssh
 
 
-def _run_ssh(address: Address) -> Channel:
+# What of a user's environment ssh, and what PYHV_SSH names, need to do there what they do in a shell.
+SSH_VARIABLES = (
+    "PYHV_SSH", "PYHV_REMOTE", "SSH_AUTH_SOCK", "SSH_ASKPASS", "SSH_ASKPASS_REQUIRE", "KRB5CCNAME", "DISPLAY", "HOME",
+    "PATH",
+)  # fmt: skip
+
+# The line by which the other end says that its shell is through with what it says of itself, and pyhv begins; and how
+# much it may have said before, in bytes.
+_SSH_BEGINS = "pyhv-receive-begins"
+_SSH_GREETING = 64 << 10
+
+
+def _run_ssh(address: Address, environment: Mapping[str, str] | None) -> Channel:
     """ssh, with `pyhv receive -` at its other end. What either says on stderr is for the error, if there is one: the
     VM's process may have no stderr, or a console there."""
     import subprocess
 
+    own = {name: value for name, value in os.environ.items() if environment is None or name not in SSH_VARIABLES}
+    setting = own | dict(environment or {})
     # A socketpair, not pipes: it holds more than 64 KiB on the way.
     ours, theirs = socket.socketpair()
     said = os.memfd_create("pyhv-ssh", os.MFD_CLOEXEC)
-    command = (os.environ.get("PYHV_SSH") or "ssh").split()
+    command = (setting.get("PYHV_SSH") or "ssh").split()
+    if address.port:
+        command += ["-p", str(address.port)]
     try:
         with theirs:
-            remote = "exec " + (os.environ.get("PYHV_REMOTE") or "pyhv") + " receive -"
+            remote = f"echo {_SSH_BEGINS}; exec " + (setting.get("PYHV_REMOTE") or "pyhv") + " receive -"
+            # Of a program without a slash the path in the environment that it gets decides.
             process = subprocess.Popen(
-                [*command, address.host, remote], stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=said
+                [*command, address.host, remote],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=said,
+                env=setting,
             )
     except OSError as error:
         ours.close()
         os.close(said)
         raise BadInput(command[0], f"cannot be run: {error.strerror}", "install an ssh client") from None
     fd = ours.fileno()
-    return Channel(fd, fd, address.text, lambda: _end_ssh(ours, process, said), lambda: _ssh_complaint(process, said))
+    channel = Channel(
+        fd, fd, address.text, lambda: _end_ssh(ours, process, said), lambda: _ssh_complaint(process, said)
+    )
+    try:
+        _pass_greeting(address, ours, channel)
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+def _pass_greeting(address: Address, ours: socket.socket, channel: Channel) -> None:
+    """Skips what a login shell prints before pyhv begins (a file such as .bashrc that echoes). Raises HostError."""
+    came, deadline = bytearray(), time.monotonic() + waits.ANSWER.seconds()
+    begins = _SSH_BEGINS.encode()
+    while not came.endswith((begins + b"\n", begins + b"\r\n")):
+        problem = ""
+        try:
+            ours.settimeout(max(deadline - time.monotonic(), 0.001))
+            piece = ours.recv(1)  # what comes after the line is for the link
+            problem = "" if piece else channel.complaint() or "it ended before pyhv was begun there"
+            came += piece
+        except TimeoutError:
+            problem = f"pyhv was not begun there within {waits.ANSWER.seconds():g} seconds"
+        except OSError as error:
+            problem = error.strerror or str(error)
+        if not problem and len(came) > _SSH_GREETING:
+            problem = "the shell there printed too much on stdout; keep it quiet for commands (.bashrc, .profile)"
+        if problem:
+            text = "".join(c if c.isprintable() else " " for c in came[-200:].decode("utf-8", "replace")).strip()
+            shown = f"; before that the shell there printed: {text}" if text else ""
+            raise HostError(f"migration to {address.text}", errno.EPIPE, problem + shown, "the VM runs on here")
 
 
 def _ssh_complaint(process: subprocess.Popen[bytes], said: int) -> str:
@@ -444,9 +547,9 @@ def _context(address: Address, tls: Tls | None, server: bool) -> ssl.SSLContext:
 
 
 def _wrap_tls(
-    sock: socket.socket, context: ssl.SSLContext, peer: str, host: str | None = None
+    sock: socket.socket, context: ssl.SSLContext, name: str, host: str | None = None
 ) -> Channel:
-    """host: the peer's, whom its certificate must be for; None at the side that was called."""
+    """host: the other side's, whom its certificate must be for; None at the side that was called."""
     import ssl
 
     sock.settimeout(waits.TLS.seconds())
@@ -456,11 +559,11 @@ def _wrap_tls(
         sock.close()
         reason = getattr(error, "verify_message", "") or error.reason or str(error)
         problem = f"the two sides do not trust each other: {reason}"
-        raise BadInput(peer, problem, "check the certificates") from None
+        raise BadInput(name, problem, "check the certificates") from None
     except OSError as error:
         sock.close()
-        raise HostError(f"TLS with {peer}", error.errno or errno.ETIMEDOUT) from None
+        raise HostError(f"TLS with {name}", error.errno or errno.ETIMEDOUT) from None
     from pyhv.migration.tls import Pump
 
     pump = Pump(wrapped)
-    return Channel(pump.fd, pump.fd, peer, pump.close)
+    return Channel(pump.fd, pump.fd, name, pump.close, sock=wrapped)

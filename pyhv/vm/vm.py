@@ -8,7 +8,7 @@ import time
 
 from pyhv import arguments
 from pyhv.accel.data import CpuidRecord, Exit, Stop
-from pyhv.errors import HostError
+from pyhv.errors import Cancelled, HostError
 from pyhv.light import NamedTuple
 from pyhv.vm import life
 from pyhv.vm.devices import Devices
@@ -155,6 +155,8 @@ class Vm:
         self.processors: tuple[int, ...] = ()
         """Host processors that the vCPUs' threads are bound to, one after the other and from the first again; from the
         next start() on. Empty: the host's scheduler decides, or stays with what it was told."""
+        self.departure: Departure | None = None
+        """The migration of it that is under way."""
         self.entered: int | None = None
         """CLOCK_MONOTONIC in ns when the first vCPU was about to be entered for the first time."""
         self.left = 0
@@ -287,8 +289,10 @@ class Vm:
             busy = self.life.busy_thread
             try:
                 self.life.perform(life.MIGRATE, lambda: departure.begin(peer))
+                self.departure = departure
                 return work(departure)
             finally:
+                self.departure = None
                 self.life.busy_thread = busy
                 if departure.is_open:
                     departure.resume()
@@ -510,6 +514,28 @@ class Departure:
         self._vm = vm
         self._life = vm.life
         self._ran = True
+        self._deciding = threading.Lock()  # whether it is cancelled or given away, which excludes the other
+        self._cancelled = False
+        self._given = False
+        self._wake: Callable[[], None] | None = None
+
+    def cancel(self) -> bool:
+        """Gives the migration up, which the thread that migrates then does: True; or False where the VM was given away
+        already. Any thread."""
+        with self._deciding:
+            if self._given:
+                return False
+            self._cancelled = True
+            if self._wake is not None:
+                self._wake()
+            return True
+
+    def watch(self, wake: Callable[[], None] | None) -> None:
+        """What cancel() is to call, that the migration's thread may not wait for long; None from then on nothing."""
+        with self._deciding:
+            self._wake = wake
+            if wake is not None and self._cancelled:
+                wake()
 
     def begin(self, peer: str) -> None:
         """The guest runs on meanwhile."""
@@ -520,7 +546,9 @@ class Departure:
         self.is_open = True
 
     def check(self) -> None:
-        """Raises WrongState where somebody wants to close the VM, which gives the migration up."""
+        """Raises Cancelled, and WrongState where somebody wants to close the VM, which gives the migration up too."""
+        if self._cancelled:
+            raise Cancelled(self._life.peer)
         self._life.check_open(life.MIGRATE)
 
     def stop(self) -> None:
@@ -530,7 +558,11 @@ class Departure:
         self._vm._raise_failure()
 
     def commit(self, peer: str) -> None:
-        """From here on the VM is not let run here by anybody who does not insist on it."""
+        """From here on the VM is not let run here by anybody who does not insist on it. Raises Cancelled."""
+        with self._deciding:
+            if self._cancelled:
+                raise Cancelled(peer)
+            self._given = True
         self._life.peer = peer
         self._life.at = life.UNKNOWN
         self.is_open = False

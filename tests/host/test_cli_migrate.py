@@ -11,10 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
 
+import pyhv
 from pyhv.control import names
 from pyhv.control.client import Client
 from pyhv.errors import BadInput, HostError
@@ -241,6 +243,50 @@ def test_ctrl_c_of_migrate_leaves_it_running(tmp_path: Path) -> None:
     ok("stop", "t")
 
 
+def test_migrate_cancel(tmp_path: Path) -> None:
+    detach("t", *HEAVY)
+    for words in (("migrate", "t", "--cancel"), ("migrate", "t", "unix:m", "--cancel"), ("migrate", "t")):
+        assert call(*words).returncode == 2
+    assert call("migrate", "t", "--cancel").stderr == "pyhv: t: is not being migrated; pyhv status tells about it\n"
+    there = waiting(tmp_path / "m")
+    command = interrupt_migrate(tmp_path)
+    assert command.stderr is not None and b"progress" in command.stderr.readline()
+    assert ok("migrate", "t", "--cancel") == "t: its migration is cancelled; it stays here\n"
+    _, error = command.communicate(timeout=TIMEOUT)
+    assert command.returncode == 130 and b"it was cancelled; the VM stays here" in error
+    _, error = there.communicate(timeout=TIMEOUT)
+    assert there.returncode == 2 and b"the source gave it up: migration to unix:" in error
+    assert status("t")["state"] == "running"
+    before = rounds_of("t")
+    wait_for(lambda: rounds_of("t") > before)
+    ok("stop", "t")
+
+
+@pytest.mark.parametrize("uri", ["tcp://127.0.0.1:0", "unix"])
+def test_a_name_is_not_given_to_who_says_that_he_has_it(tmp_path: Path, uri: str) -> None:
+    """A source that names the process of a running VM as its own."""
+    pid = detach("t", *TICKER)
+    there = receiver(f"unix:{tmp_path}/m" if uri == "unix" else uri)
+    if uri == "unix":
+        wait_for((tmp_path / "m").exists)
+        where = f"unix:{tmp_path}/m"
+    else:
+        assert there.stderr is not None
+        where = there.stderr.readline().decode().split()[-1]
+    with pyhv.Machine("ticker", append="every=1", memory="4M") as machine:
+        machine.start()
+        lie = {"getpid": lambda: pid}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(protocol, "os", types.SimpleNamespace(**lie))
+            with pytest.raises(pyhv.PyhvError):
+                machine.migrate(where, name="t")
+        assert machine.vm.running
+    _, error = there.communicate(timeout=TIMEOUT)
+    assert there.returncode == 2 and b"name t: is that of a VM that runs" in error
+    assert status("t")["pid"] == pid and status("t")["state"] == "running"
+    ok("stop", "t")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_ending_receive_leaves_it_running(tmp_path: Path, number: int) -> None:
     detach("t", *HEAVY)
@@ -383,7 +429,7 @@ def test_the_control_socket_says_what_it_was(tmp_path: Path) -> None:
         (("migrate", "t", "tcp://192.0.2.1:9"), "would send a VM's memory unprotected, and take anybody's"),
         (("migrate", "t", "unix:x", "--bandwidth", "0"), "is no rate; give bytes a second, such as 100M"),
         (("migrate", "t", "unix:x", "--bandwidth", "nan"), "is no rate"),
-        (("migrate", "t", "unix:x", "--downtime", "-1"), "is not a number that is not negative"),
+        (("migrate", "t", "unix:x", "--downtime", "-1"), "is not a time that is not negative, such as 20ms"),
         (("migrate", "t", "unix:x", "--on-timeout", "maybe"), "--on-timeout"),
         (("migrate", "nobody", "unix:x"), "there is no running VM of this name"),
         (("receive", "ssh://there"), "cannot be listened at; the source runs pyhv receive - here by itself"),

@@ -22,7 +22,7 @@ from pyhv.accel.kvm import Kvm
 from pyhv.cpu.host import HostDescription, Verdict
 from pyhv.errors import PyhvError
 from pyhv.migration.destination import Destination
-from pyhv.migration.source import Limits, Progress, Source, Summary
+from pyhv.migration.source import Limits, Progress, Source, Stage, Summary
 from pyhv.migration.transport import Channel
 from pyhv.vm import memory
 
@@ -641,3 +641,75 @@ def test_giving_up_does_not_wait_for_the_other_side(when: str, monkeypatch: pyte
         assert machine.vm.running
         wait_for_rounds(machine)
         taker.join(TIMEOUT)
+
+
+# ------------------------------------------------------------------------------------------------------- cancelling
+
+cancelled_in: set[Stage] = set()
+
+
+@pytest.mark.parametrize("from_outside", [False, True], ids=["here", "another thread"])
+@pytest.mark.parametrize("stage", Stage, ids=lambda stage: stage.name.lower())
+def test_cancelling(stage: Stage, from_outside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every stage the guest goes on here, and is forgotten there; once it is given away, nothing comes of it."""
+    answers: list[bool] = []
+    enter = Source._enter
+
+    def cancel() -> None:
+        answers.append(machine.cancel_migration())
+
+    def spy(self: Source, entered: Stage) -> None:
+        enter(self, entered)
+        if entered == stage and not answers:
+            cancelled_in.add(stage)
+            if from_outside:
+                thread = threading.Thread(target=cancel)
+                thread.start()
+                thread.join(TIMEOUT)
+            else:
+                cancel()
+
+    monkeypatch.setattr(Source, "_enter", spy)
+    asked: list[bool] = []
+
+    def may_stop() -> bool:  # not at once: for the stage in which it waits for that
+        asked.append(True)
+        return len(asked) > 3
+
+    with running() as machine:
+        done = try_hop(machine, may_stop=may_stop)
+        assert answers == [stage != Stage.COMMITTED]
+        if stage == Stage.COMMITTED:
+            assert isinstance(done, Hop)
+            done.machine.close()
+            assert not machine.vm.running and machine.handed_over
+            return
+        assert isinstance(done, Failed), done
+        assert str(done.here) == "migration to the destination: it was cancelled; the VM stays here"
+        assert "the source gave it up: migration to the destination: it was cancelled" in str(done.there)
+        assert machine.vm.running and not machine.handed_over and not machine.cancel_migration()
+        wait_for_rounds(machine)
+        monkeypatch.setattr(Source, "_enter", enter)
+        hop(machine).machine.close()  # and later it goes
+
+
+def test_cancelling_was_tried_in_every_stage(request: pytest.FixtureRequest) -> None:
+    selected = sum(item.name.startswith("test_cancelling[") for item in request.session.items)
+    if selected < 2 * len(Stage):
+        pytest.skip("only some of the stages were selected")
+    assert cancelled_in == set(Stage)
+
+
+def test_cancelling_what_waits_for_a_silent_side() -> None:
+    """At once, though the other side says nothing."""
+    ours, theirs = socket.socketpair()
+    with running() as machine, theirs:
+        timer = threading.Timer(0.2, machine.cancel_migration)
+        timer.start()
+        with (
+            Channel(ours.fileno(), ours.fileno(), "the other side", ours.close) as channel,
+            pytest.raises(pyhv.Cancelled),
+        ):
+            machine.depart(channel, limits=Limits(silence=60.0, heartbeat=30.0))
+        timer.join()
+        wait_for_rounds(machine)

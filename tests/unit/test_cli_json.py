@@ -103,6 +103,7 @@ ERRORS = [
     INCOMPATIBLE,
     errors.HostError("open", 13, "denied"),
     errors.HandoverUnknown("unix:/m", "silence"),
+    errors.Cancelled("unix:/m"),
     errors.TimedOut("unix:/m", "nobody came", "start it there"),
 ]
 
@@ -118,9 +119,9 @@ def test_errors_keep_their_facts(error: errors.PyhvError, capfd: pytest.CaptureF
     out, err = capfd.readouterr()
     (value,) = objects(out)
     assert out.count("\n") == 1
-    timed_out = isinstance(error, errors.TimedOut)
-    assert value["status"] == status == (2 if isinstance(error, errors.BadInput) else 124 if timed_out else 125)
-    assert value["cause"] == {2: "usage", 124: "timeout", 125: "internal-error"}[status]
+    others = {errors.TimedOut: 124, errors.Cancelled: 130}
+    assert value["status"] == status == (2 if isinstance(error, errors.BadInput) else others.get(type(error), 125))
+    assert value["cause"] == {2: "usage", 124: "timeout", 125: "internal-error", 130: "interrupted"}[status]
     assert (value["kind"] == type(error).__name__ and f"`{value['kind']}`" in DOC) or type(error) is errors.PyhvError
     assert value["message"] == str(error)
     assert set(value["facts"]) == set(vars(error))

@@ -6,9 +6,11 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import socket
 import stat
 import subprocess
+import tempfile
 import termios
 import threading
 import time
@@ -20,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyhv.errors import BadInput, PyhvError
+from pyhv.errors import BadInput, HostError, PyhvError
 from pyhv.migration import transport
 from pyhv.migration.transport import Address, Channel, Listener, Tls
 
@@ -47,6 +49,11 @@ def nothing_left() -> Iterator[None]:
         ("tcp://127.9.9.9:0", Address("tcp", "tcp://127.9.9.9:0", "127.9.9.9", 0)),
         ("tcp://[::1]:65535", Address("tcp", "tcp://[::1]:65535", "::1", 65535)),
         ("tls://example.org:1", Address("tls", "tls://example.org:1", "example.org", 1)),
+        ("tcp://localhost", Address("tcp", "tcp://localhost", "localhost", 7948)),
+        ("tcp://[::1]", Address("tcp", "tcp://[::1]", "::1", 7948)),
+        ("tls://example.org", Address("tls", "tls://example.org", "example.org", 7948)),
+        ("ssh://me@there:2222", Address("ssh", "ssh://me@there:2222", "me@there", 2222)),
+        ("ssh://me@[::1]:22", Address("ssh", "ssh://me@[::1]:22", "me@[::1]", 22)),
         ("ssh://me@[fe80::1%eth0]", Address("ssh", "ssh://me@[fe80::1%eth0]", "me@[fe80::1%eth0]")),
         ("-", Address("fd", "-", fds=(0, 1))),
     ],
@@ -65,7 +72,6 @@ def test_good_uris(uri: str, address: Address) -> None:
         ("http://x:1", "is of no kind that pyhv knows"),
         ("tcp:localhost:1", "is of no kind that pyhv knows"),
         ("TCP://localhost:1", "is of no kind that pyhv knows"),
-        ("tcp://localhost", "has no host and port; write tcp://HOST:PORT"),
         ("tcp://:1", "has no host and port"),
         ("tcp://localhost:65536", "has no host and port"),
         ("tcp://localhost:99999999999999999999", "has no host and port"),
@@ -80,11 +86,14 @@ def test_good_uris(uri: str, address: Address) -> None:
         ("tcp://0.0.0.0:1", "would send a VM's memory unprotected"),
         ("tcp://[::]:1", "would send a VM's memory unprotected"),
         ("tcp://localhost.example.org:1", "would send a VM's memory unprotected"),
-        ("ssh://", "has no host that ssh could take; write ssh://[USER@]HOST"),
-        ("ssh://-oProxyCommand=id", "has no host that ssh could take"),
-        ("ssh://a b", "has no host that ssh could take"),
-        ("ssh://a;id", "has no host that ssh could take"),
-        ("ssh://a/b", "has no host that ssh could take"),
+        ("ssh://", "has no host and port that ssh could take; write ssh://[USER@]HOST[:PORT]"),
+        ("ssh://-oProxyCommand=id", "has no host and port that ssh could take"),
+        ("ssh://a b", "has no host and port that ssh could take"),
+        ("ssh://a;id", "has no host and port that ssh could take"),
+        ("ssh://a:x", "has no host and port that ssh could take"),
+        ("ssh://a:70000", "has no host and port that ssh could take"),
+        ("ssh://a:0", "has no host and port that ssh could take"),
+        ("ssh://a/b", "has no host and port that ssh could take"),
         ("fd:", "names no descriptors"),
         ("fd:1,2,3", "names no descriptors"),
         ("fd:-1", "names no descriptors"),
@@ -318,20 +327,57 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Chan
     return make
 
 
+BEGINS = "echo pyhv-receive-begins; "
+
+
 def test_ssh_runs_receive_there(ssh: Callable[[str], Channel]) -> None:
-    with ssh('echo "$@"; exec cat') as channel:
-        expected = b"-x me@there exec /opt/pyhv receive -\n"
+    with ssh('shift 2; eval "${@#exec}" | head -1; echo "$@"; exec cat') as channel:
+        expected = b"echo pyhv-receive-begins; exec /opt/pyhv receive -\n"
         assert read(channel, len(expected)) == expected
         write(channel, b"back")
         assert read(channel, 4) == b"back"
 
 
+@pytest.mark.parametrize("greeting", ["", "echo hello", "printf 'Last login: Mon\\r\\n$ '", "printf 'no newline'"])
+def test_what_a_login_shell_prints_is_skipped(ssh: Callable[[str], Channel], greeting: str) -> None:
+    with ssh(f"{greeting or ':'}; {BEGINS} exec cat") as channel:
+        write(channel, b"back")
+        assert read(channel, 4) == b"back"
+
+
+def test_a_login_shell_that_prints_and_runs_nothing(ssh: Callable[[str], Channel]) -> None:
+    with pytest.raises(HostError) as caught:
+        ssh("echo 'This account is\x1b[1m not available.'; exit 1")
+    said = "it ended before pyhv was begun there; before that the shell there printed: This account is [1m not avail"
+    assert said in str(caught.value) and str(caught.value).endswith("; the VM runs on here")
+    with pytest.raises(HostError, match="the shell there printed too much on stdout; keep it quiet for commands"):
+        ssh("yes | head -c 70000; exec sleep 60")
+
+
+def test_ssh_has_the_environment_and_the_port_that_it_is_given(
+    ssh: Callable[[str], Channel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssh(f"{BEGINS} exec cat").close()
+    other = tmp_path / "bin"
+    other.mkdir()
+    (other / "mine").write_text(f'#!/bin/sh\n{BEGINS} echo "$SSH_AUTH_SOCK $PYHV_REMOTE $OWN $*"; exec cat\n')
+    (other / "mine").chmod(0o700)
+    monkeypatch.setenv("SSH_AUTH_SOCK", "the VM's")
+    monkeypatch.setenv("OWN", "kept")
+    given = {"PYHV_SSH": "mine -v", "SSH_AUTH_SOCK": "/mine", "PATH": f"{other}:/usr/bin:/bin"}
+    with transport.connect(transport.parse("ssh://there:22"), environment=given) as channel:
+        expected = b"/mine  kept -v -p 22 there echo pyhv-receive-begins; exec pyhv receive -\n"
+        assert read(channel, len(expected)) == expected
+
+
 def test_what_ssh_says_when_it_fails(ssh: Callable[[str], Channel]) -> None:
-    with ssh("echo 'Permission denied\x1b[2J (publickey).' >&2; exit 255") as channel:
+    with pytest.raises(HostError, match=r"Permission denied \[2J \(publickey\)\."):
+        ssh("echo 'Permission denied\x1b[2J (publickey).' >&2; exit 255")
+    with pytest.raises(HostError, match="it ended before pyhv was begun there"):
+        ssh("exit 255")
+    with ssh(f"{BEGINS} echo 'pyhv: not found' >&2; exit 127") as channel:
         assert read(channel, 1) == b""
-        assert channel.complaint() == "Permission denied [2J (publickey)."
-    with ssh("exit 255") as channel:
-        assert channel.complaint() == ""
+        assert channel.complaint() == "pyhv: not found"
 
 
 def test_an_ssh_that_does_not_end_is_ended(ssh: Callable[[str], Channel], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +390,7 @@ def test_an_ssh_that_does_not_end_is_ended(ssh: Callable[[str], Channel], monkey
 
     monkeypatch.setattr(subprocess.Popen, "wait", impatient)
     begin = time.monotonic()
-    ssh("trap '' HUP TERM; while :; do sleep 1; done").close()
+    ssh(f"trap '' HUP TERM; {BEGINS} while :; do sleep 1; done").close()
     assert waited == [5.0, 0] and time.monotonic() - begin < 5
 
 
@@ -530,3 +576,125 @@ def test_a_side_without_good_certificates_does_not_connect(certificates: dict[st
         with pytest.raises(BadInput, match="needs certificates"):
             transport.connect(transport.parse(listener.where))
         assert listener.accept(0.01) is None
+
+
+# ------------------------------------------------------------------------------------------- who is at the other end
+
+
+STRANGER = 54321
+
+
+def as_a_stranger(work: Callable[[], None]) -> int:
+    """Does it in a process of another user's; the process, which then waits to be ended."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setuid(STRANGER)
+            work()
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    return child
+
+
+def end(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+
+
+@needs_root
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_tcp_turns_other_users_away(host: str) -> None:
+    turned: list[PyhvError] = []
+    held: list[object] = []
+    with Listener(transport.parse(f"tcp://{host}:0")) as listener:
+        address = transport.parse(listener.where)
+        child = as_a_stranger(lambda: held.append(vars(transport)["_connect"](address, 5.0)))
+        try:
+            assert listener.accept(2, turned.append) is None
+        finally:
+            end(child)
+        assert f"belongs to the user with the number {STRANGER}" in str(turned[0])
+        # One who has gone again, having said all that he wanted to say, is nobody.
+        gone = as_a_stranger(lambda: os._exit(vars(transport)["_connect"](address, 5.0).close() or 0))
+        assert os.waitpid(gone, 0)[1] == 0
+        assert listener.accept(2, turned.append) is None and len(turned) == 2
+        with transport.connect(address) as near, listener.accept(5, turned.append) as far:  # type: ignore[union-attr]
+            write(near, b"x")
+            assert read(far, 1) == b"x"
+            assert far.is_of(os.getpid()) and not far.is_of(os.getppid()) and not far.is_of(1)
+
+
+@needs_root
+def test_tcp_does_not_send_to_other_users() -> None:
+    ready, tell = os.pipe()
+
+    def listen() -> None:
+        sock = socket.create_server(("127.0.0.1", 0))
+        os.write(tell, b"%d" % sock.getsockname()[1])
+        time.sleep(60)
+
+    child = as_a_stranger(listen)
+    try:
+        address = transport.parse(f"tcp://127.0.0.1:{os.read(ready, 10).decode()}")
+        with pytest.raises(BadInput, match=f"belongs to the user with the number {STRANGER}; use tls://"):
+            transport.connect(address)
+    finally:
+        end(child)
+        os.close(ready)
+        os.close(tell)
+
+
+@needs_root
+def test_unix_looks_who_listens_and_who_connects() -> None:
+    with tempfile.TemporaryDirectory() as base:  # in a folder that others may reach
+        os.chmod(base, 0o1777)
+        path = f"{base}/m"
+        address = transport.parse(f"unix:{path}")
+
+        def listen() -> None:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.bind(path)
+            sock.listen(1)
+            time.sleep(60)
+
+        child = as_a_stranger(listen)
+        try:
+            said, deadline = "cannot be reached", time.monotonic() + 10
+            while "cannot be reached" in said and time.monotonic() < deadline:
+                with pytest.raises(BadInput) as caught:
+                    transport.connect(address)
+                said = str(caught.value)
+            assert f"belongs to the user with the number {STRANGER}" in said
+        finally:
+            end(child)
+        turned: list[PyhvError] = []
+        held: list[object] = []
+        with Listener(address) as listener:
+            os.chmod(path, 0o666)  # as nothing of pyhv's does
+            child = as_a_stranger(lambda: held.append(vars(transport)["_connect"](address, 5.0)))
+            try:
+                assert listener.accept(2, turned.append) is None
+            finally:
+                end(child)
+            assert f"belongs to the user with the number {STRANGER}" in str(turned[0])
+
+
+def test_a_unix_socket_is_not_put_where_everybody_may_replace_it(tmp_path: Path) -> None:
+    inner = tmp_path / "open" / "mine"
+    inner.mkdir(parents=True)
+    inner.parent.chmod(0o777)
+    address = transport.parse(f"unix:{inner}/m")
+    words = f"everybody may replace what is in {inner.parent} .mode 0777.; take a path in a folder of your own"
+    with pytest.raises(BadInput, match=words):
+        Listener(address)
+    with pytest.raises(BadInput, match=words):
+        transport.connect(address)
+    inner.parent.chmod(0o1777)
+    with Listener(address) as listener, transport.connect(address), listener.accept(5) as far:  # type: ignore[union-attr]
+        assert far.is_of(os.getpid()) and not far.is_of(1)
+    assert os.listdir(inner) == []
