@@ -421,6 +421,7 @@ enum pyhv_stop {
     PYHV_STOP_TRAP_LOG_FULL = 13, /* drain it with pyhv_vcpu_trap_log() and run on */
     PYHV_STOP_TRAP_LOST = 14,     /* a declared CPUID address holds something else: rip */
     PYHV_STOP_PANIC = 15,         /* the guest's kernel says that it has panicked */
+    PYHV_STOP_TRAP_EVENT = 16,    /* an interrupt or NMI waits that stepping cannot deliver */
 };
 
 struct pyhv_exit {

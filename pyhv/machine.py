@@ -695,8 +695,9 @@ class Machine:
                 message = f"the snapshot became shorter while its memory was in use: parts of it are gone; {message}"
             elif advice := choose.other_way(self.choice, self.facts, len(self.vm.vcpus), cause):
                 message += f"; {advice}"
-            if stopped is None or cause not in ("reset", "halted"):
-                registers = report.registers(self.vm.vcpus[stopped.vcpu if stopped else 0])
+            vcpu = self.vm.vcpus[stopped.vcpu if stopped else 0]
+            if cause not in ("reset", "halted") and not (cause == "triple-fault" and report.was_reset(vcpu)):
+                registers = report.registers(vcpu)
         errnum, lost = self.vm.devices.lost_output()
         if errnum and cause != "migrated":
             ended = message or (f"the guest ended with status {status}" if cause == "guest-exit" else "it is off")

@@ -43,6 +43,7 @@ _STOPS = {
     Stop.PANIC: "panic",
     Stop.INTERNAL_ERROR: "not-executable",
     Stop.FAIL_ENTRY: "not-executable",
+    Stop.TRAP_EVENT: "not-executable",
     Stop.SYSTEM_EVENT: "system-event",
 }
 

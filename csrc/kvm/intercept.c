@@ -10,6 +10,10 @@
  * the handler returns nothing is reported. Interrupts are held back where the kernel can
  * (KVM_GUESTDBG_BLOCKIRQ); software ones are counted as gaps; exceptions cannot be seen from here. And the
  * guest can see TF by PUSHF.
+ *
+ * A guest that would take an interrupt is refused when the first one waits: held back it would never come. To deliver it
+ * and stop in front of the handler takes a breakpoint there, on a vector that is certain only when it is too late: one of a
+ * higher priority may come in between, and its handler would run unseen.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -86,6 +90,65 @@ int pyhv_trap_arm(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
         debug.arch.debugreg[7] |= DR7_GLOBAL_BIT(i);
     }
     return set_guest_debug(vcpu, &debug, error);
+}
+
+/* Registers of the local APIC, bytes from its page (SDM Vol. 3, "Local APIC Register Address Map"). */
+enum { LAPIC_PPR = 0xa0, LAPIC_SVR = 0xf0, LAPIC_IRR = 0x200, LAPIC_LVT_LINT0 = 0x350 };
+enum { SVR_ENABLED = 1 << 8, LVT_MASKED = 1 << 16, MODE_EXTINT = 7 };
+#define RFLAGS_IF (UINT64_C(1) << 9)
+
+static uint32_t lapic_register(const uint8_t *lapic, unsigned at)
+{
+    uint32_t value;
+    memcpy(&value, lapic + at, sizeof value);
+    return value;
+}
+
+/* The priority class of the highest interrupt that waits in the LAPIC, 0 if none does. */
+static unsigned highest_class(const uint8_t *lapic)
+{
+    for (unsigned word = 8; word-- > 0;) { /* 32 vectors to a register, which are 16 bytes apart */
+        uint32_t waiting = lapic_register(lapic, LAPIC_IRR + word * 16);
+        if (waiting)
+            return (word * 32 + 31 - (unsigned)__builtin_clz(waiting)) >> 4;
+    }
+    return 0;
+}
+
+/* Whether one of the 8259As has an interrupt for the processor: KVM keeps that to itself, so by their registers. */
+static int pic_waits(const struct pyhv_vcpu *vcpu, struct pyhv_error *error)
+{
+    struct kvm_irqchip chip = {.chip_id = KVM_IRQCHIP_PIC_MASTER};
+    if (ioctl(vcpu->vm->fd, KVM_GET_IRQCHIP, &chip) < 0)
+        return pyhv_fail(error, errno, "KVM_GET_IRQCHIP", "the 8259A");
+    const struct kvm_pic_state *pic = &chip.chip.pic;
+    return pic->init_state == 0 && pic->irr & ~pic->imr && !pic->isr;
+}
+
+int pyhv_trap_event_waits(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
+{
+    uint8_t lapic[PYHV_LAPIC_SIZE];
+    struct pyhv_regs regs;
+    struct pyhv_events events;
+    if (!vcpu->vm->irqchip)
+        return 0;
+    if (pyhv_vcpu_get_events(vcpu, &events, error) < 0)
+        return -1;
+    if (events.nmi_pending && !events.nmi_masked)
+        return 1;
+    if (events.interrupt_shadow)
+        return 0;
+    if (pyhv_vcpu_get_regs(vcpu, &regs, error) < 0)
+        return -1;
+    if (!(regs.rflags & RFLAGS_IF))
+        return 0;
+    if (pyhv_vcpu_get_lapic(vcpu, lapic, error) < 0)
+        return -1;
+    if (lapic_register(lapic, LAPIC_SVR) & SVR_ENABLED &&
+        highest_class(lapic) > (lapic_register(lapic, LAPIC_PPR) >> 4 & 0xf))
+        return 1;
+    uint32_t lint0 = lapic_register(lapic, LAPIC_LVT_LINT0);
+    return lint0 & LVT_MASKED || (lint0 >> 8 & 7) != MODE_EXTINT ? 0 : pic_waits(vcpu, error);
 }
 
 int pyhv_trap_arm_step(struct pyhv_vcpu *vcpu, struct pyhv_error *error)

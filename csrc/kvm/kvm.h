@@ -39,6 +39,7 @@ struct pyhv_trap {
     const struct pyhv_cpuid_table *table; /* NULL: the kernel answers */
     uint32_t site_count;                  /* 0: every instruction is stepped */
     uint64_t sites[PYHV_TRAP_MAX_SITES];
+    uint32_t steps;
     bool block_irq; /* KVM_GUESTDBG_BLOCKIRQ exists: no interrupt is delivered between two steps */
     struct pyhv_cpuid_record *log;
     uint32_t log_capacity;
@@ -84,6 +85,9 @@ void pyhv_vcpu_look(struct pyhv_vcpu *vcpu);
 
 /* KVM_SET_GUEST_DEBUG for what the vCPU's trap needs: breakpoints at its sites, or nothing, also after steps. */
 int pyhv_trap_arm(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
+
+/* Whether the guest would now enter a handler, but for its being stepped: 1, 0, or -1 with an error. */
+int pyhv_trap_event_waits(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
 
 /* KVM_SET_GUEST_DEBUG for one step of one instruction. */
 int pyhv_trap_arm_step(struct pyhv_vcpu *vcpu, struct pyhv_error *error);

@@ -338,6 +338,10 @@ static bool finish_io(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
     return false;
 }
 
+/* A guest with interrupts on is looked at before each step, whether one waits; one with interrupts off, whom an NMI would
+ * interrupt, before so many. */
+enum { LOOK_FOR_EVENTS = 16 };
+
 /* Executes one instruction; CPUID from the trap's table if there is one. Returns true if the run ends. */
 static bool step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
 {
@@ -346,6 +350,15 @@ static bool step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
         return true;
     if (pyhv_vcpu_linear_rip(vcpu, &before, &exit->error) < 0)
         goto failed;
+    if (vcpu->trap.table && (vcpu->run->if_flag || vcpu->trap.steps++ % LOOK_FOR_EVENTS == 0)) {
+        int waits = pyhv_trap_event_waits(vcpu, &exit->error);
+        if (waits < 0)
+            goto failed;
+        if (waits) {
+            stop(exit, PYHV_STOP_TRAP_EVENT);
+            return true;
+        }
+    }
     if (vcpu->trap.table) {
         switch (pyhv_trap_answer(vcpu, before, &exit->error)) {
         case PYHV_TRAP_ANSWERED:

@@ -3,7 +3,8 @@
 kernel    KVM answers from the table that it was given. Costs nothing; sound where the probe found KVM faithful.
 emulator  the guest runs on the software accelerator, and the engine answers. Exact for every guest that it can run.
 trap      KVM runs the guest and the engine answers, stopping the vCPU in front of each CPUID. Exact at the addresses
-          that an image declares; by stepping it is exact only for a guest that takes no exceptions and no interrupts.
+          that an image declares; by stepping it is exact only for a guest that takes no exceptions, and ends one that
+          takes interrupts.
 
 `auto` takes the first that is sound for this guest, in this order; else it refuses and lists the choices. A KVM that
 the probe found unfaithful is none that VT-x or AMD-V is behind, and may lack what kernels use (4 MiB pages, INT3): a
@@ -306,7 +307,7 @@ def _trap(accelerator: Accelerator, facts: GuestFacts, leaks: dict[int, list[str
     if sites:
         how = f"at the {len(sites)} CPUID instruction{'s' * (len(sites) > 1)} that the image declares"
     else:
-        how = "by stepping, which misses CPUID in handlers of exceptions and interrupts"
+        how = "by stepping, which misses CPUID in handlers of exceptions, and ends a guest that takes interrupts"
     note = f"CPUID is answered by trap {how}"
     if leaks[0] or leaks[3]:
         note = f"{accelerator.name} on this host does not honour the CPUID table, so {note}"

@@ -26,6 +26,7 @@ class Stop(IntEnum):
     TRAP_LOG_FULL = 13
     TRAP_LOST = 14
     PANIC = 15
+    TRAP_EVENT = 16
 
 
 class Exit(NamedTuple):

@@ -18,10 +18,21 @@ def message(accelerator: Accelerator, vm: Vm, cause: str, stopped: Stopped | Non
         what = {"timeout": "timeout: the guest was still running", "interrupted": "interrupted"}.get(cause, cause)
         return f"{what}; {places}{more}"
     exit = stopped.exit
+    if exit.stop == Stop.TRIPLE_FAULT and was_reset(vm.vcpus[stopped.vcpu]):
+        return (
+            f"vCPU {stopped.vcpu}: triple fault; where, and what was in its registers, is gone: KVM resets an AMD "
+            "vCPU then (the emulator keeps them)"
+        )
     place = f"at rip 0x{exit.rip:x}"
     if exit.instruction:
         place += f" (bytes there: {exit.instruction.hex(' ')})"
     return f"vCPU {stopped.vcpu}: {_what(accelerator, exit)} {place}"
+
+
+def was_reset(vcpu: AccelVcpu) -> bool:
+    """Whether the vCPU is where a processor begins after a reset (SDM Vol. 3, "First Instruction Executed"). kvm_amd
+    puts it there on a triple fault: the processor leaves no state behind then (shutdown_interception(), svm.c)."""
+    return vcpu.get_regs().rip == 0xFFF0 and vcpu.get_sregs().cs.base == 0xFFFF0000
 
 
 def registers(vcpu: AccelVcpu) -> str:
@@ -60,6 +71,11 @@ def _what(accelerator: Accelerator, exit: Exit) -> str:
             return "the guest's kernel has panicked"
         case Stop.TRAP_LOST:
             return "the image declares a CPUID instruction where there is none"
+        case Stop.TRAP_EVENT:
+            return (
+                "an interrupt waits, which trap by stepping cannot deliver (the emulator can, and trap for an image "
+                "that declares its CPUID instructions)"
+            )
         case Stop.FAILED:
             return f"{exit.error}, the vCPU stands"
         case Stop.SYSTEM_EVENT:

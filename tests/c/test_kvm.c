@@ -403,6 +403,40 @@ static void kick_among_cpuids(void)
     destroy(&machine);
 }
 
+/* A guest that waits for an interrupt, by a loop or by HLT: held back by the stepping it would wait for ever. */
+static void stepping_refuses_interrupts(void)
+{
+    /* sti; 1: jmp 1b, and 1: sti; hlt; cli; jmp 1b */
+    static const uint8_t loop[] = {0xfb, 0xeb, 0xfe}, sleep[] = {0xfb, 0xf4, 0xfa, 0xeb, 0xfb};
+    for (int which = 0; which < 2; which++)
+        for (int through_pic = 0; through_pic < 2; through_pic++) {
+            struct machine machine;
+            struct pyhv_cpuid_table table;
+            struct pyhv_error error = {0};
+            struct pyhv_exit exit;
+            struct pyhv_irqchip chips;
+            struct pyhv_trap_config config = {.table = &table};
+            build(&machine, which ? sleep : loop, which ? sizeof sleep : sizeof loop, 1);
+            CHECK_EQUAL(pyhv_cpuid_table_init(&table, table_entries, TABLE_COUNT, &error), 0);
+            CHECK_EQUAL(pyhv_vcpu_trap(machine.vcpu, &config, &error), 0);
+            CHECK_EQUAL(pyhv_vm_get_irqchip(machine.vm, &chips, &error), 0);
+            if (through_pic) {
+                chips.pic[0].irr = 1 << 4;
+            } else {
+                uint8_t lapic[PYHV_LAPIC_SIZE];
+                CHECK_EQUAL(pyhv_vcpu_get_lapic(machine.vcpu, lapic, &error), 0);
+                lapic[0xf1] = 1;    /* enabled by software */
+                lapic[0x220] = 0x1; /* vector 0x40 waits */
+                CHECK_EQUAL(pyhv_vcpu_set_lapic(machine.vcpu, lapic, &error), 0);
+            }
+            CHECK_EQUAL(pyhv_vm_set_irqchip(machine.vm, &chips, &error), 0);
+            pyhv_vcpu_run(machine.vcpu, &exit);
+            CHECK_EQUAL(exit.stop, PYHV_STOP_TRAP_EVENT);
+            CHECK(exit.rip >= ENTRY && exit.rip < ENTRY + 5);
+            destroy(&machine);
+        }
+}
+
 static void trap_on_the_wrong_address(void)
 {
     struct machine machine;
@@ -705,6 +739,7 @@ int main(void)
     kicks_without_a_queue();
     looks_at_running_vcpus();
     kick_among_cpuids();
+    stepping_refuses_interrupts();
     steps();
     for (uint32_t capacity = 0; capacity <= 2; capacity++) {
         traps(2, capacity);

@@ -15,6 +15,12 @@ from pyhv.vm.vm import Vm
 
 from .conftest import run
 
+#: mov $0xfee00000, %eax; movl $0x1ff, 0xf0(%rax); movl $0xb, 0x3e0(%rax); movl $0x30, 0x320(%rax); movl $1000000,
+#: 0x380(%rax); sti; 1: pause; jmp 1b: the local APIC's timer, in 1 ms, at vector 0x30.
+WAITS_FOR_ITS_TIMER = bytes.fromhex(
+    "b80000e0fe c780f0000000ff010000 c780e00300000b000000 c7802003000030000000 c7808003000040420f00 fb f390 ebfc"
+)
+
 
 def test_hello() -> None:
     result = run("hello", append="two words")
@@ -42,6 +48,24 @@ def test_the_guests_byte_is_the_status(status: int) -> None:
 def test_every_end_has_its_cause(word: str, cause: str, status: int) -> None:
     result = run("faults", append=word)
     assert (result.cause, result.status) == (cause, status), result.message
+
+
+def test_a_triple_fault_shows_registers_or_says_that_they_are_gone() -> None:
+    result = run("faults", append="triple-fault")
+    if "is gone" in result.message:  # kvm_amd
+        assert "KVM resets an AMD vCPU" in result.message and result.registers == ""
+        assert "fffffff0" not in result.message
+    else:
+        assert "triple fault at rip 0x10" in result.message and "rip 000000000010" in result.registers
+
+
+def test_trap_by_stepping_ends_a_guest_that_takes_interrupts(tmp_path: Path) -> None:
+    """Held back by the stepping its timer's interrupt would never come."""
+    image = tmp_path / "lt"
+    image.write_bytes(WAITS_FOR_ITS_TIMER)
+    result = run(str(image), boot="flat", intercept="trap", accel="kvm", timeout=60)
+    assert (result.cause, result.status) == ("not-executable", 122), result.message
+    assert "an interrupt waits, which trap by stepping cannot deliver" in result.message
 
 
 def test_what_kvm_cannot_execute_is_named_with_its_bytes_and_registers(unfaithful: None) -> None:
