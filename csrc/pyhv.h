@@ -119,6 +119,16 @@ void pyhv_device_destroy(struct pyhv_device *device);
  * -1 (output is dropped, no input). The descriptors stay the caller's. */
 struct pyhv_device *pyhv_uart16550_create(uint16_t port, uint32_t gsi, int in_fd, int out_fd, struct pyhv_error *error);
 
+/* Keeps the last `size` bytes of output in memory instead of writing them to out_fd. Before the first run. */
+int pyhv_uart16550_keep(struct pyhv_device *uart, size_t size, struct pyhv_error *error);
+/* Copies up to `size` bytes of what is kept, from the byte number `from` on (the first byte of output is 0), or from the
+ * first that is still there; tells the number of that one and of the one after the last. Returns how many were copied.
+ * Any thread. */
+size_t pyhv_uart16550_kept(struct pyhv_device *uart, uint64_t from, uint8_t *buffer, size_t size, uint64_t *first,
+                           uint64_t *end);
+
+/* Input comes from `in_fd` from now on, which stays the caller's. While nobody pumps it. */
+int pyhv_uart16550_set_input(struct pyhv_device *uart, int in_fd, struct pyhv_error *error);
 /* Moves bytes from the UART's in_fd into its receive FIFO, raising interrupts, until in_fd ends or
  * pyhv_uart16550_stop_input() is called from another thread. Blocks: call it on a thread of its own. Returns 0 at the
  * end of input or when stopped, -1 on a read error. */

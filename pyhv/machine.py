@@ -7,7 +7,7 @@ import sys
 
 from pyhv import arguments, outcome
 from pyhv.accel import choose
-from pyhv.accel.data import CpuidRecord
+from pyhv.accel.data import CpuidRecord, Regs, Sregs
 from pyhv.boot import image as boot_image
 from pyhv.boot import recognise, start64
 from pyhv.cpu import policy, profiles
@@ -21,6 +21,7 @@ from pyhv.vm.vm import Departure, Stopped, Trap, Vm
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
+    from re import Match, Pattern
     from types import TracebackType
     from typing import Self
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pyhv.migration.transport import Channel, Tls
     from pyhv.state.needs import Needs
     from pyhv.state.records import MachineRecord
+    from pyhv.vm.console import Console
 
 # The start state and an image at 1 MiB must fit.
 MIN_MEMORY = 2 << 20
@@ -65,6 +67,14 @@ class RunResult(NamedTuple):
     """The registers of the vCPU that the message is about, in several lines, or ""."""
     counters: dict[str, int]
     """Exits of all vCPUs by kind."""
+    console_dropped: int = 0
+    """So many bytes the guest had printed before `console`, which are kept no longer."""
+    vcpu: int | None = None
+    """The vCPU that the message is about, where there are registers."""
+    regs: Regs | None = None
+    """Its general registers, RIP and RFLAGS."""
+    sregs: Sregs | None = None
+    """Its segment, descriptor-table and control registers."""
 
 
 class _Plan(NamedTuple):
@@ -526,14 +536,14 @@ class Machine:
     ) -> None:
         """Makes the VM and its console. plan: its memory is given over. prepare: puts the guest into the VM."""
         memory = plan.memory
-        self._captured = -1
+        self._has_input, self._captured = console_in >= 0, console_out is None
         try:
-            if console_out is None:
-                console_out = self._captured = os.memfd_create("pyhv-console", os.MFD_CLOEXEC)
-            devices = Devices(memory.low_size, memory.size - memory.low_size, console_in, console_out, plan.pc)
+            out = -1 if console_out is None else console_out
+            devices = Devices(memory.low_size, memory.size - memory.low_size, console_in, out, plan.pc)
+            if self._captured:
+                devices.keep_output()
         except BaseException:
             memory.close()
-            self._close_console()
             raise
         trap = None
         if self.choice.intercept == "trap" or on_cpuid:
@@ -548,7 +558,6 @@ class Machine:
         except BaseException:
             if hasattr(self, "vm"):
                 self.vm.close()
-            self._close_console()
             raise
 
     def _boot(self, vm: Vm) -> None:
@@ -666,10 +675,10 @@ class Machine:
     ) -> RunResult:
         """The result for a paused VM; `cause` says why it is paused where the guest has not ended (stopped is None).
         fail_on: as in run(). Raises WrongState for one that is running or closed."""
-        self.vm.life.check_free("be asked for a result")
+        self.vm.life.check_free("result")
         with self.vm.life.turn:
             if self.vm.running or self.vm.life.at == life.CLOSED:
-                raise self.vm.life.refusal("be asked for a result")
+                raise self.vm.life.refusal("result")
             result = self._result(stopped, cause)
         return result._replace(status=outcome.status_of(result.cause, result.status, fail_on))
 
@@ -685,6 +694,7 @@ class Machine:
         else:
             status = outcome.status_of(cause)
         message = registers = ""
+        about: tuple[int, Regs, Sregs] | tuple[()] = ()
         if cause == "migrated":
             message = f"migrated to {self.handed_over}"
         elif cause not in ("guest-exit", "power-off"):
@@ -696,24 +706,61 @@ class Machine:
             elif advice := choose.other_way(self.choice, self.facts, len(self.vm.vcpus), cause):
                 message += f"; {advice}"
             vcpu = self.vm.vcpus[stopped.vcpu if stopped else 0]
-            if cause not in ("reset", "halted") and not (cause == "triple-fault" and report.was_reset(vcpu)):
-                registers = report.registers(vcpu)
+            if not (cause == "triple-fault" and report.was_reset(vcpu)):
+                about = (vcpu.index, vcpu.get_regs(), vcpu.get_sregs())
+                if cause not in ("reset", "halted"):
+                    registers = report.registers(vcpu)
         errnum, lost = self.vm.devices.lost_output()
         if errnum and cause != "migrated":
             ended = message or (f"the guest ended with status {status}" if cause == "guest-exit" else "it is off")
             message = f"console: {os.strerror(errnum)}: {lost} bytes of the guest's output are lost; {ended}"
             cause, status = "internal-error", outcome.status_of("internal-error")
-        return RunResult(cause, status, self.console(), message, registers, self.counters())
+        console, dropped = self.vm.output()
+        return RunResult(cause, status, console, message, registers, self.counters(), dropped, *about)
 
     def counters(self) -> dict[str, int]:
         """Exits of all vCPUs by kind, so far. Any thread may ask."""
         return self.vm.counters()
 
     def console(self) -> bytes:
-        """What the guest has printed so far, where the console is captured; else nothing."""
-        if self._captured < 0:
-            return b""
-        return os.pread(self._captured, os.fstat(self._captured).st_size, 0)
+        """What the guest has printed so far, where the console is captured; else nothing. The last 16 MiB are kept
+        (vm.devices.KEPT): console_dropped says how much came before them."""
+        return self.vm.output()[0]
+
+    @property
+    def console_dropped(self) -> int:
+        """How many bytes the guest had printed before what console() returns, which are kept no longer."""
+        return self.vm.output()[1]
+
+    def send(self, data: bytes, timeout: float | None = None) -> None:
+        """Types `data` on the guest's console. Returns when all of it waits for the guest or was read by it; up to
+        64 KiB may wait. What was not read when the VM is migrated does not travel. For a machine without console_in.
+
+        Raises BadInput, WrongState where there is no guest here to read it, TimedOut after `timeout` seconds.
+        """
+        arguments.timeout(timeout)
+        self.vm.life.check_thread("send")
+        self._conversation().send(data, timeout)
+
+    def expect(self, what: bytes | Pattern[bytes], timeout: float | None = None) -> Match[bytes]:
+        """Waits until the guest, which start() lets run, has printed what `what` matches: bytes as they are, or a
+        compiled pattern; the match. Each call looks at what came behind the match of the one before. For a machine
+        without console_out. A pattern sees what has come so far: let it end in something that tells that all is there.
+
+        Raises TimedOut after `timeout` seconds, WrongState where it cannot come any more (the guest ended, was moved or
+        closed, or stop() was called), BadInput, and what a callback on a vCPU's thread raised.
+        """
+        arguments.timeout(timeout)
+        self.vm.life.check_free("expect")
+        return self._conversation().expect(what, timeout)
+
+    def _conversation(self) -> Console:
+        from pyhv.vm.console import Console
+
+        if "_console" not in self.__dict__:  # made by one of the threads that come first
+            self.__dict__.setdefault("_console", Console(self.vm, self._captured, self._has_input))
+        made: Console = self.__dict__["_console"]
+        return made
 
     def close(self) -> None:
         """Ends the VM and gives everything back; closing twice is allowed."""
@@ -725,12 +772,8 @@ class Machine:
                     arrival, self._arrival = self._arrival, None
                 if arrival is not None:
                     arrival.close()
-                self._close_console()
-
-    def _close_console(self) -> None:
-        if self._captured >= 0:
-            os.close(self._captured)
-            self._captured = -1
+                if "_console" in self.__dict__:
+                    self._conversation().close()
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         vm: Vm | None = self.__dict__.get("vm")

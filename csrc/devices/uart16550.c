@@ -154,6 +154,9 @@ struct uart {
     unsigned waiting;     /* threads that want to send as soon as one that does not wait has done */
     uint32_t epoch;   /* counts loads: what was being sent then is no longer the transmitter's */
     pthread_cond_t sent;
+    uint8_t *kept; /* a ring of the last kept_size bytes of output, which go nowhere else; NULL: there is none */
+    size_t kept_size;
+    uint64_t kept_end; /* bytes of output so far */
 
     int in_fd;
     int wake_fd; /* eventfd: the pump shall look again */
@@ -274,6 +277,18 @@ static bool has_output(const struct uart *uart)
     return uart->out_fd >= 0 && uart->output_errno == 0;
 }
 
+static void keep(struct uart *uart, const uint8_t *bytes, size_t count)
+{
+    while (count > 0) {
+        size_t at = uart->kept_end % uart->kept_size;
+        size_t part = count < uart->kept_size - at ? count : uart->kept_size - at;
+        memcpy(uart->kept + at, bytes, part);
+        uart->kept_end += part;
+        bytes += part;
+        count -= part;
+    }
+}
+
 static void drop_output(struct uart *uart)
 {
     struct registers *r = &uart->r;
@@ -304,6 +319,13 @@ static void transmit(struct uart *uart, bool wait)
     struct registers *r = &uart->r;
     uint8_t bytes[TRANSMIT_SIZE];
 
+    if (uart->kept) {
+        if (r->transmit_count > 0) {
+            keep(uart, r->transmit, r->transmit_count);
+            drop_output(uart);
+        }
+        return;
+    }
     if (!wait && uart->waiting)
         return;
     /* One that does not wait gives up where there is no room: what it leaves would be sent by nobody. */
@@ -349,6 +371,12 @@ static void write_thr(struct uart *uart, const uint8_t *bytes, uint32_t count)
     struct registers *r = &uart->r;
     r->thr_empty_event = false;
     update_irq(uart);
+    if (uart->kept) {
+        transmit(uart, false); /* what was loaded with a state */
+        keep(uart, bytes, count);
+        drop_output(uart);
+        return;
+    }
     if (!has_output(uart)) {
         if (uart->output_errno)
             uart->output_lost += count;
@@ -459,6 +487,19 @@ static void loop_back(struct registers *r, uint8_t byte)
         r->overrun = true;
     }
     r->thr_empty_event = r->transmit_count == 0; /* bytes from before the loopback may still wait for out_fd */
+}
+
+int pyhv_uart16550_set_input(struct pyhv_device *device, int in_fd, struct pyhv_error *error)
+{
+    struct uart *uart = uart_of(device);
+    int wake_fd = uart->wake_fd >= 0 ? uart->wake_fd : eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (wake_fd < 0)
+        return pyhv_fail(error, errno, "eventfd", "for uart16550");
+    pthread_mutex_lock(&device->lock);
+    uart->wake_fd = wake_fd;
+    uart->in_fd = in_fd;
+    pthread_mutex_unlock(&device->lock);
+    return 0;
 }
 
 int pyhv_uart16550_pump_input(struct pyhv_device *device, struct pyhv_error *error)
@@ -809,6 +850,7 @@ static void uart_release(struct pyhv_device *device)
     if (uart->wake_fd >= 0)
         close(uart->wake_fd);
     pthread_cond_destroy(&uart->sent);
+    free(uart->kept);
 }
 
 static const struct pyhv_device_ops uart_ops = {
@@ -871,4 +913,36 @@ struct pyhv_device *pyhv_uart16550_create(uint16_t port, uint32_t gsi, int in_fd
         uart->guard_sigpipe = pyhv_sigpipe_matters();
     }
     return device;
+}
+
+int pyhv_uart16550_keep(struct pyhv_device *device, size_t size, struct pyhv_error *error)
+{
+    struct uart *uart = uart_of(device);
+    uart->kept = malloc(size);
+    if (!uart->kept)
+        return pyhv_fail(error, ENOMEM, "malloc", "for the console's output");
+    uart->kept_size = size;
+    return 0;
+}
+
+size_t pyhv_uart16550_kept(struct pyhv_device *device, uint64_t from, uint8_t *buffer, size_t size, uint64_t *first,
+                           uint64_t *end)
+{
+    struct uart *uart = uart_of(device);
+    pthread_mutex_lock(&device->lock);
+    *end = uart->kept_end;
+    *first = *end > uart->kept_size ? *end - uart->kept_size : 0;
+    if (from < *first)
+        from = *first;
+    size_t count = from < *end ? (size_t)(*end - from) : 0;
+    if (count > size)
+        count = size;
+    if (count > 0) {
+        size_t at = from % uart->kept_size;
+        size_t part = count < uart->kept_size - at ? count : uart->kept_size - at;
+        memcpy(buffer, uart->kept + at, part);
+        memcpy(buffer + part, uart->kept, count - part);
+    }
+    pthread_mutex_unlock(&device->lock);
+    return count;
 }

@@ -19,6 +19,9 @@ PVPANIC_PORT = 0x505
 GENERATION_ID = 0xE0100  # where it lies in guest memory, among the ACPI tables
 GENERATION_EVENT = 0  # the general-purpose event that tells of a new VM generation ID
 
+KEPT = 16 << 20
+"""So many bytes of the console's output are kept, the last ones, where it goes nowhere else."""
+
 _STATE_MAX = 8192  # PYHV_DEVICE_STATE_MAX
 
 
@@ -41,6 +44,7 @@ class Devices:
         error = new_error()
         self.bus: Any = check(lib.pyhv_bus_create(error), error)
         self._has_input = console_in >= 0
+        self._keeps = False
         self._pump: threading.Thread | None = None
         self._pump_told = False  # to end
         self._uart: Any = None
@@ -116,6 +120,34 @@ class Devices:
     def tell_generation(self) -> None:
         """Tells the guest of a pc that its VM generation ID is a new one."""
         lib.pyhv_acpi_pm_event(self._devices["acpi_pm"], GENERATION_EVENT)
+
+    def keep_output(self) -> None:
+        """Keeps the last KEPT bytes of the console's output in memory, for output(). Before the VM runs. Raises
+        HostError."""
+        error = new_error()
+        check(lib.pyhv_uart16550_keep(self._uart, KEPT, error), error)
+        self._keeps = True
+
+    def output(self, since: int = 0) -> tuple[bytes, int]:
+        """What is kept of the console's output from byte number `since` on, and the number of the first of these bytes,
+        which is a later one where there was more output than is kept. Any thread."""
+        if not self._keeps:
+            return b"", since
+        first, end = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        lib.pyhv_uart16550_kept(self._uart, since, ffi.NULL, 0, first, end)
+        # What comes between the two calls is for the next one.
+        size = end[0] - max(since, first[0]) if end[0] > since else 0
+        if not size:
+            return b"", max(since, first[0])
+        buffer = ffi.new("uint8_t[]", size)
+        count = lib.pyhv_uart16550_kept(self._uart, since, buffer, size, first, end)
+        return bytes(ffi.buffer(buffer, count)), max(since, first[0])
+
+    def set_input(self, descriptor: int) -> None:
+        """Console input comes from there, once start_input() is called. While there is no other. Raises HostError."""
+        error = new_error()
+        check(lib.pyhv_uart16550_set_input(self._uart, descriptor, error), error)
+        self._has_input = True
 
     def start_input(self) -> None:
         """Starts moving console input to the UART; a VM without input needs no thread for it."""

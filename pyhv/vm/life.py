@@ -74,7 +74,16 @@ _WORDS = {
 }
 
 # What cannot be done, for a message.
-_CANNOT = {START: "be started", PAUSE: "be paused", SAVE: "be saved", MIGRATE: "be migrated", CLOSE: "be closed"}
+_CANNOT = {
+    START: "be started",
+    PAUSE: "be paused",
+    SAVE: "be saved",
+    MIGRATE: "be migrated",
+    CLOSE: "be closed",
+    "result": "be asked for a result",
+    "send": "be sent input",
+    "expect": "print",
+}
 
 
 class Life:

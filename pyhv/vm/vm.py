@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 _KICK_AGAIN = 0.005
 
-# Not more than threading takes.
-_FOR_EVER = 1e6
+# How often to ask what wait_for() is given, in seconds.
+_LOOK = 0.005
 
 # How often something is begun again that was interrupted; nobody presses Ctrl-C as quickly.
 _ATTEMPTS = 10
@@ -302,10 +302,10 @@ class Vm:
         self.wait_for(timeout)
         return self.stopped
 
-    def wait_for(self, timeout: float | None = None) -> str:
+    def wait_for(self, timeout: float | None = None, found: Callable[[], bool] | None = None) -> str:
         """Waits until the guest comes to its end ("ended"; the VM is paused then), or was moved away ("moved"), or
         somebody closes the VM ("closed") or calls interrupt() ("stopped"), at most `timeout` seconds ("timeout"); which
-        of them.
+        of them. found: is asked now and then; once it says yes that is the answer ("found").
 
         A guest whose vCPUs are all halted, with nothing that could wake them, has come to its end: Stop.HALTED. Raises
         WrongState, BadInput for a timeout that is none, and what a vCPU's thread failed with.
@@ -318,7 +318,7 @@ class Vm:
         news.acquire()
         try:
             self._waiters.append(news)
-            reason = self._wait(deadline, interrupts, news)
+            reason = self._wait(deadline, interrupts, news, found)
         finally:
             self._waiters.remove(news)
         if reason == "stopped":
@@ -328,15 +328,22 @@ class Vm:
                 self._pause()
         return reason
 
-    def _wait(self, deadline: float | None, interrupts: int, news: threading.Lock) -> str:
+    def _wait(
+        self, deadline: float | None, interrupts: int, news: threading.Lock, found: Callable[[], bool] | None
+    ) -> str:
         idle = IdleWatch()
         while True:
-            left = _FOR_EVER if deadline is None else deadline - time.monotonic()
-            if not (reason := self._reason(interrupts)) and left > 0:
-                news.acquire(timeout=min(idle.interval, left))
+            look_at = time.monotonic() + idle.interval
+            while (now := time.monotonic()) < look_at:
                 reason = self._reason(interrupts)
-            if reason or left <= 0:
-                return reason or "timeout"
+                if found is not None and found():  # after the look: of a guest that has ended nothing more comes
+                    return "found"
+                if reason:
+                    return reason
+                if deadline is not None and now >= deadline:
+                    return "timeout"
+                step = look_at - now if deadline is None else min(look_at, deadline) - now
+                news.acquire(timeout=step if found is None else min(step, _LOOK))
             threads = [thread.native_id for thread in self._threads]
             if idle.lies_still(threads) and not self._halted_for_good():
                 idle.note_alive(threads)
@@ -414,6 +421,22 @@ class Vm:
                     total[name] = total.get(name, 0) + count
         return total
 
+    def output(self, since: int = 0) -> tuple[bytes, int]:
+        """As Devices.output(); of a closed VM nothing. Any thread."""
+        with self._noted:  # close() takes it away
+            return self.devices.output(since) if self.devices.bus else (b"", since)
+
+    def take_input(self, descriptor: int) -> None:
+        """Console input comes from there from now on; there was none before. The descriptor stays the caller's. Raises
+        WrongState, HostError."""
+        self.life.check_thread("send")
+        with self.life.turn:
+            if not self.life.is_here:
+                raise self.life.refusal("send")
+            self.devices.set_input(descriptor)
+            if self.running:
+                self.devices.start_input()
+
     def close(self) -> None:
         """Ends the VM, whatever it is doing, and gives everything back. A save or a migration is given up; one that is
         handed over already is waited for. Raises WrongState inside a callback, and what a vCPU's thread failed with."""
@@ -439,7 +462,8 @@ class Vm:
         if self._vm is not None:
             self._vm.close()
             self._vm = None
-        self.devices.close()
+        with self._noted:
+            self.devices.close()
         self.memory.close()
         with self._noted:
             self.life.at = life.CLOSED

@@ -1284,6 +1284,55 @@ static void await_data(struct pyhv_bus *bus)
     CHECK(in(bus, COM1 + LSR) & 1);
 }
 
+static void test_uart_kept_output(void)
+{
+    struct rig rig;
+    uint8_t text[300], got[64];
+    uint64_t first, end;
+    for (size_t i = 0; i < sizeof text; i++)
+        text[i] = (uint8_t)i;
+    uart_rig(&rig, -1, -1);
+    CHECK_EQUAL(pyhv_uart16550_keep(rig.device, 16, &error), 0);
+    CHECK_EQUAL(pyhv_uart16550_kept(rig.device, 0, got, sizeof got, &first, &end), 0);
+    CHECK_EQUAL(first | end, 0);
+    out(rig.bus, COM1 + MCR, 0x08);
+    out(rig.bus, COM1 + IER, 0x02);
+    in(rig.bus, COM1 + IIR);
+    static const struct step ready[] = {W(RBR, 'a', 1), R(LSR, 0x60, 1), R(IIR, 0x02, 0)};
+    PLAY("always ready", &rig, COM1, ready);
+    CHECK_EQUAL(pyhv_uart16550_kept(rig.device, 0, got, sizeof got, &first, &end), 1);
+    CHECK_EQUAL(got[0], 'a');
+    /* The last 16 of 301, from anywhere, in pieces. */
+    pyhv_bus_port_io(rig.bus, COM1, 1, 1, sizeof text, text);
+    CHECK_EQUAL(pyhv_uart16550_kept(rig.device, 0, got, sizeof got, &first, &end), 16);
+    CHECK_EQUAL(first, 301 - 16);
+    CHECK_EQUAL(end, 301);
+    CHECK(memcmp(got, text + sizeof text - 16, 16) == 0);
+    CHECK_EQUAL(pyhv_uart16550_kept(rig.device, 290, got, 4, &first, &end), 4);
+    CHECK(memcmp(got, text + 289, 4) == 0);
+    CHECK_EQUAL(pyhv_uart16550_kept(rig.device, 301, got, sizeof got, &first, &end), 0);
+    CHECK_EQUAL(pyhv_uart16550_kept(rig.device, 5000, got, sizeof got, &first, &end), 0);
+    rig_down(&rig);
+}
+
+static void test_uart_input_set_later(void)
+{
+    int fds[2];
+    struct pump pump;
+    CHECK_EQUAL(pipe(fds), 0);
+    struct rig rig;
+    uart_rig(&rig, -1, -1);
+    CHECK_EQUAL(pyhv_uart16550_set_input(rig.device, fds[0], &error), 0);
+    pump_start(&pump, rig.device);
+    CHECK_EQUAL(write(fds[1], "x", 1), 1);
+    await_data(rig.bus);
+    CHECK_EQUAL(in(rig.bus, COM1 + RBR), 'x');
+    pump_stop(&pump);
+    rig_down(&rig);
+    close(fds[0]);
+    close(fds[1]);
+}
+
 static void test_uart_pump(void)
 {
     int fds[2];
@@ -2639,6 +2688,8 @@ int main(int argc, char **argv)
         TEST(uart_two_writers),
         TEST(uart_broken_output),
         TEST(uart_output_to_file),
+        TEST(uart_kept_output),
+        TEST(uart_input_set_later),
         TEST(uart_pump),
         TEST(uart_pump_stop),
         TEST(uart_input_waits_for_the_guest),
