@@ -434,6 +434,12 @@ enum pyhv_stop {
     PYHV_STOP_TRAP_EVENT = 16,    /* an interrupt or NMI waits that stepping cannot deliver */
 };
 
+/* suberror of the emulator's PYHV_STOP_INTERNAL_ERROR. */
+enum {
+    PYHV_SUBERROR_NO_CODE = 1,     /* where the guest wants to execute there is no RAM; KVM's number for it */
+    PYHV_SUBERROR_LOST_MEMORY = 2, /* the file behind guest memory was cut short */
+};
+
 struct pyhv_exit {
     uint32_t stop;        /* enum pyhv_stop */
     uint32_t exit_reason; /* the accelerator's own number (KVM_EXIT_*) of the last exit */

@@ -702,7 +702,8 @@ class Machine:
 
             message = report.message(self.choice.accelerator, self.vm, cause, stopped)
             if cut_short:
-                message = f"the snapshot became shorter while its memory was in use: parts of it are gone; {message}"
+                name = self.vm.memory.file()
+                message = f"the snapshot {name} became shorter while its memory was in use: parts are gone; {message}"
             elif advice := choose.other_way(self.choice, self.facts, len(self.vm.vcpus), cause):
                 message += f"; {advice}"
             vcpu = self.vm.vcpus[stopped.vcpu if stopped else 0]

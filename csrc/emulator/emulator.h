@@ -9,6 +9,7 @@
 #ifndef PYHV_EMULATOR_EMULATOR_H
 #define PYHV_EMULATOR_EMULATOR_H
 
+#include <setjmp.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <time.h>
@@ -88,7 +89,14 @@ struct pyhv_emulator_vcpu {
     } waiting;
 
     /* What hooks leave for the run loop. */
-    enum { HAPPENED_NOTHING, HAPPENED_EXCEPTION, HAPPENED_SYSCALL, HAPPENED_SYSENTER, HAPPENED_ACTION } happened;
+    enum {
+        HAPPENED_NOTHING,
+        HAPPENED_EXCEPTION,
+        HAPPENED_SYSCALL,
+        HAPPENED_SYSENTER,
+        HAPPENED_ACTION,
+        HAPPENED_LOST_MEMORY
+    } happened;
     uint32_t vector;    /* HAPPENED_EXCEPTION */
     int action;         /* HAPPENED_ACTION: enum pyhv_action */
     bool log_full;      /* the log of CPUIDs */
@@ -96,8 +104,10 @@ struct pyhv_emulator_vcpu {
 
     struct pyhv_kick kick;
     atomic_int kicked;
-    atomic_bool attention; /* the run loop must look at kick and interrupts before it goes on */
-    bool stepping;         /* one instruction only, which nothing from outside ends */
+    atomic_bool attention;  /* the run loop must look at kick and interrupts before it goes on */
+    bool executing;         /* the engine */
+    sigjmp_buf lost_memory; /* where to when guest memory is gone while it does not execute: lost.c */
+    bool stepping;          /* one instruction only, which nothing from outside ends */
     struct library_stop stop;
 
     /* The alarm of the vCPU's thread, while it runs: a timer, or where the queue of signals has no room for one a thread
@@ -140,6 +150,10 @@ int emulator_copy(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state
 /* Reads guest memory as the vCPU sees it; returns how many bytes could be read from the start on. */
 size_t emulator_peek(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state, uint64_t linear, void *buffer,
                      size_t size);
+
+/* From here on this thread runs the vCPU, or with NULL none: if memory of the guest's is gone the engine leaves with
+ * HAPPENED_LOST_MEMORY, and other code goes on at vcpu->lost_memory. */
+void emulator_watch_memory(struct pyhv_emulator_vcpu *vcpu);
 
 /* ------------------------------------------------------------------------------------------------- events -- */
 

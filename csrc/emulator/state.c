@@ -255,10 +255,7 @@ int pyhv_emulator_vcpu_get_sregs(struct pyhv_emulator_vcpu *vcpu, struct pyhv_sr
     };
     if ((state->cr[0] & CR0_PG) && (state->cr[4] & CR4_PAE) && !(state->efer & EFER_LMA)) {
         const uint8_t *entries = emulator_host(vcpu->vm, state->cr[3] & 0xffffffe0, sizeof sregs->pdptrs);
-        if (entries) {
-            memcpy(sregs->pdptrs, entries, sizeof sregs->pdptrs);
-            sregs->pdptrs_valid = 1;
-        }
+        sregs->pdptrs_valid = entries && pyhv_memory_read(entries, sregs->pdptrs, sizeof sregs->pdptrs, NULL) == 0;
     }
     return 0;
 }

@@ -540,6 +540,12 @@ static bool stop_for_want(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exi
     return stop(exit, PYHV_STOP_FAILED);
 }
 
+static bool stop_for_lost_memory(struct pyhv_exit *exit)
+{
+    exit->suberror = PYHV_SUBERROR_LOST_MEMORY;
+    return stop(exit, PYHV_STOP_INTERNAL_ERROR);
+}
+
 /* Takes over what emulator_deliver() and its like have done. */
 static bool finish_event(struct pyhv_emulator_vcpu *vcpu, enum emulator_delivery done, struct pyhv_exit *exit)
 {
@@ -587,7 +593,7 @@ static bool raise_invalid_opcode(struct pyhv_emulator_vcpu *vcpu, struct pyhv_ex
     struct cpu_state *state = &vcpu->context->state;
     uint8_t byte;
     if (emulator_peek(vcpu, state, state->segs[CS].base + state->rip, &byte, 1) != 1) {
-        exit->suberror = 1; /* as KVM says it: it cannot execute the instruction */
+        exit->suberror = PYHV_SUBERROR_NO_CODE;
         return stop(exit, PYHV_STOP_INTERNAL_ERROR);
     }
     return finish_event(vcpu, emulator_deliver(vcpu, state, EVENT_FAULT, INVALID_OPCODE, 0), exit);
@@ -691,7 +697,9 @@ static bool run_engine(struct pyhv_emulator_vcpu *vcpu, size_t count, struct pyh
     uint64_t rip = pyhv_library_state(vcpu->engine)->rip;
     vcpu->happened = HAPPENED_NOTHING;
     vcpu->stepping = count != 0;
+    vcpu->executing = true;
     int code = uc.emu_start(vcpu->engine, rip, 0, 0, count);
+    vcpu->executing = false;
     exit->exit_reason = (uint32_t)code;
 
     switch (vcpu->happened) {
@@ -703,6 +711,8 @@ static bool run_engine(struct pyhv_emulator_vcpu *vcpu, size_t count, struct pyh
         return enter_kernel(vcpu, emulator_syscall, exit);
     case HAPPENED_SYSENTER:
         return enter_kernel(vcpu, emulator_sysenter, exit);
+    case HAPPENED_LOST_MEMORY:
+        return stop_for_lost_memory(exit);
     case HAPPENED_NOTHING:
         break;
     }
@@ -710,7 +720,7 @@ static bool run_engine(struct pyhv_emulator_vcpu *vcpu, size_t count, struct pyh
         return raise_invalid_opcode(vcpu, exit);
     if (code == UC_ERR_FETCH_UNMAPPED || code == UC_ERR_FETCH_PROT || code == UC_ERR_READ_UNMAPPED ||
         code == UC_ERR_WRITE_UNMAPPED) {
-        exit->suberror = 1;
+        exit->suberror = PYHV_SUBERROR_NO_CODE;
         return stop(exit, PYHV_STOP_INTERNAL_ERROR);
     }
     if (code != UC_ERR_OK)
@@ -753,7 +763,8 @@ static bool turn(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
     return run_engine(vcpu, 0, exit);
 }
 
-/* Adds where the vCPU stands, for whoever reads the exit, and leaves its state as it is to be saved. */
+/* Adds where the vCPU stands, for whoever reads the exit, and leaves its state as it is to be saved. Without the bytes there
+ * if they, or the page tables, are gone. */
 static void describe(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
 {
     if (emulator_save(vcpu, vcpu->context, NULL) < 0)
@@ -765,6 +776,8 @@ static void describe(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
     if (changed)
         (void)emulator_load(vcpu, vcpu->context, false, NULL);
     exit->rip = state->segs[CS].base + state->rip;
+    if (sigsetjmp(vcpu->lost_memory, 0))
+        return;
     exit->bytes_count = (uint32_t)emulator_peek(vcpu, state, exit->rip, exit->bytes, sizeof exit->bytes);
 }
 
@@ -815,9 +828,11 @@ static void destroy_alarm(struct pyhv_emulator_vcpu *vcpu)
 static int enter_thread(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
 {
     atomic_store(&vcpu->alarm, NO_DEADLINE);
+    emulator_watch_memory(vcpu);
     pyhv_kick_enter(&vcpu->kick, on_attention, vcpu);
     if (create_alarm(vcpu, error) < 0) {
         pyhv_kick_leave(&vcpu->kick);
+        emulator_watch_memory(NULL);
         return -1;
     }
     pyhv_cancel = &vcpu->kicked;
@@ -829,6 +844,7 @@ static void leave_thread(struct pyhv_emulator_vcpu *vcpu)
     pyhv_cancel = NULL;
     destroy_alarm(vcpu);
     pyhv_kick_leave(&vcpu->kick);
+    emulator_watch_memory(NULL);
 }
 
 void pyhv_emulator_vcpu_run(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
@@ -841,8 +857,11 @@ void pyhv_emulator_vcpu_run(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *e
     }
     if (vcpu->vm->bus) /* console bytes that the last pause kept from getting out */
         pyhv_bus_flush(vcpu->vm->bus);
-    while (!turn(vcpu, exit))
-        ;
+    if (sigsetjmp(vcpu->lost_memory, 0))
+        stop_for_lost_memory(exit);
+    else
+        while (!turn(vcpu, exit))
+            ;
     describe(vcpu, exit);
     leave_thread(vcpu);
 }
@@ -855,7 +874,9 @@ void pyhv_emulator_vcpu_step(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *
         stop(exit, PYHV_STOP_FAILED);
         return;
     }
-    if (vcpu->halted) {
+    if (sigsetjmp(vcpu->lost_memory, 0)) {
+        stop_for_lost_memory(exit);
+    } else if (vcpu->halted) {
         stop(exit, PYHV_STOP_HALTED);
     } else {
         pyhv_library_stop_between_blocks(vcpu->engine, 0);

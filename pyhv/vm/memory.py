@@ -169,6 +169,10 @@ class GuestMemory:
         """Whether somebody has shortened the file behind it, so that parts of it are gone."""
         return self.ram.of_a_file and os.fstat(self.ram.fd).st_size < self.ram.offset + self.size
 
+    def file(self) -> str:
+        """The name of the file behind it, as the kernel knows it."""
+        return os.readlink(f"/proc/self/fd/{self.ram.fd}")
+
     def close(self) -> None:
         """No VM may use it any more, and nobody can read or write it."""
         self.regions = []

@@ -567,7 +567,7 @@ def test_a_file_cut_short_under_a_running_vm(copy: Path, tmp_path: Path) -> None
         read_until(reader, b"round")  # it is there
         ok("resume", "t")
         assert reader.stderr is not None
-        assert b"the snapshot became shorter while its memory was in use" in reader.stderr.read()
+        assert f"the snapshot {copy} became shorter while its memory was in use".encode() in reader.stderr.read()
         assert reader.wait(TIMEOUT) == 125
     wait_for(lambda: ok("ls").count("\n") == 1)
 

@@ -460,3 +460,26 @@ def test_no_second_one_is_opened() -> None:
     with pytest.raises(BadInput, match="choose one of auto, kvm, emulator"):
         choose.open_accelerator("qemu")
     assert issubclass(NotAvailable, BadInput) and Emulator.max_vcpus == 1
+
+
+CUT_SHORT = """
+import os, sys, pyhv
+path = sys.argv[1]
+with pyhv.Machine("ticker", append="every=1", accel="emulator", memory="64M") as machine:
+    machine.run(timeout=0.2)
+    machine.save(path)
+with pyhv.Machine.restore(path, accel="emulator") as machine:
+    os.truncate(path, int(sys.argv[2]))
+    result = machine.run(timeout=20)
+print(result.cause, result.message)
+"""
+
+
+@pytest.mark.parametrize("size", [4096, 8192, 1 << 20])
+def test_a_snapshot_cut_short_under_its_guest_ends_the_guest_alone(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "s.pyhv"
+    command = [sys.executable, "-X", "faulthandler", "-c", CUT_SHORT, str(path), str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done
+    assert done.stdout.startswith(f"internal-error the snapshot {path} became shorter while its memory was in use"), done
+    assert done.stderr == ""

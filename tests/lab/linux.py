@@ -40,6 +40,22 @@ def guest(say: image.Say = image.say_nothing) -> Path:
     return cache.artefact("linux-guest", inputs, build)
 
 
+def worker(say: image.Say = image.say_nothing) -> Path:
+    """The folder with `vmlinux` and an `initrd` whose first process checks its own work (guest/work.c)."""
+    kernel, source = packages.kernel(say), HERE / "guest" / "work.c"
+
+    def build(folder: Path) -> None:
+        init = folder / "init"
+        compile_init(source, init)
+        entries = [("dev", stat.S_IFDIR | 0o755, b""), ("init", stat.S_IFREG | 0o755, init.read_bytes())]
+        (folder / "initrd").write_bytes(image.cpio(entries))
+        (folder / "vmlinux").hardlink_to(kernel / "vmlinux")
+
+    inputs = {"source": cache.file_digest(source), "kernel": kernel.name}
+    inputs["recipe"] = cache.file_digest(Path(__file__))
+    return cache.artefact("linux-worker", inputs, build)
+
+
 def compile_init(source: Path, target: Path, *more: Path, strip: bool = True) -> None:
     """A guest's first process. Not PIE: the addresses that it prints are those of its symbols. Raises LabError."""
     command = ["gcc", "-static", "-no-pie", "-O2", "-march=x86-64", "-Wall", "-Wextra", *(["-s"] if strip else [])]
