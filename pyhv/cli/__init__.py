@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 # Name of the command, and of its module -> what it does.
 COMMANDS = {
     "run": "boot a guest; its console is this terminal",
-    "ls": "the VMs that run under a name",
-    "status": "what a running VM is and does",
+    "ls": "the VMs that run under a name, and those that have ended",
+    "status": "what a running VM is and does, or how it ended",
+    "log": "the last that a VM has printed",
+    "wait": "wait until a VM has ended",
     "console": "attach this terminal to a running VM's console",
     "pause": "stop a running VM between two instructions",
     "resume": "let a paused VM run on",
@@ -31,6 +33,7 @@ COMMANDS = {
     "migrate": "move a running VM to another host while it runs",
     "receive": "wait for a VM that is migrated to here, and run it",
     "stop": "end a running VM",
+    "clear": "drop what is kept of a VM that has ended",
     "soak": "migrate a guest round a ring of processes, and check every hop",
     "restore": "let a saved VM go on",
     "inspect": "what is inside a snapshot",

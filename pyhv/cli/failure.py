@@ -48,7 +48,7 @@ def to_json(error: BaseException) -> dict[str, Any]:
         cause = "usage" if isinstance(error, BadInput) else "internal-error"
         cause = "timeout" if isinstance(error, TimedOut) else cause
         cause = "interrupted" if isinstance(error, Cancelled) else cause
-        facts = {name: _fact(value) for name, value in vars(error).items()}
+        facts = {name: _fact(value) for name, value in vars(error).items() if not isinstance(value, dict)}
         if "reasons" in facts:
             facts["reasons"] = [reason_to_json(reason) for reason in getattr(error, "reasons", ())]
     elif isinstance(error, KeyboardInterrupt):

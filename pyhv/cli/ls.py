@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 COMMAND = Command(
     "ls",
     "List the VMs that run under a name, and remove what dead ones left behind.",
-    (Option("--json", "print one JSON object: vms, a list with what pyhv status --json prints of each"),),
+    (
+        Option("--all", "also those that have ended, with how they ended"),
+        Option("--json", "print one JSON object: vms, a list with what pyhv status --json prints of each"),
+    ),
     """
 They are those of this user: their control sockets are in $XDG_RUNTIME_DIR/pyhv, or in /tmp/pyhv-UID where that variable
 is not set.
@@ -33,6 +36,8 @@ def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     given = COMMAND.parse(arguments)
     found = client.all_statuses(_PATIENCE)
+    if given.all:
+        found += client.all_ended([name for name, _ in found])
     if given.json:
         output.print_json({"vms": [status or {"name": name, "state": None} for name, status in found]})
         return 0
@@ -46,14 +51,17 @@ def main(arguments: list[str]) -> int:
 def _row(name: str, status: dict[str, Any] | None) -> tuple[str, ...]:
     if status is None:
         return (name, "no answer", "", "", "", "", "")
+    state = str(status.get("state"))
+    if state == "ended":
+        state += f": {status.get('cause')}, {status.get('status')}"
     return (
         name,
-        one_line(str(status.get("state"))),
-        one_line(str(status.get("vcpus"))),
+        one_line(state),
+        one_line(str(status.get("vcpus", "?"))),
         memory(status.get("memory")),
-        one_line(str(status.get("profile"))),
+        one_line(str(status.get("profile", "?"))),
         uptime(status.get("uptime")),
-        one_line(str(status.get("image"))),
+        one_line(str(status.get("image", "?"))),
     )
 
 

@@ -12,10 +12,12 @@ import os
 import select
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 from pyhv import cli
+from pyhv.accel.data import Stop
 from pyhv.cli import output
 from pyhv.cli import run as run_command
 from pyhv.cli.terminal import CHUNK, ENDING, Console, Signals
@@ -116,35 +118,50 @@ def run_as(
     # Such a process may live for weeks.
     gc.enable()
     captures = given.json and not given.detach
+    reboots = getattr(given, "reboot", False)  # pyhv run alone has the option
+    deadline = None if given.timeout is None else time.monotonic() + given.timeout
     with (
         names.claim(name, predecessor) as claim,
-        _NamedConsole(captures, given.detach) as console,
+        _NamedConsole(captures, given.detach, reboots) as console,
         Server(claim) as server,
-        make(console_in=console.input, console_out=console.output) as machine,
-        Operations(name, machine) as operations,
+        Operations(name) as operations,
     ):
-        machine.pin(given.pin)
-        for note in machine.notes:
-            cli.complain(note)
+        console.operations = operations
+        while True:
+            with make(console_in=console.input, console_out=console.output) as machine:
+                machine.pin(given.pin)
+                if predecessor:
+                    # Before the source hears that it is rid of the VM: at every moment one of the two has the name.
+                    machine.on_arrival = functools.partial(_take, claim, predecessor)
 
-        if predecessor:
-            # Before the source hears that it is rid of the VM: at every moment one of the two has the name.
-            machine.on_arrival = functools.partial(_take, claim, predecessor)
+                def begin(machine: Machine = machine) -> None:
+                    if operations.control(machine):
+                        for note in machine.notes:
+                            cli.complain(note)
+                        server.start(operations, console.take_copy(), console.keys)
+                        on_started(name)
 
-        def begin() -> None:
-            operations.start()
-            server.start(operations, console.take_copy(), console.keys)
-            on_started(name)
-
-        console.on_begin, console.operations = begin, operations
-        with Signals() as signals:
-            result = console.run(machine, given.timeout, signals)
-            operations.ended(result)
-            console.drain(signals, patient=machine.vm.stopped is not None)
-        server.finish()
-        if captures:
-            result = result._replace(console=console.captured())
-        description = run_command.describe(machine, result) if captures else {}
+                console.on_begin = begin
+                try:
+                    with Signals() as signals:
+                        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                        result = console.run(machine, left, signals)
+                        if operations.held:
+                            cli.complain(run_command.REBOOTS)
+                            continue
+                        operations.ended(result)
+                        console.drain(signals, patient=machine.vm.stopped is not None)
+                except Exception as error:
+                    if operations.controls:
+                        operations.close(give_up=True)
+                        operations.failed(error)
+                        server.finish(operations.record())
+                    raise
+                server.finish(operations.record())
+                if captures:
+                    result = result._replace(console=console.captured())
+                description = run_command.describe(machine, result) if captures else {}
+                break
     run_command.tell(result)
     if captures:
         output.print_json(description)
@@ -162,11 +179,14 @@ def _take(claim: names.Claim, predecessor: int) -> None:
 class _NamedConsole(Console):
     """A console whose bytes pass through this process.
 
-    capture: keep the output instead of writing it to stdout. background: there is no stdin and no stdout.
+    capture: keep the output instead of writing it to stdout. background: there is no stdin and no stdout. reboots: a
+    machine that has reset itself is followed by another one.
     """
 
-    def __init__(self, capture: bool, background: bool) -> None:
+    def __init__(self, capture: bool, background: bool, reboots: bool) -> None:
         super().__init__(None if capture else 1)
+        self._reboots = reboots
+        self._began = False
         self.on_begin: Callable[[], None] = lambda: None
         """Called when the machine runs."""
         self.operations: Operations | None = None
@@ -189,17 +209,24 @@ class _NamedConsole(Console):
     def begin(self, machine: Machine) -> None:
         """Lets the machine run, and its input flow."""
         super().begin(machine)
-        if self._tee is not None:
-            self._tee.start()
-        if self._stdin is not None:
-            self._stdin.start(self.keys)
+        if not self._began:
+            if self._tee is not None:
+                self._tee.start()
+            if self._stdin is not None:
+                self._stdin.start(self.keys)
+            self._began = True
         self.on_begin()
 
     def end(self, machine: Machine) -> None:
         """Lets the machine stand for good; nobody controls it any more."""
         assert self.operations is not None
-        # A guest that ended by itself may be half-way into a file, which is complete then. Who ends it does not wait.
-        self.operations.close(give_up=machine.vm.stopped is None)
+        stopped = machine.vm.stopped
+        if self._reboots and stopped is not None and stopped.exit.stop == Stop.RESET and not self.operations.ending:
+            self.operations.hold()
+        if not self.operations.held or self.operations.ending:
+            # A guest that ended by itself may be half-way into a file, which is complete then. Who ends it does not
+            # wait.
+            self.operations.close(give_up=stopped is None)
         super().end(machine)
 
     def run(self, machine: Machine, timeout: float | None, signals: Signals) -> RunResult:
@@ -209,6 +236,9 @@ class _NamedConsole(Console):
         ending = self.operations.ending
         if result.cause == "timeout" and self.operations.failure is not None:
             raise self.operations.failure
+        if self._reboots and result.cause == "reset" and not self.operations.held:
+            # It has reset itself in the moment in which it was ended: that is not why it is not started again.
+            return machine.result(None, ending or self.ended_by)
         # Who interrupts a VM that is just leaving does not end it: it runs on elsewhere.
         if ending == "migrated" or (ending and result.cause == "timeout"):
             return machine.result(None, ending)

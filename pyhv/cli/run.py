@@ -110,6 +110,8 @@ NAME_OPTIONS = (
     Option("--detach", "return once the VM runs, and leave it in the background; needs --name"),
 )
 
+REBOOTS = "the guest has reset itself and is started again"
+
 COMMAND = Command(
     "run",
     "Boot a guest and end with its exit status.",
@@ -117,7 +119,7 @@ COMMAND = Command(
         *MACHINE_OPTIONS,
         PIN_OPTION,
         *NAME_OPTIONS,
-        Option("--reboot", "start the guest again when it resets itself, instead of ending; not with --name"),
+        Option("--reboot", "start the guest again when it resets itself, instead of ending"),
         Option(
             "--json",
             "capture the console and print one JSON object: cause, status, message, registers, profile, intercept, "
@@ -134,8 +136,6 @@ COMMAND = Command(
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     given = COMMAND.parse(arguments)
-    if given.reboot and (given.name is not None or given.detach):
-        raise BadInput("--reboot", "cannot be combined with --name and --detach", "leave one out")
     if given.name is None and not given.detach:
         try:
             open_accelerator(given.accel).prepare()  # while the kernel works on it, the modules below are imported
@@ -172,6 +172,7 @@ def run_machine(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
 
         return named.run(given, make)
     deadline = None if given.timeout is None else time.monotonic() + given.timeout
+    before = b""  # what was printed before the last reset
     with Console(None if given.json else 1) as console:
         while True:
             with make(console_in=console.input, console_out=console.output) as machine:
@@ -181,10 +182,12 @@ def run_machine(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
                 with Signals() as signals:
                     left = None if deadline is None else max(0.0, deadline - time.monotonic())
                     result = console.run(machine, left, signals)
-                description = describe(machine, result) if given.json else {}
+                complete = result._replace(console=before + result.console)
+                description = describe(machine, complete) if given.json else {}
             if result.cause != "reset" or not getattr(given, "reboot", False):  # pyhv run alone has the option
                 break
-            complain("the guest has reset itself and is started again")
+            complain(REBOOTS)
+            before += result.console
     tell(result)
     if given.json:
         output.print_json(description)

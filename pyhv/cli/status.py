@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import time
+
 from pyhv.cli import ls, one_line, output, several
 from pyhv.cli.options import Command, Option
 from pyhv.control.client import Client
+from pyhv.control.names import Ended
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+# What of a record pyhv log tells.
+_IN_LOG = ("console_base64", "missed")
+
 COMMAND = Command(
     "status",
-    "Tell what a running VM is and does.",
+    "Tell what a running VM is and does, or how one has ended.",
     (
         several.NAMES,
         several.ALL,
         Option(
             "--json",
-            "print one JSON object: name, state, doing, uptime, uuid, profile, intercept, note, vcpus, memory, image, "
-            "pid, counters; cause, status and message, which are null while it runs; of several VMs vms, a list of "
-            "such objects",
+            "print one JSON object: name, state, doing, uptime, uuid, profile, intercept, note, notes, vcpus, memory, "
+            "image, pid, counters; cause, status and message, which are null while it runs; of one that has ended also "
+            "registers and ended, the time in seconds since 1970; of several VMs vms, a list of such objects",
         ),
     ),
     """
-A VM that has come to its end has no name any more: pyhv console NAME, attached before, tells how it ended.
+Of a VM that has come to its end it tells how; pyhv log NAME has the last of its console. Both are kept until pyhv clear
+NAME, or until another VM gets the name.
 
 example:
   pyhv status t --json | jq .counters
@@ -38,8 +45,11 @@ def main(arguments: list[str]) -> int:
     found = []
 
     def ask(name: str) -> dict[str, Any]:
-        with Client(name) as client:
-            status = client.status()
+        try:
+            with Client(name) as client:
+                status = client.status()
+        except Ended as ended:
+            status = {key: value for key, value in ended.record.items() if key not in _IN_LOG}
         found.append(status)
         return status
 
@@ -53,6 +63,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _print(status: dict[str, Any]) -> None:
+    registers = status.pop("registers", "")
+    if isinstance(status.get("ended"), int | float):
+        status["ended"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status["ended"]))
+    status.pop("notes" if status.get("note") else "note", None)
     status["uptime"] = ls.uptime(status.get("uptime"))
     status["memory"] = ls.memory(status.get("memory"))
     counters = status.get("counters")
@@ -60,3 +74,5 @@ def _print(status: dict[str, Any]) -> None:
         status["counters"] = ", ".join(f"{name} {count}" for name, count in counters.items())
     shown = {key: value for key, value in status.items() if value not in (None, "")}
     output.print_rows([(one_line(key), one_line(str(value))) for key, value in shown.items()])
+    if isinstance(registers, str) and registers:
+        print("\n".join(map(one_line, registers.splitlines())))

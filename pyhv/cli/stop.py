@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyhv.cli import several
+from pyhv.cli import complain, several
 from pyhv.cli.options import Command, Option
+from pyhv.control.client import record_of
+from pyhv.control.names import Ended
+from pyhv.errors import HostError
 
 COMMAND = Command(
     "stop",
@@ -21,7 +24,7 @@ COMMAND = Command(
     ),
     """
 The guest is not asked. The run ends with status 0 and the cause "stopped". Returns when the name is free. A migration
-that the VM is in the middle of is given up.
+that the VM is in the middle of is given up. A VM that has ended already stays as it is.
 
 examples:
   pyhv stop t
@@ -36,5 +39,16 @@ def main(arguments: list[str]) -> int:
 
 
 def _stop(name: str) -> dict[str, Any]:
-    with several.reach(name) as client:
-        return client.stop()
+    try:
+        with several.reach(name) as client:
+            return client.stop()
+    except Ended as ended:
+        complain(str(ended))
+        record = ended.record
+    except HostError:
+        # It may have hung up because somebody else has just stopped it.
+        kept = record_of(name)
+        if kept is None:
+            raise
+        record = kept
+    return {key: record.get(key) for key in ("cause", "status", "message")}

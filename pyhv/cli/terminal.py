@@ -179,6 +179,8 @@ class Console:
         self._raw = RawMode()
         self._escape = EscapeKey()
         self._hinted = False
+        self.ended_by = ""
+        """What ended the last run of a guest that did not end by itself: a cause."""
         if os.isatty(0):
             self.input = -1
             # A terminal that others use at the moment (a background job) is left alone. Nobody can use the keys of a
@@ -224,7 +226,8 @@ class Console:
         self.end(machine)
         if end == "broken-pipe" or machine.vm.devices.lost_output()[0] == errno.EPIPE:
             raise BrokenPipeError
-        return machine.result(machine.vm.stopped, "timeout" if end == "ended" else end)
+        self.ended_by = "timeout" if end == "ended" else end
+        return machine.result(machine.vm.stopped, self.ended_by)
 
     def begin(self, machine: Machine) -> None:
         """Lets the machine run; a subclass may do more."""

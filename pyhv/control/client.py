@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pyhv.control import jsonrpc, names
 from pyhv.control.jsonrpc import Answer
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 ANSWERS_WITHIN = 10.0
 
 _CHUNK = 64 << 10
+
+
+class Silent(HostError):
+    """Nothing came in the time that there was for it."""
 
 
 class Client:
@@ -106,6 +110,18 @@ class Client:
             raise BadInput(self.name, f"was not stopped: {end.get('message')}", "stop it there")
         return end
 
+    def wait(self, within: float | None = None) -> dict[str, Any]:
+        """Waits until the VM has ended, and its name is free; returns how (cause, status, message). within: at most so
+        many seconds; Silent is raised then."""
+        end = self.call("wait", within=within)
+        if not isinstance(end, dict):
+            raise self._broken("what came from it is no end")
+        return end
+
+    def log(self) -> tuple[bytes, int]:
+        """The last that the guest has printed, at most 64 KiB, and how many bytes before that are gone."""
+        return log_of(self.call("log"), self.name)
+
     def call(
         self,
         method: str,
@@ -140,7 +156,9 @@ class Client:
         """Waits until something comes or more can be sent. Raises HostError when the deadline has passed."""
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
-            raise self._broken(f"nothing came from it within {within:g} seconds; is its process stopped?")
+            raise Silent(
+                self._subject, 0, f"nothing came from it within {within:g} seconds; is its process stopped?"
+            )
         poll = select.poll()
         poll.register(self, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
         poll.poll(None if left is None else left * 1000 + 1)
@@ -194,8 +212,42 @@ class Client:
         if len(self._incoming) > jsonrpc.MAX_ANSWER:
             raise self._broken("what came from it is too long")
 
+    @property
+    def _subject(self) -> str:
+        return f"the control socket of {self.name}"
+
     def _broken(self, detail: str) -> HostError:
-        return HostError(f"the control socket of {self.name}", 0, detail)
+        return HostError(self._subject, 0, detail)
+
+
+def record_of(name: str) -> dict[str, Any] | None:
+    """What is kept of a VM that has ended; None of one that runs or never was. Raises BadInput, HostError."""
+    try:
+        names.connect(name).close()
+    except names.Ended as ended:
+        return ended.record
+    except BadInput:
+        pass
+    return None
+
+
+def all_ended(running: Sequence[str]) -> list[tuple[str, dict[str, Any] | None]]:
+    """The name of every VM that has ended and is kept, but for those of these names, with what is kept of it but its
+    console. The last one first."""
+    with names.Directory() as directory:
+        records = [(name, directory.ended(name)) for name in directory.ended_names() if name not in running]
+    for _, record in records:
+        if record is not None:
+            record.pop("console_base64", None)
+    return [(name, record) for name, record in records if record is not None]
+
+
+def log_of(value: Any, name: str) -> tuple[bytes, int]:
+    """As Client.log(), of what came, or what was kept. Raises HostError."""
+    try:
+        return jsonrpc.decode_bytes(value["data"]), int(value["missed"])
+    except (ValueError, KeyError, TypeError):
+        raise HostError(f"the log of {name}", 0, "what came is no log") from None
 
 
 def all_statuses(within: float = ANSWERS_WITHIN) -> list[tuple[str, dict[str, Any] | None]]:

@@ -21,7 +21,9 @@ import stat
 import struct
 import time
 from collections.abc import Iterator
+from typing import Any
 
+from pyhv.control import ended
 from pyhv.errors import BadInput, HostError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -44,6 +46,15 @@ _PATIENCE = 10.0
 
 # So long a client waits for a place among the connections that wait; in seconds.
 _BUSY = 2.0
+
+
+class Ended(BadInput):
+    """The VM has come to its end. record: what is kept of it (docs/control.md)."""
+
+    def __init__(self, name: str, record: dict[str, Any]) -> None:
+        message = record.get("message") or record.get("cause")
+        super().__init__(name, f"has ended: {message}", f"pyhv status {name} and pyhv log {name} tell more")
+        self.record = record
 
 
 def check_name(name: str) -> None:
@@ -79,6 +90,7 @@ class Directory:
         if create:
             try:
                 os.mkdir(self.path, 0o700)
+                os.chmod(self.path, 0o700)  # whatever the umask
             except FileExistsError:
                 pass
             except OSError as error:
@@ -89,18 +101,18 @@ class Directory:
         except FileNotFoundError:
             return
         except OSError as error:
-            link = error.errno in (errno.ELOOP, errno.ENOTDIR)
-            problem = "is not a directory" if link else f"cannot be opened: {error.strerror}"
-            raise BadInput(self.path, problem, _REMOVE) from None
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise BadInput(self.path, "is not a directory", _REMOVE) from None
+            raise BadInput(self.path, f"cannot be opened: {error.strerror}", _ELSEWHERE) from None
         status = os.fstat(self._fd)
-        problem = ""
+        # A set-group-ID bit, which it gets from such a parent, lets nobody in.
+        permissions = stat.S_IMODE(status.st_mode) & 0o777
         if status.st_uid != os.geteuid():
-            problem = f"belongs to the user with the number {status.st_uid}"
-        elif stat.S_IMODE(status.st_mode) != 0o700:
-            problem = f"has the mode {stat.S_IMODE(status.st_mode):04o} instead of 0700"
-        if problem:
             self.close()
-            raise BadInput(self.path, problem, _REMOVE)
+            raise BadInput(self.path, f"belongs to the user with the number {status.st_uid}", _ELSEWHERE)
+        if permissions != 0o700:
+            self.close()
+            raise BadInput(self.path, f"has the mode {permissions:04o} instead of 0700", _REMOVE)
 
     def close(self) -> None:
         """Closes it; closing twice is allowed."""
@@ -121,6 +133,18 @@ class Directory:
         found = [entry[: -len(_SUFFIX)] for entry in os.listdir(self._fd) if entry.endswith(_SUFFIX)]
         return sorted(name for name in found if _NAME.fullmatch(name))
 
+    def ended(self, name: str) -> dict[str, Any] | None:
+        """What is kept of a VM of that name which has ended, or None."""
+        return None if self._fd < 0 else ended.read(self._fd, name)
+
+    def ended_names(self) -> list[str]:
+        """The names of the VMs that have ended and of which something is kept, the last one first."""
+        return [] if self._fd < 0 else list(filter(_NAME.fullmatch, ended.names(self._fd)))
+
+    def clear(self, name: str) -> bool:
+        """Drops what is kept of a VM that has ended. Returns whether there was something."""
+        return self._fd >= 0 and ended.clear(self._fd, name)
+
     def connect(self, name: str) -> socket.socket | None:
         """A connection to the VM of that name, or None where there is none; what a dead one left is removed. The
         socket does not block. Raises HostError where the VM does not accept connections."""
@@ -138,7 +162,9 @@ class Directory:
         self.clean()
         with self._locked():
             if self._may_have(name, 0):
-                return self._listen(name, name + _SUFFIX)
+                claim = self._listen(name, name + _SUFFIX)
+                self.clear(name)
+                return claim
             if predecessor and self._may_have(name, predecessor):
                 return self._listen(name, f".{os.getpid()}-{name}{_SUFFIX}")
         raise BadInput(f"name {name}", "is that of a VM that runs", "choose another, or see pyhv ls")
@@ -163,6 +189,7 @@ class Directory:
                 os.rename(entry, name + _SUFFIX, src_dir_fd=self._fd, dst_dir_fd=self._fd)
             except OSError as error:
                 raise HostError(f"make {self.path}/{name}{_SUFFIX}", error.errno or 0) from None
+            self.clear(name)
 
     def _may_have(self, name: str, predecessor: int) -> bool:
         """With the lock held: whether nobody has the name, or that process."""
@@ -176,6 +203,13 @@ class Directory:
             pid, _, _ = struct.unpack("3i", live.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         return bool(pid == predecessor)
 
+    def leave(self, name: str, made: os.stat_result, record: dict[str, Any]) -> None:
+        """Keeps what is to be known of a VM that has ended, if the name's socket is still the one described by `made`.
+        Raises OSError, HostError."""
+        with self._locked():
+            if os.path.samestat(os.stat(name + _SUFFIX, dir_fd=self._fd, follow_symlinks=False), made):
+                ended.leave(self._fd, name, record)
+
     def remove(self, entry: str, made: os.stat_result) -> None:
         """Removes the socket `entry` if it is the one described by `made`. Raises OSError."""
         if os.path.samestat(os.stat(entry, dir_fd=self._fd, follow_symlinks=False), made):
@@ -186,6 +220,7 @@ class Directory:
         try:
             os.fchmod(listener.fileno(), 0o600)  # before bind: the file never has another mode
             listener.bind(self._address(entry))
+            os.chmod(entry, 0o600, dir_fd=self._fd)  # which a umask may have made less
             listener.listen(_BACKLOG)
             made = os.stat(entry, dir_fd=self._fd, follow_symlinks=False)
         except OSError as error:
@@ -221,6 +256,9 @@ class Directory:
                 if not stat.S_ISSOCK(os.stat(entry, dir_fd=self._fd, follow_symlinks=False).st_mode):
                     raise BadInput(f"{self.path}/{entry}", "is no socket", "remove it")
                 os.unlink(entry, dir_fd=self._fd)
+                if _NAME.fullmatch(name):
+                    with contextlib.suppress(OSError):  # a full disk, say
+                        ended.leave(self._fd, name, ended.killed(name))
         return found
 
     @contextlib.contextmanager
@@ -261,6 +299,11 @@ class Claim:
             self._directory.take(self.name, self._entry, predecessor)
             self._entry = self.name + _SUFFIX
 
+    def leave(self, record: dict[str, Any]) -> None:
+        """Keeps what is to be known of the VM, which has ended, for when its name is released."""
+        with contextlib.suppress(OSError, HostError):  # a full disk, say
+            self._directory.leave(self.name, self._made, record)
+
     def release(self) -> None:
         """Removes the socket, so that the name is free; releasing twice is allowed."""
         if self.listener.fileno() < 0:
@@ -294,13 +337,16 @@ def claim(name: str, predecessor: int = 0) -> Claim:
 
 def connect(name: str) -> socket.socket:
     """A connection, which does not block, to the VM of that name. Raises BadInput, with the nearest name, where there
-    is none; HostError where it does not accept connections."""
+    is none, Ended where it has come to its end; HostError where it does not accept connections."""
     check_name(name)
     with Directory() as directory:
         found = _connect_patiently(directory, name)
         if found is not None:
             return found
+        record = directory.ended(name)
         running = live_names(directory)
+    if record is not None:
+        raise Ended(name, record)
     import difflib
 
     near = difflib.get_close_matches(name, running, 1)

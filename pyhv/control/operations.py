@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from pyhv.errors import BadInput, HostError
+from pyhv.errors import BadInput, HostError, PyhvError
+from pyhv.outcome import status_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,45 +47,75 @@ class Call:
 
 
 class Operations:
-    """The control of one machine. A context manager; close() must come before the machine is looked at at its end.
+    """The control of one VM: of its machine, or where the guest resets itself of one after the other. A context
+    manager; close() must come before the machine is looked at at its end.
 
-    The one who runs the machine calls started(), close() and ended(); any thread may call status() and submit().
+    The one who runs the machine calls control(), hold(), close() and ended(); any thread may call status() and
+    submit(), once control() was called.
     """
 
-    def __init__(self, name: str, machine: Machine) -> None:
+    def __init__(self, name: str) -> None:
         self.ending = ""
         """Why the VM is to end, where somebody asked for it here: a cause of pyhv.outcome."""
         self.failure: BaseException | None = None
         """What a vCPU's thread failed with, where that was found out here: the run's owner is to raise it."""
+        self.held = False
+        """Between hold() and the next control(): calls wait for another machine."""
         self._name = name
-        self._machine = machine
+        self._machine: Machine | None = None
         self._lock = threading.Lock()  # the machine's counters, and _end
-        self._started = time.monotonic()
+        self._turn = threading.Lock()  # held for as long as a call is carried out, and between two machines
+        self._started = 0.0
         self._paused = False
         self._current: Call | None = None
         self._closed = False
         self._give_up = False
         self._end: dict[str, Any] | None = None
+        self._registers = ""
         self._final_counters: dict[str, int] = {}
+        self._facts: dict[str, Any] = {}
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="control-worker", daemon=True)
-        # The machine's vm is gone when it is closed; these stay.
-        self._facts = {
-            "name": name,
-            "uuid": machine.uuid,
-            "profile": machine.guest.profile,
-            "intercept": machine.choice.intercept,
-            "note": "; ".join(machine.notes),
-            "vcpus": len(machine.vm.vcpus),
-            "memory": machine.vm.memory.size,
-            "image": machine.facts.name,
-            "pid": os.getpid(),
-        }
 
-    def start(self) -> None:
-        """The machine runs now; calls are carried out from here on."""
-        self._started = time.monotonic()
-        self._worker.start()
+    @property
+    def controls(self) -> bool:
+        """Whether control() was called."""
+        return self._machine is not None
+
+    def control(self, machine: Machine) -> bool:
+        """The machine runs now; calls are carried out from here on. Returns whether it is the first."""
+        first = self._machine is None
+        with self._lock:
+            # The machine's vm is gone when it is closed; these stay.
+            self._facts = {
+                "name": self._name,
+                "uuid": machine.uuid,
+                "profile": machine.guest.profile,
+                "intercept": machine.choice.intercept,
+                "note": "; ".join(machine.notes),
+                "notes": list(machine.notes),
+                "vcpus": len(machine.vm.vcpus),
+                "memory": machine.vm.memory.size,
+                "image": machine.facts.name,
+                "pid": os.getpid(),
+            }
+            self._machine = machine
+            if self.held:
+                self.held = False
+                self._turn.release()
+        if first:
+            self._started = time.monotonic()
+            self._worker.start()
+        return first
+
+    def hold(self) -> None:
+        """The guest has reset itself: carries out what has begun, and lets what is queued wait for another machine."""
+        self._turn.acquire()
+        with self._lock:
+            assert self._machine is not None
+            self._final_counters = self._machine.counters()
+            self._paused = False
+            self.held = True
 
     def status(self) -> dict[str, Any]:
         """What `pyhv status` shows; docs/control.md has the meaning of each."""
@@ -101,11 +132,16 @@ class Operations:
                 "doing": current.method if current else None,
                 "uptime": round(time.monotonic() - self._started, 3),
                 **self._facts,
-                "counters": self._final_counters if self._closed else self._machine.counters(),
+                "counters": self._counters(),
             }
 
+    def _counters(self) -> dict[str, int]:
+        if self._closed or self.held or self._machine is None:
+            return self._final_counters
+        return self._machine.counters()
+
     def _state(self) -> str:
-        if self._machine.handed_over:
+        if self._machine is not None and self._machine.handed_over:
             return "handed-over"
         return "paused" if self._paused else "running"
 
@@ -140,9 +176,12 @@ class Operations:
         """Carries out what has begun, refuses what is queued, and leaves the machine alone from then on. give_up: stop
         a save in its middle. Closing twice is allowed."""
         with self._lock:
-            if not self._closed:
+            if not self._closed and not self.held and self._machine is not None:
                 self._final_counters = self._machine.counters()
             self._closed = True
+            if self.held:  # there is no other machine
+                self.held = False
+                self._turn.release()
         self._give_up = give_up
         self._calls.put(None)
         if self._worker.ident is not None:
@@ -154,6 +193,17 @@ class Operations:
         with self._lock:
             self._final_counters = result.counters
             self._end = {"cause": result.cause, "status": result.status, "message": result.message}
+            self._registers = result.registers
+
+    def failed(self, error: BaseException) -> None:
+        """After close(): the VM has come to an end by a failure here."""
+        message = str(error) if isinstance(error, PyhvError) else f"internal error: {type(error).__name__}: {error}"
+        with self._lock:
+            self._end = {"cause": "internal-error", "status": status_of("internal-error"), "message": message}
+
+    def record(self) -> dict[str, Any]:
+        """After ended() or failed(): what is to be kept of the VM, but for its console."""
+        return {**self.status(), "registers": self._registers, "ended": time.time()}
 
     def end(self) -> dict[str, Any] | None:
         """How the VM ended: cause, status, message; None if it has not."""
@@ -174,12 +224,16 @@ class Operations:
                 if call is not None:
                     self._refuse(call)
                 return
-            self._current = call
-            try:
-                outcome: object = self._carry_out(call)
-            except BaseException as error:
-                outcome = error
-            self._current = None
+            with self._turn:
+                if self._closed:
+                    self._refuse(call)
+                    return
+                self._current = call
+                try:
+                    outcome: object = self._carry_out(call)
+                except BaseException as error:
+                    outcome = error
+                self._current = None
             call.finished(outcome)
 
     def _refuse_rest(self) -> None:
@@ -197,7 +251,7 @@ class Operations:
         call.finished(Deferred() if call.method == "stop" else _over(self._name))
 
     def _carry_out(self, call: Call) -> object:
-        vm = self._machine.vm
+        vm = self._live.vm
         if vm.stopped is not None and call.method != "stop":
             raise _over(self._name)
         match call.method:
@@ -216,25 +270,31 @@ class Operations:
             case _:
                 raise AssertionError(call.method)
 
+    @property
+    def _live(self) -> Machine:
+        """The machine, for the worker."""
+        assert self._machine is not None
+        return self._machine
+
     def _pause(self) -> None:
-        if self._machine.handed_over:
+        if self._live.handed_over:
             return  # it stands already
         try:
-            self._machine.pause()
+            self._live.pause()
         except BaseException as failure:
             self.failure = failure
             raise
-        if self._machine.vm.stopped is not None:  # a moment before
+        if self._live.vm.stopped is not None:  # a moment before
             raise _over(self._name)
         self._paused = True
 
     def _resume(self, force: bool = False) -> None:
-        self._machine.start(force)
+        self._live.start(force)
         self._paused = False
 
     def _stop(self, cause: str) -> Deferred:
         self.ending = self.ending or cause  # a VM that has left in the meantime is not stopped by anybody here
-        self._machine.vm.interrupt()
+        self._live.vm.interrupt()
         return Deferred()
 
     def _migrate(self, call: Call) -> object:
@@ -255,7 +315,7 @@ class Operations:
             if name not in SSH_VARIABLES or not isinstance(value, str) or "\0" in value:
                 raise BadInput(f"environment {name}", "is not for ssh", f"there are {', '.join(SSH_VARIABLES)}")
         tls = Tls(*files) if any(files) else None
-        summary = self._machine.migrate(
+        summary = self._live.migrate(
             uri, limits=Limits(**given), tls=tls, name=self._name, progress=progress, **params
         )
         self._stop("migrated")
@@ -274,11 +334,11 @@ class Operations:
             # The file is to have the last that there is to know: nothing runs between saving and the end.
             self._pause()
         try:
-            self._machine.save(path, progress)
+            self._live.save(path, progress)
         except BaseException as failure:
             if stop and not was_paused:
                 self._resume()
-            if isinstance(failure, HostError) and self._machine.vm.running:
+            if isinstance(failure, HostError) and self._live.vm.running:
                 advice = f"{failure.advice}; {self._name} runs on" if failure.advice else f"{self._name} runs on"
                 raise HostError(failure.what, failure.errnum, failure.detail, advice) from None
             raise

@@ -43,6 +43,8 @@ METHODS: dict[str, dict[str, Param]] = {
     "pause": {},
     "resume": {"force": Param(bool)},
     "stop": {},
+    "wait": {},
+    "log": {},
     "save": {"path": Param(str, True, path=True), "stop": Param(bool)},
     "migrate": {
         "uri": Param(str, True),
@@ -141,10 +143,11 @@ class Server:
         os.set_blocking(console, False)
         self._thread.start()
 
-    def finish(self) -> None:
-        """The VM has come to its end (end() tells it), and nobody writes to `console` any more: gives up the name, says
-        goodbye to the clients, which takes a second at most, and ends."""
-        self._post(self._begin_farewell)
+    def finish(self, record: dict[str, Any]) -> None:
+        """The VM has come to its end (end() tells it), and nobody writes to `console` any more: keeps the record and
+        the last of the console, gives up the name, says goodbye to the clients, which takes a second at most, and
+        ends."""
+        self._post(lambda: self._begin_farewell(record))
         self.close(at_once=False)
 
     def close(self, at_once: bool = True) -> None:
@@ -174,9 +177,13 @@ class Server:
     def _leave(self) -> None:
         self._leave_at = 0.0
 
-    def _begin_farewell(self) -> None:
-        # First of all: whoever is told of the end may use the name again.
+    def _begin_farewell(self, record: dict[str, Any]) -> None:
+        # First of all: whoever is told of the end may look at how it was, and use the name again.
         self._listener = None
+        while self._console >= 0 and self._read_console():
+            pass
+        data, missed = self._log()
+        self._claim.leave({**record, "console_base64": jsonrpc.encode_bytes(data), "missed": missed})
         self._claim.release()
         self._leave_at = time.monotonic() + _FAREWELL
 
@@ -356,6 +363,9 @@ class Server:
             return self._controlled.status()
         if request.method == "console":
             return self._attach(connection, request.params.get("write", False))
+        if request.method == "log":
+            data, missed = self._log()
+            return {"data": jsonrpc.encode_bytes(data), "missed": missed}
         if request.method == "input":
             if not connection.is_writer:
                 raise BadInput("console", "this connection is not its writer", "ask for it with console, write: true")
@@ -373,7 +383,10 @@ class Server:
         )
         connection.call, connection.call_id = call, request.id
         connection.call_answered = not request.notification
-        self._controlled.submit(call)
+        if request.method == "wait":
+            connection.deferred = True
+        else:
+            self._controlled.submit(call)
         return None
 
     def _finish_call(self, connection: _Connection, outcome: object) -> None:
@@ -446,16 +459,22 @@ class Server:
             connection.told_end = True
             connection.send(jsonrpc.encode_notification("end", self._controlled.end() or {}))
 
-    def _read_console(self) -> None:
+    def _read_console(self) -> bool:
+        """Takes some of what the guest has printed. Returns whether there was any, or its end."""
         try:
             data = os.read(self._console, HISTORY_SIZE // 4)
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         if data:
             self._history.append(data)
         else:
             os.close(self._console)
             self._console = -1
+        return True
+
+    def _log(self) -> tuple[bytes, int]:
+        """The last of the console, and how many bytes of it are gone."""
+        return self._history.read(0, HISTORY_SIZE)
 
     def _write_keys(self, connection: _Connection) -> None:
         """Passes on what a client typed, as far as there is room."""

@@ -85,6 +85,16 @@ def pausing(tmp_path: Path) -> None:
     assert value["message"].startswith("stopped")
 
 
+def keeping(tmp_path: Path) -> None:
+    detach("t", *HELLO)
+    assert one("wait", "t") == {"name": "t", "cause": "guest-exit", "status": 0, "message": ""}
+    log = one("log", "t")
+    assert base64.b64decode(log["console_base64"]).decode() == log["console"] == "hello from a pyhv guest\n"
+    assert one("clear", "t") == {"cleared": ["t"], "failures": []}
+    (failure,) = one("clear", "t", status=2)["failures"]
+    assert (failure["name"], failure["kind"]) == ("t", "BadInput")
+
+
 def moving(tmp_path: Path) -> None:
     detach("t", *TICKER)
     words = [*COMMAND, "receive", f"unix:{tmp_path}/m", "--timeout", "1", "--json"]
@@ -115,6 +125,7 @@ def host(tmp_path: Path) -> None:
 CASES: dict[str, Any] = {
     "run": run, "console": console, "restore": restore, "inspect": inspect, "verify": verify, "check": check,
     "pause": pausing, "resume": pausing, "stop": pausing, "status": pausing, "ls": pausing, "save": snapshots,
+    "wait": keeping, "log": keeping, "clear": keeping,
     "migrate": moving, "receive": moving, "soak": soak, "trace": trace, "host": host, "diff": host,
     "features": lambda path: one("features")["features"][0]["name"],
     "profiles": lambda path: one("profiles")["profiles"][0]["name"],

@@ -87,12 +87,13 @@ def test_who_only_looks_makes_no_directory(base: Path) -> None:
     assert os.listdir(base) == []
 
 
-@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o1700, 0o500])
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o1755, 0o500])
 @pytest.mark.parametrize("create", [False, True])
 def test_a_directory_that_is_open_to_others(base: Path, mode: int, create: bool) -> None:
     (base / "pyhv").mkdir()
     (base / "pyhv").chmod(mode)
-    with pytest.raises(BadInput, match=f"has the mode {mode:04o} instead of 0700; remove it, or set XDG_RUNTIME_DIR"):
+    said = f"has the mode {mode & 0o777:04o} instead of 0700; remove it, or set XDG_RUNTIME_DIR"
+    with pytest.raises(BadInput, match=said):
         names.Directory(create)
 
 
@@ -173,10 +174,10 @@ def test_what_a_dead_vm_left_is_removed(base: Path) -> None:
         leave_stale(base, name)
     with names.claim("a"), names.Directory() as directory:
         assert directory.names() == ["a", "b", "c"]
-        with pytest.raises(BadInput, match="b: there is no running VM of this name; pyhv ls shows"):
+        with pytest.raises(BadInput, match="b: has ended: its process was killed or has crashed; pyhv status b"):
             names.connect("b")
         assert names.live_names(directory) == ["a"]
-        assert os.listdir(base / "pyhv") == ["a.sock"]
+        assert sorted(os.listdir(base / "pyhv")) == ["a.sock", "b.ended", "c.ended"]
 
 
 def test_the_nearest_name(base: Path) -> None:
@@ -359,3 +360,32 @@ def test_what_a_vm_left_that_died_while_it_waited_is_removed(base: Path) -> None
         leave_stale(base, ".123-a")
         names.claim("b").release()
         assert set(os.listdir(base / "pyhv")) == waiting - {".123-a.sock"}
+
+
+def test_a_directory_with_a_set_group_id_bit(base: Path) -> None:
+    """As one gets from a parent that has it."""
+    os.chmod(base, 0o2700)
+    with names.claim("a"):
+        assert (base / "pyhv").stat().st_mode & 0o777 == 0o700
+    (base / "pyhv").chmod(0o2700)
+    with names.claim("a"), names.Directory() as directory:
+        assert directory.names() == ["a"]
+
+
+@pytest.mark.parametrize("mask", [0o777, 0o277])
+def test_any_umask_will_do(base: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with names.claim("a"):
+            assert (base / "pyhv").stat().st_mode & 0o777 == 0o700
+            assert (base / "pyhv" / "a.sock").stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(before)
+
+
+def test_somebody_elses_directory_is_not_to_be_removed(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (base / "pyhv").mkdir(mode=0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(BadInput) as refused:
+        names.Directory()
+    assert refused.value.advice == "set XDG_RUNTIME_DIR to a directory of your own"

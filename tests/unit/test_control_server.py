@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyhv.control import names, server
+from pyhv.control import jsonrpc, names, server
 from pyhv.control.client import Client, all_statuses
 from pyhv.control.history import SIZE, History
 from pyhv.control.operations import Call, Deferred, Operations
@@ -63,7 +63,7 @@ class Served:
         self.vm.ended = {"cause": cause, "status": 7, "message": message}
         os.close(self.guest_output)
         self.guest_output = -1
-        self.server.finish()
+        self.server.finish({})
 
     def close(self) -> None:
         self.server.close()
@@ -547,7 +547,10 @@ def test_the_end(served: Served, base: Path) -> None:
         wait_for(lambda: len(served.vm.calls) == 2)
         os.write(served.guest_output, b"last words")
         served.finish()
-        assert os.listdir(base / "pyhv") == []
+        assert os.listdir(base / "pyhv") == ["t.ended"]
+        assert json.loads((base / "pyhv" / "t.ended").read_bytes()) == {
+            "console_base64": jsonrpc.encode_bytes(b"last words"), "missed": 0,
+        }  # fmt: skip
         end = {"cause": "guest-exit", "status": 7, "message": ""}
         assert reader.output(10) == b"last words"
         assert reader.line() == {"jsonrpc": "2.0", "method": "end", "params": end}
@@ -568,10 +571,12 @@ def test_a_stop_that_comes_too_late_says_so(served: Served) -> None:
 
 def test_what_ended_a_vm_first_counts() -> None:
     machine = mock.MagicMock()
-    operations = Operations("t", machine)
+    operations = Operations("t")
+    operations.control(machine)
     operations._stop("migrated")
     operations._stop("stopped")
     assert operations.ending == "migrated" and machine.vm.interrupt.call_count == 2
+    operations.close()
 
 
 def test_the_end_does_not_wait_for_who_does_not_read(served: Served) -> None:
