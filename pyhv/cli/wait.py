@@ -28,7 +28,7 @@ COMMAND = Command(
 A VM that has ended already is as good as one that ends now. Of several VMs the largest exit status counts.
 
 example:
-  pyhv run ticker --append rounds=9 --name t --detach; pyhv wait t; pyhv log t
+  pyhv wait t; pyhv log t
 """,
 )
 
