@@ -147,7 +147,7 @@ PRINTS_AND_RESETS = bytes.fromhex("66baf803 b078 ee b0fe e664 f4")
 def resets(tmp_path: Path) -> tuple[str, ...]:
     """A guest that prints a letter and resets itself."""
     (tmp_path / "resets").write_bytes(PRINTS_AND_RESETS)
-    return ("run", str(tmp_path / "resets"), "--boot", "flat", "--mem", "2M", "--reboot")
+    return ("run", str(tmp_path / "resets"), "--boot", "flat", "--mem", "2M", "--accel", "kvm", "--reboot")
 
 
 def test_a_named_vm_can_be_started_again(resets: tuple[str, ...]) -> None:
