@@ -50,7 +50,10 @@ def _limit_behind(errnum: int) -> str:
 
     if errnum not in (errno.EFBIG, errno.EMFILE, errno.ENOMEM):
         return ""
-    import resource
+    try:
+        import resource
+    except ImportError:  # no descriptor is left to open it with
+        return "by a limit of this process (ulimit -n)"
 
     number, what, option = {
         errno.EFBIG: (resource.RLIMIT_FSIZE, "bytes in a file", "f"),

@@ -859,17 +859,21 @@ def find_image(image: str) -> str:
 
 
 def parse_memory(memory: int | str) -> int:
-    """Bytes of guest memory for a number of bytes or a string such as 64M. Raises BadInput."""
+    """Bytes of guest memory for a number of bytes or a string such as 64M, 64MiB or 0.5G, by powers of 1024. Raises
+    BadInput."""
     advice = "give a size such as 64M or 1G"
     if isinstance(memory, str):
         number, unit = memory.strip(), 1
         suffixes = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+        if number[-3:-2].lower() in suffixes and number[-2:].lower() == "ib":  # 64MiB is 64M
+            number = number[:-2]
         if number[-1:].lower() in suffixes:
             unit = suffixes[number[-1].lower()]
             number = number[:-1]
-        if not (number.isascii() and number.isdigit()):
+        whole, dot, part = number.partition(".")
+        if not all(digits.isascii() and digits.isdigit() for digits in ((whole, part) if dot else (whole,))):
             raise BadInput(f"memory {memory}", "is not a size", advice)
-        size = int(number[:32]) * unit
+        size = int(whole[:32]) * unit + (int(part[:32]) * unit // 10 ** len(part[:32]) if dot else 0)
     else:
         size = arguments.number("memory", memory)
     if size < MIN_MEMORY:

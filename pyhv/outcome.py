@@ -28,7 +28,7 @@ CAUSES: dict[str, tuple[int, str]] = {
     "system-event": (123, "the platform reported an event that pyhv does not know"),
     "timeout": (124, "--timeout passed, the guest was still running; or nobody came within pyhv receive --wait"),
     "internal-error": (125, "pyhv or the host failed"),
-    "interrupted": (130, "the user ended it (escape key, Ctrl-C, SIGTERM)"),
+    "interrupted": (130, "the user ended it (escape key, Ctrl-C); 143 by SIGTERM, 129 by SIGHUP, 131 by SIGQUIT"),
 }
 
 FAILED = 119

@@ -205,7 +205,7 @@ def _unfaithful(kvm: Accelerator, guest: GuestCpu) -> str:
     leaks = {cpl: leaking_features(verdict, guest, cpl) for cpl in (0, 3)}
     if not leaks[0] and not leaks[3]:
         return ""
-    return f"{kvm.name} on this host does not honour the CPUID table ({_leak_words(leaks)})"
+    return f"{kvm.name} on this host does not honour the CPUID table (pyhv host tells more)"
 
 
 def _limited(kvm: Accelerator, facts: GuestFacts) -> str:

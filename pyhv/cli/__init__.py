@@ -46,6 +46,28 @@ COMMANDS = {
     "diff": "compare two processors, profiles or hosts, feature by feature",
 }
 
+# What such a command is called elsewhere -> what it is called here.
+_MEANT = {
+    "attach": "console",
+    "boot": "run",
+    "continue": "resume",
+    "delete": "clear",
+    "destroy": "stop",
+    "exec": "run",
+    "info": "status",
+    "kill": "stop",
+    "list": "ls",
+    "load": "restore",
+    "logs": "log",
+    "ps": "ls",
+    "rm": "clear",
+    "shutdown": "stop",
+    "snapshot": "save",
+    "start": "run",
+    "suspend": "pause",
+    "unpause": "resume",
+}
+
 _USAGE = "usage: pyhv COMMAND ...    (pyhv COMMAND --help says more; pyhv --version)"
 
 _HELP = """
@@ -94,8 +116,11 @@ def guard(work: Callable[[], int], asks_for_json: Callable[[], bool]) -> int:
     except BrokenPipeError:
         return die_of_broken_pipe()
     except (KeyboardInterrupt, Exception) as error:
-        from pyhv.cli import failure
-
+        try:
+            from pyhv.cli import failure
+        except OSError as worse:  # no descriptor is left to open a module with
+            complain(f"{worse.strerror}, by a limit of this process (ulimit -n)")
+            return 125
         return failure.report(error, asks_for_json())
 
 
@@ -112,10 +137,13 @@ def _command(arguments: list[str]) -> int:
 
         print("pyhv", pyhv.__version__)
         return 0
+    if name == "help":
+        return _command([*rest[:1], "--help"])
     if name not in COMMANDS:
         import difflib
 
-        near = difflib.get_close_matches(name, COMMANDS, 1)
+        meant = _MEANT.get(name)
+        near = [meant] if meant else difflib.get_close_matches(name, COMMANDS, 1)
         advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}; see pyhv --help"
         raise BadInput(name, "is no option of pyhv" if name.startswith("-") else "is no command", advice)
     try:

@@ -144,8 +144,8 @@ class _Session:
                 raise BrokenPipeError
             if signals.descriptor in ready:
                 numbers = signals.take()
-                if any(number in ENDING for number in numbers):
-                    return 0 if self._terminal else 130
+                if ending := [number for number in numbers if number in ENDING]:
+                    return 0 if self._terminal else 128 + ending[0]
                 if signal.SIGCONT in numbers:
                     self._raw.enter_again()
             if 0 in ready:

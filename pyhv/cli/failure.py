@@ -16,11 +16,30 @@ from pyhv.errors import BadInput, Cancelled, HostError, PyhvError, TimedOut
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the command. number: which; the exit status is that which a shell gives to it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def end_in_order() -> None:
+    """Lets SIGTERM and SIGHUP, unless they are ignored, end the command as Ctrl-C does: nothing is left behind."""
+    import signal
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+
+
 def report(error: BaseException, as_json: bool) -> int:
     """Tells what a command ended with and returns its exit status. What it has printed already is flushed."""
     flushed = _flush()
-    if isinstance(error, OSError):
-        error = _explain(error)
+    error = _explain(error)
     value = to_json(error)
     if isinstance(error, PyhvError):
         complain(*lines(error))
@@ -61,7 +80,7 @@ def to_json(error: BaseException) -> dict[str, Any]:
         "message": message,
         "facts": facts,
         "cause": cause,
-        "status": outcome.status_of(cause),
+        "status": 128 + error.number if isinstance(error, Interrupted) else outcome.status_of(cause),
     }
 
 
@@ -97,8 +116,21 @@ def _flush(text: str = "") -> OSError | PyhvError | None:
     return None
 
 
-def _explain(error: OSError) -> BaseException:
+def _explain(error: BaseException) -> BaseException:
     """The error that says whose fault it is, where it is not pyhv's."""
+    if isinstance(error, MemoryError):
+        return HostError("memory", errno.ENOMEM)
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        advice = "this user's processes and threads (ulimit -u) or the address space (ulimit -v) may be limited"
+        return HostError("start a thread", errno.EAGAIN, "", advice)
+    if not isinstance(error, OSError):
+        return error
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return HostError(_subject(error, "memory" if error.errno == errno.ENOMEM else "open a file"), error.errno)
     if error.errno in _WRITE_ERRORS:
-        return HostError(os.fsdecode(error.filename) if error.filename else "writing a file", error.errno)
+        return HostError(_subject(error, "writing a file"), error.errno)
     return error
+
+
+def _subject(error: OSError, otherwise: str) -> str:
+    return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else otherwise

@@ -153,7 +153,7 @@ def main(arguments: list[str]) -> int:
         raise BadInput(given.uri, "names descriptors of this process, which the VM's does not have", "name another URI")
     uri = given.uri
     if address.path:  # the VM's process has another working directory
-        uri = f"{address.scheme}:{os.path.abspath(address.path)}"
+        uri = f"{address.scheme}:{options.absolute(address.path)}"
     params: dict[str, Any] = {
         "downtime": given.downtime,
         "bandwidth": given.bandwidth,
@@ -170,7 +170,7 @@ def main(arguments: list[str]) -> int:
         params["overrun"] = given.overrun
     for name in ("tls_cert", "tls_key", "tls_ca"):
         if path := getattr(given, name):
-            params[name] = os.path.abspath(path)
+            params[name] = options.absolute(path)
     with Client(given.name) as client:
         client.status()  # does it answer at all?
         with _Progress(given.json) as progress:

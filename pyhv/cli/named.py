@@ -127,6 +127,7 @@ def run_as(
         Operations(name) as operations,
     ):
         console.operations = operations
+        console.fail_on = given.fail_on
         while True:
             with make(console_in=console.input, console_out=console.output) as machine:
                 machine.pin(given.pin)
@@ -136,7 +137,7 @@ def run_as(
 
                 def begin(machine: Machine = machine) -> None:
                     if operations.control(machine):
-                        for note in machine.notes:
+                        for note in machine.notes if not given.quiet else ():
                             cli.complain(note)
                         server.start(operations, console.take_copy(), console.keys)
                         on_started(name)
@@ -238,10 +239,10 @@ class _NamedConsole(Console):
             raise self.operations.failure
         if self._reboots and result.cause == "reset" and not self.operations.held:
             # It has reset itself in the moment in which it was ended: that is not why it is not started again.
-            return machine.result(None, ending or self.ended_by)
+            return self._result(machine, None, ending or self.ended_by)
         # Who interrupts a VM that is just leaving does not end it: it runs on elsewhere.
         if ending == "migrated" or (ending and result.cause == "timeout"):
-            return machine.result(None, ending)
+            return self._result(machine, None, ending)
         return result
 
     def drain(self, signals: Signals, patient: bool) -> None:

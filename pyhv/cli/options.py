@@ -139,8 +139,16 @@ class Command:
     def _unknown(self, name: str) -> BadInput:
         import difflib
 
-        near = difflib.get_close_matches(name, [*self.options, "--help"], 1)
-        return BadInput(name, f"{self.name} has no such option", f"did you mean {near[0]}?" if near else self._advice())
+        known = [*self.options, "--help"]
+        argument = name.lstrip("-").upper()
+        near = [option for option in known if option.startswith(name)] if len(name) > 3 else []
+        if len(near) != 1:
+            near = difflib.get_close_matches(name, known, 1, 0.7)
+        if argument in [option.name for option in self.arguments]:
+            advice = f"it is an argument: {self.name} {argument}"
+        else:
+            advice = f"did you mean {near[0]}?" if near else self._advice()
+        return BadInput(name, f"{self.name} has no such option", advice)
 
     def _advice(self) -> str:
         return f"see {self.name} --help"
@@ -205,13 +213,39 @@ def processors(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+# Locks cannot wait longer than 292 years.
+_LONGEST = 9e9
+
+
 def seconds(text: str) -> float:
-    """Option.convert: a time in seconds, more than 0 and no longer than a wait can be."""
+    """Option.convert: a time in seconds, or with a unit (500ms, 5s, 2m, 1h), more than 0 and no longer than a wait can
+    be."""
+    number = text.rstrip("msh")
     try:
-        value = float(text)
-    except ValueError:
+        value = float(number) * _UNITS[text[len(number) :] or "s"]
+    except (ValueError, KeyError):
         value = 0.0
-    # Locks cannot wait longer than 292 years; NaN fails both comparisons.
-    if not 0.0 < value <= 9e9:
-        raise ValueError("is not a time in seconds, more than 0")
+    if value > _LONGEST:
+        raise ValueError(f"is too long; the most is {_LONGEST:.0f} seconds")
+    if not value > 0.0:  # as NaN is not
+        raise ValueError("is not a time in seconds, more than 0, such as 5, 5s, 500ms or 2m")
     return value
+
+
+def not_empty(text: str) -> str:
+    """Option.convert: anything but nothing."""
+    if not text.strip():
+        raise ValueError("is empty; name a file")
+    return text
+
+
+def absolute(path: str) -> str:
+    """The path for a process with another working directory. Raises BadInput where ours is gone."""
+    import os
+
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise BadInput(path, "the working directory is gone", "give an absolute path") from None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 from collections.abc import Callable
 from types import SimpleNamespace
 
 from pyhv.accel.choose import ACCELERATORS, INTERCEPTS
-from pyhv.cli import complain, options, run
+from pyhv.cli import complain, failure, options, run
 from pyhv.cli.migrate import TLS_OPTIONS
 from pyhv.cli.options import Command, Option
 from pyhv.cli.terminal import HELP
@@ -35,6 +34,8 @@ COMMAND = Command(
         Option("--intercept", "who answers CPUID (see pyhv run --help)", default="auto", choices=INTERCEPTS),
         Option("--timeout", "end the VM after S seconds here, with status 124", "S", convert=options.seconds),
         run.PIN_OPTION,
+        run.FAIL_ON_OPTION,
+        run.QUIET_OPTION,
         Option("--insecure", "allow tcp:// at other addresses than loopback: anybody may send a VM"),
         *TLS_OPTIONS,
         Option("--json", "capture the console and print one JSON object, as pyhv run does; not with -"),
@@ -61,9 +62,7 @@ def main(arguments: list[str]) -> int:
         names.check_name(given.name)
     # What is wrong here must not be found out when the VM is this side's already.
     check_processors(given.pin)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)  # ends it in good order, as Ctrl-C does
+    failure.end_in_order()
     tls = None
     if given.tls_cert or given.tls_key or given.tls_ca:
         tls = transport.Tls(given.tls_cert or "", given.tls_key or "", given.tls_ca or "")

@@ -22,6 +22,8 @@ COMMAND = Command(
         Option("--intercept", "who answers CPUID (see pyhv run --help)", default="auto", choices=INTERCEPTS),
         Option("--timeout", "end the VM after S seconds, with status 124", "S", convert=options.seconds),
         run.PIN_OPTION,
+        run.FAIL_ON_OPTION,
+        run.QUIET_OPTION,
         *run.NAME_OPTIONS,
         Option("--json", "capture the console and print one JSON object, as pyhv run does"),
     ),

@@ -89,6 +89,7 @@ MACHINE_OPTIONS = (
         "--module",
         "a file for a multiboot kernel, with a string for it; may be given several times",
         "'FILE ARGS'",
+        convert=options.not_empty,
         repeated=True,
     ),
     Option(
@@ -105,6 +106,26 @@ PIN_OPTION = Option(
     "--pin", "bind vCPU 0 to the first of these host processors, and so on: 0,2,4-7", "LIST", (), options.processors
 )
 
+
+
+def _causes(text: str) -> tuple[str, ...]:
+    """Option.convert: causes of an end, such as halted,reset."""
+    causes = tuple(text.split(","))
+    outcome.check_fail_on(causes)
+    return causes
+
+
+FAIL_ON_OPTION = Option(
+    "--fail-on",
+    "count these causes of an end as failures, with status 119 where it would be 0: halted,reset for a kernel that "
+    "panics so",
+    "CAUSES",
+    (),
+    _causes,
+)
+
+QUIET_OPTION = Option("--quiet", "omit the notes on how the guest is run; pyhv status and --json have them")
+
 NAME_OPTIONS = (
     Option("--name", "give the VM a name, by which pyhv ls, status, console, pause, save, stop ... find it", "NAME"),
     Option("--detach", "return once the VM runs, and leave it in the background; needs --name"),
@@ -118,6 +139,8 @@ COMMAND = Command(
     (
         *MACHINE_OPTIONS,
         PIN_OPTION,
+        FAIL_ON_OPTION,
+        QUIET_OPTION,
         *NAME_OPTIONS,
         Option("--reboot", "start the guest again when it resets itself, instead of ending"),
         Option(
@@ -174,10 +197,11 @@ def run_machine(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
     deadline = None if given.timeout is None else time.monotonic() + given.timeout
     before = b""  # what was printed before the last reset
     with Console(None if given.json else 1) as console:
+        console.fail_on = given.fail_on
         while True:
             with make(console_in=console.input, console_out=console.output) as machine:
                 machine.pin(given.pin)
-                for note in machine.notes:
+                for note in machine.notes if not given.quiet else ():
                     complain(note)
                 with Signals() as signals:
                     left = None if deadline is None else max(0.0, deadline - time.monotonic())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pyhv.cli import output, several
+from pyhv.cli import options, output, several
 from pyhv.cli.options import Command, Option
 from pyhv.errors import BadInput
 
@@ -42,7 +42,7 @@ examples:
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     given = COMMAND.parse(arguments)
-    path = absolute(given.file)
+    path = options.absolute(given.file)
     folder = given.all or len(given.name) > 1
     if folder and not os.path.isdir(path):
         raise BadInput(given.file, "is no directory, which several VMs are saved to", "name one that is there")
@@ -54,11 +54,3 @@ def main(arguments: list[str]) -> int:
         return {"path": target, "stopped": given.stop}
 
     return several.each(given, "save", save)
-
-
-def absolute(path: str) -> str:
-    """The path for the VM's process, which has another working directory. Raises BadInput where ours is gone."""
-    try:
-        return os.path.abspath(path)
-    except FileNotFoundError:
-        raise BadInput(path, "the working directory is gone", "give an absolute path") from None

@@ -11,6 +11,7 @@ from typing import Any
 
 from pyhv import soak
 from pyhv.accel.choose import ACCELERATORS
+from pyhv.cli import failure as failing
 from pyhv.cli import options, output
 from pyhv.cli.options import Command, Option
 from pyhv.errors import BadInput, HostError
@@ -54,6 +55,7 @@ _LEG = 10_000
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     given = COMMAND.parse(arguments)
+    failing.end_in_order()
     state = _State(given.state)
     snapshot = f"{given.state}.pyhv" if given.state else ""
     if given.count < 1:
@@ -122,7 +124,7 @@ class _State:
         self.downtimes: list[float] = []
         if path is None:
             return
-        folder = os.path.dirname(os.path.abspath(path))
+        folder = os.path.dirname(options.absolute(path))
         if not os.access(folder, os.W_OK):  # to be known now, not after the first leg
             raise BadInput(path, f"cannot be written: {folder} is no folder, or not writable", "name another file")
         if not os.path.exists(path):

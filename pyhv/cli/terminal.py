@@ -18,10 +18,12 @@ import threading
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
+    from collections.abc import Collection
     from types import FrameType, TracebackType
     from typing import Any, Self
 
     from pyhv.machine import Machine, RunResult
+    from pyhv.vm.vm import Stopped
 else:
     # The half of signal that is in C: the other one makes an enumeration of all that is in it, 5 ms at every start.
     import _signal as signal
@@ -179,6 +181,9 @@ class Console:
         self._raw = RawMode()
         self._escape = EscapeKey()
         self._hinted = False
+        self.fail_on: Collection[str] = ()
+        """Causes that are failures (Machine.run)."""
+        self._signal = int(signal.SIGINT)  # the one that interrupted the run; the escape key counts as Ctrl-C
         self.ended_by = ""
         """What ended the last run of a guest that did not end by itself: a cause."""
         if os.isatty(0):
@@ -227,7 +232,12 @@ class Console:
         if end == "broken-pipe" or machine.vm.devices.lost_output()[0] == errno.EPIPE:
             raise BrokenPipeError
         self.ended_by = "timeout" if end == "ended" else end
-        return machine.result(machine.vm.stopped, self.ended_by)
+        return self._result(machine, machine.vm.stopped, self.ended_by)
+
+    def _result(self, machine: Machine, stopped: Stopped | None, cause: str) -> RunResult:
+        """As Machine.result(). Who is ended by a signal has the status that a shell gives to it."""
+        result = machine.result(stopped, cause, self.fail_on)
+        return result._replace(status=128 + self._signal) if result.cause == "interrupted" else result
 
     def begin(self, machine: Machine) -> None:
         """Lets the machine run; a subclass may do more."""
@@ -259,7 +269,8 @@ class Console:
                 return "broken-pipe"
             if signals.descriptor in ready:
                 numbers = signals.take()
-                if any(number in ENDING for number in numbers):
+                if ending := [number for number in numbers if number in ENDING]:
+                    self._signal = ending[0]
                     return "interrupted"
                 if signal.SIGCONT in numbers:
                     self._raw.enter_again()

@@ -151,7 +151,7 @@ class Devices:
 
     def start_input(self) -> None:
         """Starts moving console input to the UART; a VM without input needs no thread for it."""
-        if self._has_input and self._pump is None:
+        if self._has_input and (self._pump is None or self._pump.ident is None):
             self._pump_told = False
             self._pump = threading.Thread(
                 target=lambda: lib.pyhv_uart16550_pump_input(self._uart, ffi.NULL), name="console-input", daemon=True
@@ -160,7 +160,7 @@ class Devices:
 
     def stop_input(self) -> None:
         """Stops it: what has not been read by then stays where it comes from, for whoever lets the VM run on."""
-        if self._pump is not None:
+        if self._pump is not None and self._pump.ident is not None:  # which a limit of threads may have prevented
             if not self._pump_told:  # once: a second word would end the next one
                 self._pump_told = True
                 lib.pyhv_uart16550_stop_input(self._uart)
