@@ -859,17 +859,19 @@ def find_image(image: str) -> str:
 
 
 def parse_memory(memory: int | str) -> int:
-    """Bytes of guest memory for a number of bytes or a string such as 64M, 64MiB or 0.5G, by powers of 1024. Raises
-    BadInput."""
+    """Bytes of guest memory for a number of bytes or a string such as 64M, 64MiB, 0.5G (of 1024) or 64MB (of 1000).
+    Raises BadInput."""
     advice = "give a size such as 64M or 1G"
     if isinstance(memory, str):
-        number, unit = memory.strip(), 1
-        suffixes = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-        if number[-3:-2].lower() in suffixes and number[-2:].lower() == "ib":  # 64MiB is 64M
-            number = number[:-2]
-        if number[-1:].lower() in suffixes:
-            unit = suffixes[number[-1].lower()]
-            number = number[:-1]
+        text = memory.strip()
+        number = text.rstrip("bBiIkKmMgGtT")
+        suffix = text[len(number) :].lower()
+        # The rule of pyhv migrate --bandwidth: K or KiB are of 1024, kB of 1000.
+        base = 1000 if suffix[1:] == "b" else 1024
+        power = "kmgt".find(suffix[:1]) + 1 if suffix else 0
+        if suffix and (not power or suffix[1:] not in ("", "b", "ib")):
+            raise BadInput(f"memory {memory}", "is not a size", advice)
+        unit: int = base**power
         whole, dot, part = number.partition(".")
         if not all(digits.isascii() and digits.isdigit() for digits in ((whole, part) if dot else (whole,))):
             raise BadInput(f"memory {memory}", "is not a size", advice)

@@ -165,7 +165,7 @@ class Operations:
 
     def _cancel(self) -> object:
         """Gives up the migration that is under way."""
-        if self._machine.cancel_migration():
+        if self._machine is not None and self._machine.cancel_migration():
             return {}
         current = self._current
         if current is not None and current.method == "migrate":

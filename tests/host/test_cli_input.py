@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pyhv import guests
+from pyhv.machine import parse_memory
 
 from .cli import IN_THE_LAB, LAB_REASON, call, python
 
@@ -76,12 +77,26 @@ def test_a_name_that_no_guest_has() -> None:
     assert_refused(call("trace", "xyzzy"), "xyzzy: ", "the bundled guests are ", "hello")
 
 
-SIZES = ["0", "1", "-64M", "64.5M", "1000000", "2097153", "M", "", "64Q", "99999999T", "9" * 5000]
+SIZES = [
+    "0", "1", "-64M", "64.1M", "1000000", "2097153", "M", "", "64Q", "99999999T", "9" * 5000, "64.M", ".5G", "64MM",
+    "64iB", "64BM", "6.4.0G", "1e9", "64 M",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("size", SIZES, ids=[size[:10] for size in SIZES])
 def test_memory_sizes(size: str) -> None:
     assert_refused(call("run", "hello", f"--mem={size}"), f"memory {size[:20]}", "give a size such as 64M")
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        ("64M", 64 << 20), ("64m", 64 << 20), ("64MiB", 64 << 20), ("64mib", 64 << 20), ("0.5G", 512 << 20),
+        ("0.0625GiB", 64 << 20), ("65536K", 64 << 20), ("64MB", 64_000_000), ("67108864", 64 << 20),
+    ],
+)  # fmt: skip
+def test_sizes_as_people_type_them(size: str, count: int) -> None:
+    assert parse_memory(size) == count
 
 
 def test_memory_beyond_the_profiles_addresses() -> None:
@@ -149,8 +164,9 @@ def test_no_permission(tmp_path: Path) -> None:
 import os
 import pyhv.machine  # all that the other user may not be able to read
 from pyhv import guests
+from pyhv.machine import parse_memory
 from pyhv.accel import kvm
-from pyhv.cli import run
+from pyhv.cli import failure, run  # all that is needed later: that user may not be able to read Python's modules
 kvm.DEVICE = sys.argv.pop(1)
 open_device = kvm.Kvm.__init__
 def drop_and_open(self):

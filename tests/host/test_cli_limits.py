@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 def shell(script: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Runs a shell script, in which "$@" is pyhv with the words."""
     return subprocess.run(
-        ["bash", "-c", script, "bash", *COMMAND, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-        timeout=TIMEOUT, check=False, env=environment() | {"PYTHONPATH": str(ROOT)} | more,
+        ["bash", "-c", script, "bash", *COMMAND, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        errors="replace", timeout=TIMEOUT, check=False, env=environment() | {"PYTHONPATH": str(ROOT)} | more,
     )  # fmt: skip
 
 

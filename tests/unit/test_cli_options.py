@@ -93,8 +93,12 @@ def test_anything_else_is_parsed_or_refused(words: list[str]) -> None:
 def test_seconds() -> None:
     assert seconds("0.25") == 0.25
     assert seconds("1e3") == 1000
-    for text in ("0", "-1", "nan", "inf", "1e400", "1e10", "", "x"):
+    assert [seconds(text) for text in ("5s", "500ms", "2m", "1.5h")] == [5, 0.5, 120, 5400]
+    for text in ("0", "-1", "nan", "", "x", "5x", "s", "5sm", "5 d"):
         with pytest.raises(ValueError, match="time in seconds"):
+            seconds(text)
+    for text in ("inf", "1e400", "1e10", "99999999999", "3000000h"):
+        with pytest.raises(ValueError, match="is too long; the most is 9000000000 seconds"):
             seconds(text)
 
 
