@@ -554,6 +554,8 @@ class Machine:
             )
             if self.choice.intercept == "kernel" and self.guest.hides:
                 choose.check_read_back(self.guest, self.vm.vcpus[0].get_cpuid())
+            if "arch_capabilities" in self.guest.visible:
+                self.vm.tell_capabilities(self.guest.moving)
             prepare(self.vm)
         except BaseException:
             if hasattr(self, "vm"):

@@ -14,7 +14,7 @@ from typing import Any, cast
 from pyhv._native import check, cpuid, ffi, lib, new_error
 from pyhv.accel import structs
 from pyhv.accel.data import CpuidRecord, Exit, Regs, Sregs, Stop
-from pyhv.errors import NotAvailable
+from pyhv.errors import HostError, NotAvailable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -89,6 +89,12 @@ class EmulatorVcpu:
 
     def read_tsc_khz(self) -> int:
         return int(lib.pyhv_emulator_vcpu_get_tsc_khz(self.handle))
+
+    def read_capabilities(self) -> int:
+        raise HostError("IA32_ARCH_CAPABILITIES", 0, "the emulator does not have it")
+
+    def write_capabilities(self, value: int) -> None:
+        raise HostError("IA32_ARCH_CAPABILITIES", 0, "the emulator does not have it")
 
     def trap(self, table: CpuidTable, sites: Sequence[int], log_capacity: int = 0) -> None:
         """Every CPUID is answered by us anyway, at every address and privilege level; what remains is the log."""

@@ -78,6 +78,18 @@ class KvmVcpu:
         error = new_error()
         return int(check(lib.pyhv_vcpu_get_tsc_khz(self.handle, error), error))
 
+    def read_capabilities(self) -> int:
+        from pyhv.accel import kvm_state
+        from pyhv.cpu.arch_capabilities import IA32_ARCH_CAPABILITIES
+
+        return kvm_state.read_msrs(self, [IA32_ARCH_CAPABILITIES]).get(IA32_ARCH_CAPABILITIES, 0)
+
+    def write_capabilities(self, value: int) -> None:
+        from pyhv.accel import kvm_state
+        from pyhv.cpu.arch_capabilities import IA32_ARCH_CAPABILITIES
+
+        kvm_state.write_msrs(self, {IA32_ARCH_CAPABILITIES: value})
+
     def trap(self, table: CpuidTable, sites: Sequence[int], log_capacity: int = 0) -> None:
         entries = table.as_entries()
         self._table = ffi.new("struct pyhv_cpuid_table *")

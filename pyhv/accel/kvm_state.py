@@ -14,6 +14,7 @@ from pyhv._native import check, ffi, lib, new_error, to_exception
 from pyhv.accel import structs
 from pyhv.accel.state import RawState, RawVcpu
 from pyhv.cpu import msrs
+from pyhv.cpu.arch_capabilities import IA32_ARCH_CAPABILITIES
 from pyhv.errors import HostError
 
 TYPE_CHECKING = False
@@ -208,6 +209,10 @@ def apply(
     counters = [found.pop(msrs.IA32_TSC, None) for found in values]
     deadlines = [found.pop(msrs.IA32_TSC_DEADLINE, 0) for found in values]
     for vcpu, found in zip(vcpus, values, strict=True):
+        # First: it decides whether there is IA32_TSX_CTRL. And not where it is so: not every KVM lets it be set.
+        told = found.pop(IA32_ARCH_CAPABILITIES, None)
+        if told is not None and vcpu.read_capabilities() != told:
+            vcpu.write_capabilities(told)
         lfence = found.pop(msrs.AMD64_DE_CFG, None)
         write_msrs(vcpu, found)
         if lfence is not None:

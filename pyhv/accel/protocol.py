@@ -37,6 +37,12 @@ class AccelVcpu(Protocol):
     def read_tsc_khz(self) -> int:
         """The rate of the guest's time-stamp counter in kHz."""
 
+    def read_capabilities(self) -> int:
+        """IA32_ARCH_CAPABILITIES, of a vCPU whose table shows it. Raises HostError."""
+
+    def write_capabilities(self, value: int) -> None:
+        """Sets it. Before the first run. Raises HostError."""
+
     def trap(self, table: CpuidTable, sites: Sequence[int], log_capacity: int = 0) -> None:
         """Answer CPUID from `table` by stopping in front of each: at the linear addresses `sites`, or, where that is
         empty, by stepping. The first `log_capacity` answers are kept for trap_log(). Once, before the first run."""

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from pyhv.cpu import arch_capabilities
 from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS, WORDS, XSAVE_COMPONENTS
 from pyhv.cpu.host import HostDescription
 from pyhv.cpu.msrs import NAMES as MSR_NAMES
@@ -133,6 +134,24 @@ class MsrNotGiven(NamedTuple):
         return f"the state sets MSR {self.name} ({self.number:#x}), which the guest's CPUID table does not give it"
 
 
+class LacksCapability(NamedTuple):
+    """The guest was told in IA32_ARCH_CAPABILITIES of what the host does not have (cpu/arch_capabilities.py)."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"the host does not have {self.name}, of which the guest was told in IA32_ARCH_CAPABILITIES"
+
+
+class NeedsCare(NamedTuple):
+    """The host's IA32_ARCH_CAPABILITIES asks for care of which the guest was not told."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"the host needs care of which the guest was not told: {self.name} in IA32_ARCH_CAPABILITIES"
+
+
 class TscDiffers(NamedTuple):
     """The guest counts on the rate of its time-stamp counter (kHz), and the host cannot give it that rate."""
 
@@ -166,6 +185,8 @@ TableReason = (
     | ClflushSizeDiffers
     | MissingMsr
     | MsrNotGiven
+    | LacksCapability
+    | NeedsCare
     | TscDiffers
 )
 
@@ -235,11 +256,13 @@ def problems(
     msrs: Iterable[int] = (),
     tsc_khz: int = 0,
     strict_tsc: bool = False,
+    capabilities: int | None = None,
 ) -> list[TableReason]:
     """Every reason why a guest that sees the table `guest` cannot run on `host`; none: it can.
 
     msrs: numbers of the MSRs in its state. tsc_khz: its TSC's rate, 0 where it is not known. strict_tsc: another rate
-    is a reason even where the guest was not promised a steady one.
+    is a reason even where the guest was not promised a steady one. capabilities: its IA32_ARCH_CAPABILITIES, None where
+    it has none or that is not known.
 
     A feature is required where its bit is set and means that something is there. Not required are bits that say that
     something is absent or wants care (the table's value holds wherever the guest runs), those that follow the vCPU's
@@ -289,6 +312,10 @@ def problems(
     if host.msrs:  # a description made of a processor dump has none
         for number in sorted(missing_msrs(numbers & given, host.msrs)):
             reasons.append(MissingMsr(number, MSR_NAMES[number]))
+    offers = host.feature_msrs.get(arch_capabilities.IA32_ARCH_CAPABILITIES)
+    if capabilities is not None and offers is not None:
+        reasons += [LacksCapability(name) for name in arch_capabilities.lacking(capabilities, offers)]
+        reasons += [NeedsCare(name) for name in arch_capabilities.untold(capabilities, offers)]
     if tsc_differs(tsc_khz, host):
         promised = [name for name in ("invtsc", "tsc_deadline_timer") if name in shown]
         if promised:

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from pyhv.cpu import arch_capabilities
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyhv.cpu.table import CpuidTable
@@ -62,6 +64,7 @@ MSRS: tuple[Msr, ...] = (
     Msr(0x48, "IA32_SPEC_CTRL", ("spec_ctrl", "intel_stibp", "spec_ctrl_ssbd", "amd_ibrs", "amd_stibp", "amd_ssbd")),
     Msr(0x9E, "IA32_SMBASE", usual=0x30000),
     Msr(0xE1, "IA32_UMWAIT_CONTROL", ("waitpkg",)),
+    Msr(arch_capabilities.IA32_ARCH_CAPABILITIES, "IA32_ARCH_CAPABILITIES", ("arch_capabilities",)),
     Msr(0x122, "IA32_TSX_CTRL", ("arch_capabilities",), usual=0),
     Msr(0x140, "MSR_MISC_FEATURES_ENABLES", usual=0),
     Msr(0x174, "IA32_SYSENTER_CS", ("sep",)),
@@ -134,7 +137,6 @@ EXCEPTIONS: tuple[NotCarried, ...] = (
     NotCarried(0x8C, 0x8F, "no guest is shown SGX, which ties it to its host"),
     NotCarried(0xC1, 0xC8, _NO_PMU),
     NotCarried(0xCE, 0xCE, _CONSTANT),  # that CPUID can be made to fault
-    NotCarried(0x10A, 0x10A, "describes the processor"),
     NotCarried(0x17B, 0x17B, "KVM's machine checks have no MCG_CTL unless they are set up with one"),
     NotCarried(0x186, 0x18D, _NO_PMU),
     NotCarried(0x1DB, 0x1DE, "the last branch, which the next one overwrites"),

@@ -137,10 +137,11 @@ class GuestCpu:
     profile: the profile's name. topology: the VM's. hides: whether the profile hides anything that the host could give
     and take along; a profile that does not needs no proof that hiding works. visible: canonical names of the features
     that the guest sees. hidden: what the host offers and the guest does not see, with reasons. lacking: features that
-    the profile lists and the host does not offer. levelled: numbers that differ from the host's.
+    the profile lists and the host does not offer. levelled: numbers that differ from the host's. moving: whether the
+    profile is for guests that move among hosts.
     """
 
-    __slots__ = ("_first", "hidden", "hides", "lacking", "levelled", "profile", "topology", "visible")
+    __slots__ = ("_first", "hidden", "hides", "lacking", "levelled", "moving", "profile", "topology", "visible")
 
     def __init__(
         self,
@@ -152,6 +153,7 @@ class GuestCpu:
         hidden: tuple[Hidden, ...],
         lacking: tuple[str, ...],
         levelled: tuple[Levelled, ...],
+        moving: bool = False,
     ) -> None:
         self.profile = profile
         self.topology = topology
@@ -160,6 +162,7 @@ class GuestCpu:
         self.hidden = hidden
         self.lacking = lacking
         self.levelled = levelled
+        self.moving = moving
         self._first = table
 
     @property
@@ -176,6 +179,11 @@ class GuestCpu:
     @property
     def physical_address_bits(self) -> int:
         return self._first.physical_bits
+
+
+# What KVM provides on processors of a vendor that has none: the same is said by its own bits of CPUID, and some guests
+# do not start where they find both (QEMU does not show it either, since 10.1).
+_NOT_HERE = {"amd": ("arch_capabilities",)}
 
 
 def guest_table(host: HostDescription, profile: Profile, topology: Topology) -> GuestCpu:
@@ -202,8 +210,9 @@ def guest_table(host: HostDescription, profile: Profile, topology: Topology) -> 
 
     # Requirements are judged on what the host can give: hide a feature, and all that rests on it goes too.
     candidates = set()
+    foreign = _NOT_HERE.get(offered.lineage, ())
     for feature in FEATURES:
-        if feature.barred or feature.topology or feature.dynamic:
+        if feature.barred or feature.topology or feature.dynamic or feature.name in foreign:
             continue  # whatever a profile lists
         if feature.name in allowed and feature.vendor in vendors and feature.word.leaf in leaves:
             host_decides = feature.sense in ("plain", "hint") or profile.everything
@@ -221,7 +230,9 @@ def guest_table(host: HostDescription, profile: Profile, topology: Topology) -> 
     for feature in FEATURES:
         if feature.name in visible or feature.topology or feature.dynamic or feature.mirrors:
             continue
-        if feature.name in has:
+        if feature.name in foreign and feature.name in has:
+            hidden.append(Hidden(feature.name, "KVM's own addition: processors of this vendor do not have it"))
+        elif feature.name in has:
             hidden.append(Hidden(feature.name, _reason(feature, profile, allowed, closed.dropped, areas, leaves)))
         elif feature.name in allowed and feature.vendor in vendors and not profile.everything:
             lacking.append(feature.name)
@@ -235,6 +246,7 @@ def guest_table(host: HostDescription, profile: Profile, topology: Topology) -> 
         hidden=tuple(hidden),
         lacking=tuple(lacking),
         levelled=_levelled(offered, table),
+        moving=profile.moving,
     )
 
 

@@ -64,7 +64,14 @@ class Type(IntEnum):
     CANCEL = 25
 
 
-@record("hello", 5)
+def _upgrade_hello(fields: dict[str, Any], version: int) -> dict[str, Any]:
+    """Version 5 did not say what the guest was told in IA32_ARCH_CAPABILITIES, and did not bring it."""
+    if version != 5:
+        raise ValueError(version)
+    return {**fields, "capabilities": None}
+
+
+@record("hello", 6, _upgrade_hello)
 class Hello(NamedTuple):
     """What the guest is and what it needs of a host. Its version is that of the protocol: of the messages, and of the
     fields of all that is packed."""
@@ -82,6 +89,8 @@ class Hello(NamedTuple):
     """The CPUID table of each vCPU."""
     msrs: Annotated[tuple[U32, ...], Length(0, 512)]
     """The MSRs that the vCPUs' state has whatever they hold."""
+    capabilities: U64 | None
+    """IA32_ARCH_CAPABILITIES; None where the guest has none."""
     tsc_khz: U32
     strict_tsc: bool
     irqchip: bool
@@ -97,7 +106,8 @@ class Hello(NamedTuple):
     def needs(self) -> Needs:
         """What the guest needs of a host. Raises BadInput for CPUID tables that make no sense."""
         tables = tuple(CpuidTable.from_entries(entries) for entries in self.tables)
-        return Needs(self.machine.profile, self.machine.hides, tables, frozenset(self.msrs), self.tsc_khz)
+        machine, numbers = self.machine, frozenset(self.msrs)
+        return Needs(machine.profile, machine.hides, tables, numbers, self.tsc_khz, self.capabilities)
 
 
 def hello(vm: Vm, machine: MachineRecord, host: HostDescription, heartbeat: float, silence: float) -> Hello:
@@ -110,6 +120,7 @@ def hello(vm: Vm, machine: MachineRecord, host: HostDescription, heartbeat: floa
         machine=machine,
         tables=tuple(tuple(table.as_entries()) for table in vm.tables),
         msrs=tuple(sorted({number for table in vm.tables for number in msrs.required(table, host.msrs)})),
+        capabilities=vm.capabilities,
         tsc_khz=vm.tsc_khz,
         strict_tsc=False,
         irqchip=vm.irqchip,

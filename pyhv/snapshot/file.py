@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pyhv.cpu import policy
+from pyhv.cpu import arch_capabilities, policy
 from pyhv.cpu.table import CpuidTable
 from pyhv.errors import BadInput
 from pyhv.snapshot.container import Ram, Reader, Writer
@@ -36,7 +36,8 @@ class Snapshot(NamedTuple):
         """What the guest needs of a host."""
         machine, numbers = self.state.machine, {number for vcpu in self.state.vcpus for number in vcpu.msrs}
         khz = self.state.platform.tsc_khz
-        return Needs(machine.profile, machine.hides, self.tables, frozenset(numbers), khz)
+        capabilities = self.state.vcpus[0].msrs.get(arch_capabilities.IA32_ARCH_CAPABILITIES)
+        return Needs(machine.profile, machine.hides, self.tables, frozenset(numbers), khz, capabilities)
 
     def close(self) -> None:
         self.reader.close()

@@ -24,11 +24,13 @@ class Needs(NamedTuple):
     msrs: frozenset[int]
     """Numbers of the MSRs in the guest's state."""
     tsc_khz: int
+    capabilities: int | None = None
+    """The guest's IA32_ARCH_CAPABILITIES; None where it has none, or what it is told is not known."""
 
     def reasons_against(self, host: HostDescription, strict_tsc: bool = False) -> list[compare.Reason]:
         """Every reason why the guest cannot go on on this host."""
         first = self.tables[0]
-        found = compare.problems(first, host, self.msrs, self.tsc_khz, strict_tsc)
+        found = compare.problems(first, host, self.msrs, self.tsc_khz, strict_tsc, self.capabilities)
         reasons: list[compare.Reason] = [*found]
         for vcpu, table in enumerate(self.tables[1:], 1):
             if not policy.same_but_apic_ids(first, table):

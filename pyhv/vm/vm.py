@@ -152,6 +152,9 @@ class Vm:
         self._interrupts = self._interrupted = 0
         self._failure: BaseException | None = None
         self._tsc_khz = 0
+        self._has_capabilities = False
+        self.capabilities: int | None = None
+        """What the guest reads in IA32_ARCH_CAPABILITIES, of a VM that runs or has run; None where it has none."""
         self.processors: tuple[int, ...] = ()
         """Host processors that the vCPUs' threads are bound to, one after the other and from the first again; from the
         next start() on. Empty: the host's scheduler decides, or stays with what it was told."""
@@ -180,6 +183,18 @@ class Vm:
         """Rate of the TSC, of a VM that runs or has run. A running vCPU cannot be asked: it answers when it stands."""
         return self._tsc_khz
 
+    def tell_capabilities(self, moving: bool) -> None:
+        """Sets what vCPUs whose tables show IA32_ARCH_CAPABILITIES read there; a state that is applied later brings its
+        own. moving: see arch_capabilities.shown(). Raises HostError."""
+        from pyhv.cpu import arch_capabilities
+
+        self._has_capabilities = True
+        for vcpu in self.vcpus:
+            offered = vcpu.read_capabilities()
+            told = arch_capabilities.shown(offered, moving)
+            if told != offered:
+                vcpu.write_capabilities(told)
+
     def start(self, force: bool = False) -> None:
         """Lets the vCPUs run, or run on after pause(). No effect on a running VM or one that came to its end. force:
         also one that was given away. Raises WrongState, HostError."""
@@ -199,6 +214,8 @@ class Vm:
         if self.running or self.stopped is not None:
             return
         self._tsc_khz = self._tsc_khz or self.vcpus[0].read_tsc_khz()
+        if self._has_capabilities and self.capabilities is None:
+            self.capabilities = self.vcpus[0].read_capabilities()
         self.prepare_start()
         if self._starts and self._vm is not None:
             self._vm.resume()

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 import pyhv
-from pyhv.accel import kvm_state
+from pyhv.accel import choose, kvm_state
+from pyhv.cpu import features
+from pyhv.cpu.arch_capabilities import CAPABILITIES, IA32_ARCH_CAPABILITIES
 from pyhv.state.records import MachineState
 
 from .emulator import require
@@ -69,6 +71,39 @@ def test_an_msr_that_comes_without_having_been_announced(accel: str) -> None:
         named = r"vCPU 0 has no such MSR by its CPUID table: KVM_STEAL_TIME \(0x4b564d03\)"
         with pytest.raises(ValueError, match=named):
             other.vm.apply(state)
+
+
+def told(value: int) -> Any:
+    """The guest sees IA32_ARCH_CAPABILITIES, as those of older versions do on AMD hosts too, and reads this there."""
+    bit = features.find("arch_capabilities")
+
+    def change(state: MachineState) -> MachineState:
+        (leaf7,) = [entry for entry in state.vcpus[0].cpuid if entry[:2] == (7, 0)]
+        shown = (*leaf7[:6], leaf7[6] | bit.mask)
+        cpuid = tuple([shown if entry == leaf7 else entry for entry in state.vcpus[0].cpuid])
+        return change_vcpu(state, cpuid=cpuid, msrs=state.vcpus[0].msrs | {IA32_ARCH_CAPABILITIES: value})
+
+    return change
+
+
+@pytest.mark.usefixtures("faithful")  # another KVM may not let the guest have its own
+def test_arch_capabilities_are_the_guests_and_compared(saved: Path) -> None:
+    host = choose.open_accelerator("kvm").describe()
+    offered = host.feature_msrs.get(IA32_ARCH_CAPABILITIES)
+    if offered is None or "arch_capabilities" not in host.table.features():
+        pytest.skip("this KVM does not have IA32_ARCH_CAPABILITIES")
+    there = [c for c in CAPABILITIES if c.sense == "there"]
+    lacking = next(c for c in there if not offered & c.mask)
+    error = refused(saved, told(offered | lacking.mask))
+    assert isinstance(error, pyhv.Incompatible)
+    assert f"the host does not have {lacking.name}, of which the guest was told" in str(error)
+    fewer = offered & ~next(c.mask for c in there if offered & c.mask)
+    forge(saved, saved.with_name("fewer"), told(fewer))
+    with pyhv.Machine.restore(str(saved.with_name("fewer")), accel="kvm") as machine:
+        assert machine.vm.vcpus[0].read_capabilities() == fewer != offered
+        assert machine.vm.capture().vcpus[0].msrs[IA32_ARCH_CAPABILITIES] == fewer
+        machine.run(0.05)
+        assert machine.vm.capabilities == fewer
 
 
 class WithoutScaling:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import typing
 import zlib
@@ -25,7 +26,7 @@ from pyhv.state import codec
 from pyhv.state.records import DeviceRecord, MachineRecord
 from pyhv.state.schema import U32, U64, Bits, Length
 
-# Of the shapes of all that is packed, in protocol version 5.
+# Of the shapes of all that is packed, in protocol versions 5 and 6.
 PACKED = 0xEB0A866F
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,8 +45,8 @@ entries = st.tuples(*[ints(8 if i == 2 else 32) for i in range(7)])
 tables = st.lists(st.lists(entries, min_size=1, max_size=3).map(tuple), min_size=1, max_size=3).map(tuple)
 hellos = st.builds(
     Hello, texts, st.text("abc", max_size=64), texts, ints(32), machines, tables,
-    st.lists(ints(32), max_size=5).map(tuple), ints(32), st.booleans(), st.booleans(), st.booleans(),
-    st.lists(texts, max_size=5).map(tuple), st.booleans(), ints(32), ints(32),
+    st.lists(ints(32), max_size=5).map(tuple), st.none() | ints(64), ints(32), st.booleans(), st.booleans(),
+    st.booleans(), st.lists(texts, max_size=5).map(tuple), st.booleans(), ints(32), ints(32),
 )  # fmt: skip
 data = st.binary(max_size=30)
 vcpus = st.builds(RawVcpu, data, data, data, data, ints(64), ints(64), data, data, data, data)
@@ -96,6 +97,19 @@ def test_names_of_messages() -> None:
 # ------------------------------------------------------------------------------------------------- there and back
 
 
+@given(hellos)
+def test_a_hello_of_the_version_before_is_read(hello: Hello) -> None:
+    """Which knew nothing of IA32_ARCH_CAPABILITIES."""
+    whole = json.loads(protocol.encode(hello)[1])
+    del whole["fields"]["capabilities"]
+    whole["version"] = 5
+    assert protocol.decode(Hello, json.dumps(whole).encode()) == hello._replace(capabilities=None)
+    for version in (4, 7):
+        whole["version"] = version
+        with pytest.raises(BadInput):
+            protocol.decode(Hello, json.dumps(whole).encode())
+
+
 @given(messages)
 def test_every_message_comes_back(message: tuple[Any, ...]) -> None:
     kind, payload = protocol.encode(message)
@@ -130,7 +144,7 @@ def test_whoever_changes_what_is_packed_gives_the_protocol_another_version() -> 
     """Packed bytes have no names: two sides with other fields would take one for the other."""
     shapes = [shape(kind.carries) for kind in protocol.KINDS if kind.packed]
     layouts = [layout(ffi.typeof(f"struct {name}")) for name in STRUCTS]
-    assert (zlib.crc32("\n".join(shapes + layouts).encode()), codec._kinds[Hello].version) == (PACKED, 5)
+    assert (zlib.crc32("\n".join(shapes + layouts).encode()), codec._kinds[Hello].version) == (PACKED, 6)
 
 
 def test_all_structures_that_are_sent_are_looked_at() -> None:

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from pyhv.cpu import compare, msrs
+from pyhv.cpu import arch_capabilities, compare, msrs
 from pyhv.cpu.host import HostDescription
 from pyhv.cpu.table import CpuidTable
 
@@ -49,6 +49,32 @@ def test_what_a_table_gives() -> None:
     assert for_amd - for_intel == {0xC0010114, 0xC0010117, 0xC0011029}
     assert for_intel - for_amd == {0x3A}
     assert 0x4B564D03 not in for_amd, "steal time, which the table does not show"
+
+
+def test_arch_capabilities_by_the_sense_of_each_bit() -> None:
+    rdcl_no, rsba, mds_no, tsx_ctrl, unknown = 1 << 0, 1 << 2, 1 << 5, 1 << 7, 1 << 50
+    host = HostDescription(INTEL, msrs=(0x10A,), feature_msrs={0x10A: mds_no | rsba | unknown})
+
+    def reasons(capabilities: int | None) -> list[str]:
+        return [str(reason) for reason in compare.problems(INTEL, host, capabilities=capabilities)]
+
+    assert reasons(None) == []
+    assert reasons(mds_no | rsba) == []
+    assert reasons(rsba) == [], "less than the host has"
+    assert reasons(rdcl_no | tsx_ctrl | mds_no | rsba) == [
+        "the host does not have RDCL_NO, of which the guest was told in IA32_ARCH_CAPABILITIES",
+        "the host does not have TSX_CTRL, of which the guest was told in IA32_ARCH_CAPABILITIES",
+    ]
+    assert reasons(mds_no) == ["the host needs care of which the guest was not told: RSBA in IA32_ARCH_CAPABILITIES"]
+    assert reasons(rsba | 1 << 51) == [
+        "the host does not have bit 51, of which the guest was told in IA32_ARCH_CAPABILITIES"
+    ]
+
+
+def test_what_a_new_guest_is_told_in_arch_capabilities() -> None:
+    offered = 1 << 0 | 1 << 2 | 1 << 50
+    assert arch_capabilities.shown(offered, moving=False) == 1 << 0 | 1 << 2, "not what nobody knows"
+    assert arch_capabilities.shown(1 << 0, moving=True) == 1 << 0 | 1 << 2 | 1 << 19, "RSBA and RRSBA of other hosts"
 
 
 def test_what_another_host_must_have() -> None:

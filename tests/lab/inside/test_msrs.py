@@ -12,7 +12,7 @@ import pytest
 
 import pyhv
 from pyhv.accel.kvm import Kvm
-from pyhv.cpu import msrs
+from pyhv.cpu import arch_capabilities, msrs
 
 PROFILES = ("host", "hyperv-r2")
 LOST = re.compile(r"(msrs: (0x[0-9a-f]{8}) lost 0x[0-9a-f]{16}, reads (0x[0-9a-f]{16}))\n")
@@ -117,3 +117,19 @@ def test_a_paravirtual_msr_is_there_where_its_feature_is_visible(profile: str) -
 @pytest.mark.parametrize("profile", PROFILES)
 def test_there_are_no_performance_counters(profile: str) -> None:
     assert not [hex(number) for number in held(profile)[0] if number in K7_COUNTERS]
+
+
+def test_arch_capabilities_are_told_where_the_vendor_has_them(vendor: str, tmp_path: Path) -> None:
+    """And are the guest's own after a restore, whatever this host offers new guests."""
+    offered = Kvm().feature_msrs()[0x10A]
+    with pyhv.Machine("ticker", memory="4M", append="every=1") as machine:
+        assert ("arch_capabilities" in machine.guest.visible) == (vendor == "intel")
+        if vendor == "amd":
+            assert 0x10A not in machine.vm.capture().vcpus[0].msrs
+            return
+        assert machine.vm.vcpus[0].read_capabilities() == arch_capabilities.shown(offered, False) != 0
+        machine.vm.vcpus[0].write_capabilities(0)
+        machine.run(0.1)
+        machine.save(str(tmp_path / "saved"))
+    with pyhv.Machine.restore(str(tmp_path / "saved")) as machine:
+        assert machine.vm.vcpus[0].read_capabilities() == 0
