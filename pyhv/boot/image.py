@@ -89,15 +89,15 @@ def read_modules(image: Image, initrd: str | None, modules: Sequence[str], memor
     what cannot be read and for what this kind of image does not take."""
     what = f"{image.name} is {KINDS[image.kind]}"
     if initrd is not None and image.kind not in ("linux", "pvh"):
-        advice = 'use --module "FILE ARGS"' if image.kind == "multiboot" else ""
-        raise BadInput("--initrd", f"cannot be given: {what}", advice)
+        advice = 'give it as a module' if image.kind == "multiboot" else ""
+        raise BadInput("initrd", f"cannot be given: {what}", advice)
     if modules and image.kind not in ("multiboot", "pvh"):
-        advice = "use --initrd" if image.kind == "linux" else ""
-        raise BadInput("--module", f"cannot be given: {what}", advice)
+        advice = "give it as the initrd" if image.kind == "linux" else ""
+        raise BadInput("modules", f"cannot be given: {what}", advice)
     wanted = [(initrd, "")] if initrd is not None else []
     wanted += [(file, arguments.strip()) for file, _, arguments in (module.partition(" ") for module in modules)]
     if len(wanted) > _MAX_MODULES:
-        raise BadInput("--module", f"was given {len(wanted)} times; the most is {_MAX_MODULES}")
+        raise BadInput("modules", f"{len(wanted)} were given; the most is {_MAX_MODULES}")
     return tuple(Module(file, arguments, bytes(read_file(file, memory_size))) for file, arguments in wanted)
 
 
@@ -129,4 +129,4 @@ def check_size(size: int, path: str, memory_size: int) -> None:
     """Raises BadInput for a file of more bytes than the guest's memory has."""
     if size > memory_size:
         sizes = f"is {size} bytes, the guest has {memory_size} bytes of memory"
-        raise BadInput(path, sizes, "give it more (--mem)")
+        raise BadInput(path, sizes, "give the guest more memory")

@@ -30,5 +30,5 @@ def check(image: Image, guest: GuestCpu) -> None:
             image.name,
             f"needs x86-64-v{image.isa_level}, which profile {guest.profile} cannot give on this host: "
             f"without {', '.join(missing)}",
-            "choose another profile (--cpu), or an image built for the baseline",
+            "choose another processor profile, or an image built for the baseline",
         )

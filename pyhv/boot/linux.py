@@ -61,7 +61,7 @@ def parse(data: Content, name: str) -> Image:
     if data[_MAGIC : _MAGIC + 4] != b"HdrS":
         what = "is an ELF file: an uncompressed kernel, which PVH boots" if data[:4] == b"\x7fELF" else ""
         magic = data[_MAGIC : _MAGIC + 4].hex(" ") or "the file ends before"
-        raise BadInput(name, what or f"is no Linux kernel: no HdrS at 0x202, but {magic}", "omit --boot")
+        raise BadInput(name, what or f"is no Linux kernel: no HdrS at 0x202, but {magic}", "name no boot protocol")
     if len(data) < _PREF_ADDRESS + 16:
         raise BadInput(name, f"is a Linux kernel cut off in its set-up header ({len(data)} bytes)")
     version, boot_flag = _get(data, _VERSION, 2), _get(data, _BOOT_FLAG, 2)

@@ -126,7 +126,7 @@ def load(
             raise BadInput(
                 module.name,
                 f"its {len(module.data)} bytes do not fit between 0x{gpa:x} and 0x{memory.low_size:x}",
-                "give the guest more memory (--mem)",
+                "give the guest more memory",
             )
         memory.write(gpa, module.data)
         words = encode_command_line(f"{module.name} {module.arguments}".rstrip(), f"string of module {module.name}")
@@ -151,7 +151,7 @@ def load(
 def _find(data: Content, name: str) -> Header:
     header = find(data)
     if header is None:
-        raise BadInput(name, f"has no multiboot header in its first {_SEARCH} bytes", "leave --boot out")
+        raise BadInput(name, f"has no multiboot header in its first {_SEARCH} bytes", "name no boot protocol")
     if unmet := header.flags & 0xFFFF & ~_MET:
         if unmet == _VIDEO:
             raise BadInput(name, "its multiboot header demands a video mode, and the guest has no screen")

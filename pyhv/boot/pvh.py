@@ -36,7 +36,7 @@ def parse(elf: Elf, data: Content, name: str) -> Image:
     """The image of an ELF file that was read. Raises BadInput."""
     entry = elf.pvh_entry
     if entry is None:
-        raise BadInput(name, "has no note that says where PVH enters it", "leave --boot out")
+        raise BadInput(name, "has no note that says where PVH enters it", "name no boot protocol")
     loaded = elf_file.segments(elf, data, name)
     elf_file.check_entry(entry, loaded, name)
     image = Image(name, "pvh", entry, loaded, (), None, elf.isa_level)
@@ -83,7 +83,7 @@ def place_at_top(
                 module.name,
                 f"its {len(module.data)} bytes do not fit between the end of {kernel} at 0x{kernel_end:x} and "
                 f"0x{min(memory.low_size, limit):x}",
-                "give the guest more memory (--mem)",
+                "give the guest more memory",
             )
         memory.write(top, module.data)
         places.append(top)

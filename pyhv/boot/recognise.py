@@ -44,7 +44,7 @@ def read(path: str, memory_size: int, kind: str = "") -> Image:
         from pyhv.boot import multiboot
 
         return multiboot.parse(data, path)
-    raise BadInput(path, f"is not an ELF file, and so not {KINDS[kind]}", "omit --boot")
+    raise BadInput(path, f"is not an ELF file, and so not {KINDS[kind]}", "name no boot protocol")
 
 
 def loader(kind: str) -> Loader:

@@ -43,7 +43,7 @@ def write_segments(image: Image, memory: GuestMemory) -> None:
             raise BadInput(
                 image.name,
                 f"needs memory up to 0x{segment.gpa + segment.size:x}, the guest has 0x{memory.low_size:x} bytes",
-                "give it more (--mem)",
+                "give the guest more memory",
             )
         memory.write(segment.gpa, segment.data)
 

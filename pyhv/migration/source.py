@@ -284,7 +284,7 @@ class Source:
         if answer.reasons:
             raise _Refused(self._peer, "does not take this guest", answer.reasons)
         if self._limits.compress and not answer.zstd:
-            raise BadInput(self._peer, "has no zstd library", "install libzstd there, or migrate without --compress")
+            raise BadInput(self._peer, "has no zstd library", "install libzstd there, or migrate without compression")
         self._link.set_times(self._limits.heartbeat, self._limits.silence)
         protocol.warm_up()
         self._vm.warm_up()
@@ -418,7 +418,7 @@ class Source:
         return BadInput(
             "the guest",
             f"writes its memory too fast to be migrated: after {self._round} rounds {rest}; {rates}",
-            "allow more --downtime, or say --on-timeout stop",
+            'allow a longer downtime, or choose "stop" as on_timeout',
         )
 
     def _downtime(self, left: int) -> float:

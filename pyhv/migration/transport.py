@@ -153,7 +153,7 @@ def parse(uri: str, insecure: bool = False) -> Address:
         raise BadInput(uri, "has no host and port", f"write {scheme}://HOST:PORT; without one it is {PORT}")
     if scheme == "tcp" and not insecure and not _is_loopback(host):
         problem = "would send a VM's memory unprotected, and take anybody's"
-        raise BadInput(uri, problem, "use tls:// or ssh://, or say --insecure")
+        raise BadInput(uri, problem, "use tls:// or ssh://, or allow it as insecure")
     return Address(scheme, uri, host, number)
 
 

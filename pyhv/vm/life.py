@@ -66,7 +66,7 @@ _WORDS = {
     HANDING_OVER: ("is being handed over to {peer}", "wait until that is over"),
     UNKNOWN: (
         "was handed over to {peer}, and may run there",
-        "look there; only if it does not run there: start(force=True)",
+        "look there; only if it does not run there: start(force=True), or pyhv resume NAME --force",
     ),
     MOVED: ("was handed over to {peer}", "it belongs to that side now"),
     ENDED: ("has come to its end", ""),

@@ -324,7 +324,7 @@ def test_a_side_without_zstd(monkeypatch: pytest.MonkeyPatch) -> None:
     with running() as machine:
         failed = try_hop(machine, limits=LIMITS._replace(compress=True))
         assert isinstance(failed, Failed)
-        assert "has no zstd library; install libzstd there, or migrate without --compress" in str(failed.here)
+        assert "has no zstd library; install libzstd there, or migrate without compression" in str(failed.here)
         assert "the source gave it up: the destination: has no zstd library" in str(failed.there)
         assert machine.vm.running
         wait_for_rounds(machine)
@@ -391,7 +391,7 @@ def test_a_guest_that_writes_faster_than_the_link(limit: dict[str, Any]) -> None
         failed = try_hop(machine, limits=slow, link=slow_link)
         assert isinstance(failed, Failed)
         assert "writes its memory too fast to be migrated" in str(failed.here)
-        assert "allow more --downtime, or say --on-timeout stop" in str(failed.here)
+        assert 'allow a longer downtime, or choose "stop" as on_timeout' in str(failed.here)
         assert "the source gave it up: the guest: writes its memory too fast" in str(failed.there)
         assert machine.vm.running
         wait_for_rounds(machine)

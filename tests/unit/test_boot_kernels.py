@@ -458,13 +458,13 @@ def test_who_takes_which_files(tmp_path: Path) -> None:
     assert image.read_modules(of("multiboot"), None, (file,), MIB) == (Module(file, "", b"data"),)
     assert image.read_modules(of("elf64"), None, (), MIB) == ()
     for kind, initrd, modules, words in (
-        ("elf64", file, (), "--initrd: cannot be given: x is an ELF64 image"),
-        ("flat", None, (file,), "--module: cannot be given: x is a flat binary"),
-        ("multiboot", file, (), 'use --module "FILE ARGS"'),
-        ("linux", None, (file,), "use --initrd"),
+        ("elf64", file, (), "initrd: cannot be given: x is an ELF64 image"),
+        ("flat", None, (file,), "modules: cannot be given: x is a flat binary"),
+        ("multiboot", file, (), "give it as a module"),
+        ("linux", None, (file,), "give it as the initrd"),
         ("linux", str(tmp_path), (), "is a directory"),
         ("linux", str(tmp_path / "none"), (), "No such file"),
-        ("multiboot", None, (file,) * 65, "--module: was given 65 times; the most is 64"),
+        ("multiboot", None, (file,) * 65, "modules: 65 were given; the most is 64"),
     ):
         assert words in problem(lambda k=kind, i=initrd, m=modules: image.read_modules(of(k), i, m, MIB))  # type: ignore[misc]
 
