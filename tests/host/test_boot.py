@@ -240,8 +240,6 @@ def test_a_guest_that_resets_itself_is_started_again_if_asked() -> None:
     done = call("run", "faults", "--append", "reset", "--reboot", "--timeout", "1")
     assert done.returncode == 124
     assert done.stderr.count("the guest has reset itself and is started again") > 1
-    done = call("run", "hello", "--reboot", "--name", "x")
-    assert (done.returncode, "--reboot: cannot be combined" in done.stderr) == (2, True)
 
 
 def test_a_pc_that_moves_is_the_same_one() -> None:
