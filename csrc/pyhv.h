@@ -603,6 +603,11 @@ int pyhv_vcpu_get_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, uint64_t
 int pyhv_vcpu_set_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, const uint64_t *values, size_t count,
                        struct pyhv_error *error);
 
+/* The shadow-stack pointer (CET), for which there is no MSR (KVM_REG_GUEST_SSP, since Linux 6.18). Returns 0 and sets it,
+ * or 1 where this KVM or the vCPU's CPUID table has none. */
+int pyhv_vcpu_get_ssp(struct pyhv_vcpu *vcpu, uint64_t *value, struct pyhv_error *error);
+int pyhv_vcpu_set_ssp(struct pyhv_vcpu *vcpu, uint64_t value, struct pyhv_error *error);
+
 /* What is added to the host's (scaled) counter to give the guest's (KVM_VCPU_TSC_OFFSET, since Linux 5.16). Returns 0
  * and sets it, or 1 where this kernel cannot. */
 int pyhv_vcpu_get_tsc_offset(struct pyhv_vcpu *vcpu, uint64_t *offset, struct pyhv_error *error);

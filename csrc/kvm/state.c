@@ -545,6 +545,23 @@ int pyhv_vcpu_set_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, const ui
     return (int)done;
 }
 
+/* KVM_X86_REG_KVM(KVM_REG_GUEST_SSP) of newer headers: an x86 register of 64 bits, of KVM's own (type 3), the first. */
+#define GUEST_SSP (KVM_REG_X86 | KVM_REG_SIZE_U64 | UINT64_C(3) << 32)
+
+int pyhv_vcpu_get_ssp(struct pyhv_vcpu *vcpu, uint64_t *value, struct pyhv_error *error)
+{
+    struct kvm_one_reg reg = {.id = GUEST_SSP, .addr = (uint64_t)(uintptr_t)value};
+    if (ioctl(vcpu->fd, KVM_GET_ONE_REG, &reg) == 0)
+        return 0;
+    return errno == EINVAL || errno == ENOTTY ? 1 : pyhv_fail(error, errno, "KVM_GET_ONE_REG", "SSP");
+}
+
+int pyhv_vcpu_set_ssp(struct pyhv_vcpu *vcpu, uint64_t value, struct pyhv_error *error)
+{
+    struct kvm_one_reg reg = {.id = GUEST_SSP, .addr = (uint64_t)(uintptr_t)&value};
+    return ioctl(vcpu->fd, KVM_SET_ONE_REG, &reg) < 0 ? pyhv_fail(error, errno, "KVM_SET_ONE_REG", "SSP") : 0;
+}
+
 int pyhv_vcpu_clock_paused(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
 {
     /* EINVAL: this guest uses no kvmclock, so there is nothing to tell. */

@@ -106,7 +106,8 @@ def _shown(vcpu: KvmVcpu, table: CpuidTable) -> Shown:
 def _carried(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable) -> Carried:
     if vcpu.carried is None:
         granted = _shown(vcpu, table).granted
-        vcpu.carried = Carried.of(sorted(granted.difference(_absent, msrs.missing(granted, vm.msr_list()))))
+        others = msrs.missing(granted, vm.msr_list())
+        vcpu.carried = Carried.of(sorted(granted.difference(_absent, others, (msrs.SSP,))))
     return vcpu.carried
 
 
@@ -145,6 +146,11 @@ def _capture_vcpu(vm: KvmVm, vcpu: KvmVcpu, table: CpuidTable, counter: int | No
     if counter is not None and carried.tsc is not None:
         values[carried.tsc] = counter
     msr_indices, msr_values = carried.pack(values)
+    if msrs.SSP in _shown(vcpu, table).granted:
+        ssp = ffi.new("uint64_t *")
+        if check(lib.pyhv_vcpu_get_ssp(handle, ssp, error), error) == 0 and ssp[0]:
+            msr_indices += structs.to_bytes(ffi.new("uint32_t *", msrs.SSP))
+            msr_values += structs.to_bytes(ssp)
     # Last: what the calls before have settled or injected is in there.
     events = ffi.new("struct pyhv_events *")
     check(lib.pyhv_vcpu_get_events(handle, events, error), error)
@@ -213,6 +219,9 @@ def apply(
         told = found.pop(IA32_ARCH_CAPABILITIES, None)
         if told is not None and vcpu.read_capabilities() != told:
             vcpu.write_capabilities(told)
+        ssp = found.pop(msrs.SSP, None)
+        if ssp is not None:
+            check(lib.pyhv_vcpu_set_ssp(vcpu.handle, ssp, error), error)
         lfence = found.pop(msrs.AMD64_DE_CFG, None)
         write_msrs(vcpu, found)
         if lfence is not None:

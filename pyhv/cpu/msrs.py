@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 IA32_TSC = 0x10
 IA32_TSC_DEADLINE = 0x6E0
 AMD64_DE_CFG = 0xC0011029
+#: Not an MSR: the shadow-stack pointer, which is in a state under the number that KVM keeps for it and gives no guest
+#: (MSR_KVM_INTERNAL_GUEST_SSP).
+SSP = 0x4B564DFF
 
 
 class Msr(NamedTuple):
@@ -99,6 +102,7 @@ MSRS: tuple[Msr, ...] = (
     Msr(0x4B564D04, "KVM_PV_EOI_EN", ("kvm_pv_eoi",)),
     Msr(0x4B564D05, "KVM_POLL_CONTROL", ("kvm_poll_control",)),
     Msr(0x4B564D06, "KVM_ASYNC_PF_INT", ("kvm_async_pf_int",)),
+    Msr(SSP, "SSP", ("cet_ss",), usual=0, listed=False),
     Msr(0xC0000081, "IA32_STAR", ("syscall",)),
     Msr(0xC0000082, "IA32_LSTAR", ("lm",)),
     Msr(0xC0000083, "IA32_CSTAR", ("lm",)),

@@ -29,6 +29,8 @@ static int kvm_fd;
  * that can be switched off. */
 static struct {
     int on, scales;
+    uint64_t ssp;       /* it has one register, of this number: */
+    uint64_t ssp_id;
     int vcpus, pmu_off; /* of vcpus, so many were made after the PMU was switched off */
 } other_host;
 
@@ -47,6 +49,16 @@ int ioctl(int fd, unsigned long request, ...)
         return other_host.scales;
     if (other_host.on && request == KVM_CHECK_EXTENSION && argument == KVM_CAP_PMU_CAPABILITY)
         return KVM_PMU_CAP_DISABLE;
+    const struct kvm_one_reg *reg = (const void *)argument;
+    if (other_host.on && (request == KVM_GET_ONE_REG || request == KVM_SET_ONE_REG)) {
+        if (reg->id != other_host.ssp_id) {
+            errno = EINVAL;
+            return -1;
+        }
+        uint64_t *value = (uint64_t *)(uintptr_t)reg->addr;
+        *(request == KVM_GET_ONE_REG ? value : &other_host.ssp) = request == KVM_GET_ONE_REG ? other_host.ssp : *value;
+        return 0;
+    }
     const struct kvm_enable_cap *cap = (const void *)argument;
     if (other_host.on && request == KVM_ENABLE_CAP && cap->cap == KVM_CAP_PMU_CAPABILITY) {
         other_host.pmu_off = other_host.vcpus == 0 && cap->args[0] == KVM_PMU_CAP_DISABLE;
@@ -581,6 +593,25 @@ static void no_pmu(void)
     destroy(&machine);
 }
 
+/* KVM_X86_REG_KVM(KVM_REG_GUEST_SSP) is this number (Linux 6.18, arch/x86/include/uapi/asm/kvm.h). */
+static void shadow_stack_pointer(void)
+{
+    struct machine machine;
+    struct pyhv_error error = {0};
+    uint64_t value = 0;
+    build(&machine, "\xf4", 1, 0);
+    other_host.on = 1;
+    CHECK_EQUAL(pyhv_vcpu_get_ssp(machine.vcpu, &value, &error), 1);
+    CHECK_EQUAL(pyhv_vcpu_set_ssp(machine.vcpu, 0x1238, &error), -1);
+    CHECK(strcmp(error.what, "KVM_SET_ONE_REG") == 0);
+    other_host.ssp_id = UINT64_C(0x2030000300000000);
+    CHECK_EQUAL(pyhv_vcpu_set_ssp(machine.vcpu, 0x1238, &error), 0);
+    CHECK_EQUAL(pyhv_vcpu_get_ssp(machine.vcpu, &value, &error), 0);
+    CHECK_EQUAL(value, 0x1238);
+    other_host.on = 0;
+    destroy(&machine);
+}
+
 static void failures_are_named(void)
 {
     struct machine machine;
@@ -750,6 +781,7 @@ int main(void)
     numbers_that_do_not_fit_are_refused();
     pending_triple_fault();
     a_tsc_rate_that_is_refused();
+    shadow_stack_pointer();
     no_pmu();
     failures_are_named();
     dirty_pages();
