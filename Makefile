@@ -3,6 +3,7 @@
 # make lab     the tests on real kvm_amd and kvm_intel, in emulated hosts of two generations each; lab-full: of all
 # make soak    110,000 live migrations on KVM of one guest, each checked; goes on after the last 10,000 done
 # make bench   the benchmarks, each against a named peer in the same run; ROWS="save restore": these only
+# make wheel   the wheel on every later Python that is installed
 # make clean   remove what was built
 #
 # Everything goes into .venv; a second run does only what has changed.
@@ -15,7 +16,7 @@ GENERATED_FROM := pyhv/cpu/features.toml pyhv/cpu/generate.py $(wildcard pyhv/cp
 ENGINE  := $(wildcard csrc/*.[ch] csrc/*/*.[ch]) pyhv/_native/build.py
 GUESTS  := $(shell find guest_images -type f)
 
-.PHONY: demo test check unit c-test sanitize host hops lab lab-full soak bench clean install
+.PHONY: demo test check unit c-test sanitize host hops lab lab-full soak bench wheel clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -80,6 +81,9 @@ soak: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench $(ROWS)
+
+wheel: $(VENV)/dev
+	CI=true $(BIN)/python -m pytest -q tests/unit/test_wheel.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info tests/c/build csrc/gen pyhv/cpu/_features.py pyhv/guests/*.elf

@@ -19,4 +19,9 @@ class BuildPy(build_py):
         super().run()
 
 
-setup(cffi_modules=["pyhv/_native/build.py:ffibuilder"], cmdclass={"build_py": BuildPy})
+setup(
+    cffi_modules=["pyhv/_native/build.py:ffibuilder"],
+    cmdclass={"build_py": BuildPy},
+    # cffi builds the engine for Python's stable ABI: one wheel serves every Python from this one on.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
