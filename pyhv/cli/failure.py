@@ -29,6 +29,7 @@ def end_in_order() -> None:
     import signal
 
     def interrupt(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it whatever it does
         raise Interrupted(number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
