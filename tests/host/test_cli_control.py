@@ -200,7 +200,7 @@ def test_signals_end_a_named_run(number: signal.Signals) -> None:
     wait_for(lambda: "t  " in ok("ls"))
     process.send_signal(number)
     out, err = process.communicate(timeout=TIMEOUT)
-    assert (process.returncode, out) == (130, b"spin: for ever\n")
+    assert (process.returncode, out) == (128 + number, b"spin: for ever\n")
     assert err.startswith(b"pyhv: interrupted; vCPU 0")
 
 

@@ -155,7 +155,7 @@ def test_signals_end_the_run(command: str, number: signal.Signals) -> None:
     started = time.monotonic()
     process.send_signal(number)
     out, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert b"pyhv: interrupted; vCPU 0 at rip 0x1" in err
     assert b"Traceback" not in err
     if command == "trace":

@@ -103,7 +103,7 @@ def test_save_and_restore_as_the_readme_has_it(tmp_path: Path) -> None:
         process.terminate()
         assert process.stdout is not None
         after += process.stdout.read()
-        assert process.wait(TIMEOUT) == 130
+        assert process.wait(TIMEOUT) == 143
     assert b"ticker: " not in re.sub(rb"ticker: (round \d+\n|\d+ pages|round \d*$|$)", b"", before + after)
     assert is_without_gap(numbers((before + after).decode()))
     assert json.loads(ok("inspect", str(tmp_path / "t.pyhv"), "--json"))["machine"]["profile"] == "hyperv-r2"
