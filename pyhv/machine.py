@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from pyhv import arguments, outcome
 from pyhv.accel import choose
@@ -108,6 +109,9 @@ class Machine:
 
     _rehearsed: tuple[str, ...] = ()  # accelerators, by this process
     _arrival: Destination | None = None  # of a VM that was migrated to here and has not run yet
+
+    came_paused = False
+    """Whether it was migrated to here while it was paused; then settle() keeps it so."""
 
     on_arrival: Callable[[], None] = staticmethod(lambda: None)
     """Called once, when a VM that was migrated to here runs and its source has not been told of it yet."""
@@ -260,6 +264,7 @@ class Machine:
         insecure: bool = False,
         tls: Tls | None = None,
         timeout: float | None = None,
+        on_listening: Callable[[str], None] | None = None,
         overcommit: bool = False,
         accel: str = "auto",
         intercept: str = "auto",
@@ -271,7 +276,9 @@ class Machine:
         soon, for its guest stands and waits; until then, or close(), Python collects no garbage (gc.disable).
 
         uri: where to wait for it (migration/transport.py). insecure: tcp:// to other addresses than loopback. tls: for
-        tls://. timeout: seconds to wait for somebody to come. The others as in Machine().
+        tls://. timeout: seconds to wait for somebody to come. on_listening: is called with the URI that the
+        source is to be given, once it can come: it has the port that was chosen where the port is 0. The others as in
+        Machine().
 
         Raises BadInput for an address that cannot be used, TimedOut if nobody came; Incompatible with every reason why
         this host cannot run the guest, NotFaithful, HostError. The VM goes on at the source then.
@@ -283,6 +290,8 @@ class Machine:
         _check_console(console_in, console_out)
         with transport.Listener(transport.parse(uri, insecure), tls) as listener:
             cls.prepare_arrival(accel)  # while nobody has come yet
+            if on_listening is not None:
+                on_listening(listener.where)
             channel = listener.accept(timeout)
         if channel is None:
             raise TimedOut(uri, f"nobody came within {timeout:g} seconds", "start pyhv migrate at the source")
@@ -345,6 +354,7 @@ class Machine:
             capture.apply_raw(machine.vm, received.state, where, received.elapsed)
             destination.confirm(while_waiting)
             machine._arrival = destination
+            machine.came_paused = hello.paused
             return machine
         except BaseException as error:
             destination.close(error)
@@ -396,7 +406,8 @@ class Machine:
         environment: Mapping[str, str] | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> Summary:
-        """Gives the running VM to the side that waits at `uri` (Machine.receive, pyhv receive), while it runs.
+        """Gives the VM to the side that waits at `uri` (Machine.receive, pyhv receive), while it runs. One that is
+        paused stays paused there.
 
         limits: how (migration/source.py). name: what the other side is told that the VM is called. strict_tsc: see
         restore(). environment: for ssh://, the variables of transport.SSH_VARIABLES instead of this process's.
@@ -470,7 +481,8 @@ class Machine:
         host = self.choice.accelerator.describe()
         self._rehearse()
         hello = protocol.hello(self.vm, record, host, limits.heartbeat, limits.silence)
-        hello = hello._replace(name=name, strict_tsc=strict_tsc, zstd=limits.compress)
+        paused = not departure.ran
+        hello = hello._replace(name=name, strict_tsc=strict_tsc, zstd=limits.compress, paused=paused)
 
         def tell(facts: Progress) -> None:
             if progress is not None:
@@ -665,6 +677,21 @@ class Machine:
                 since = self.vm.wait_for_entry()
                 self.on_arrival()
                 arrival.announce(since)
+            finally:
+                arrival.close()
+
+    def settle(self) -> None:
+        """Instead of start(), for a VM that was migrated to here: tells the source that it is here, and keeps it
+        paused. No effect on others."""
+        with self.vm.life.turn:
+            arrival, self._arrival = self._arrival, None
+            if arrival is not None:
+                arrival.begin()
+                self.vm.rest()
+        if arrival is not None:
+            try:
+                self.on_arrival()
+                arrival.announce(time.monotonic_ns())
             finally:
                 arrival.close()
 

@@ -131,6 +131,9 @@ class Ring:
             status = 1
             try:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver's to decide
+                for number in (signal.SIGTERM, signal.SIGHUP):
+                    if signal.getsignal(number) != signal.SIG_IGN:
+                        signal.signal(number, signal.SIG_DFL)
                 for fd in [self._console, reader, *self._events]:
                     os.close(fd)
                 for other, listener in enumerate(listeners):

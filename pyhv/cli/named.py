@@ -80,6 +80,20 @@ def detach(
     return status
 
 
+def take_along(start: Callable[[Callable[[str], None]], int], keep: Sequence[int]) -> int:
+    """As detach(), in a process that was forked for it already: nobody waits for the VM. Returns the exit status."""
+
+    def run(leave: Callable[[str], None]) -> int:
+        def tell(name: str) -> None:
+            print(f"{name} runs in the background, pid {os.getpid()}")
+            leave(name)
+
+        return start(tell)
+
+    nobody = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    return cli.guard(lambda: _in_background(run, keep, nobody), lambda: False)
+
+
 def _in_background(start: Callable[[Callable[[str], None]], int], keep: Sequence[int], tell_ready: int) -> int:
     # Whoever waits for the end of a pipe that we inherited shall not wait for the VM's.
     begin = 3

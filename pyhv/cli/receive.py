@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
+import socket
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -28,6 +31,7 @@ COMMAND = Command(
         Option("URI", "where: unix:PATH, tcp://HOST:PORT, tls://HOST:PORT, tty:PATH, fd:IN,OUT, or - (stdin, stdout)"),
         Option("--wait", "give up with status 124 if nobody has come after S seconds", "S", convert=options.seconds),
         Option("--name", "give it this name instead of the one that it brings", "NAME"),
+        Option("--forever", "go on taking VMs, each in the background under the name that it brings, until Ctrl-C"),
         Option("--detach", "leave it in the background once it runs, where its name finds it; with - always"),
         run.OVERCOMMIT_OPTION,
         Option("--accel", "what runs it (see pyhv run --help)", default="auto", choices=ACCELERATORS),
@@ -41,8 +45,9 @@ COMMAND = Command(
         Option("--json", "capture the console and print one JSON object, as pyhv run does; not with -"),
     ),
     f"""
-One VM is taken. Whether it can run on this host is decided before anything is moved; if it cannot, the source hears
-every reason. Until the VM runs here, any failure leaves it running there. Its name comes with it.
+One VM is taken, with --forever one after the other. Whether it can run on this host is decided before anything is
+moved; if it cannot, the source hears every reason. Until the VM runs here, any failure leaves it running there. Its
+name comes with it. One that is paused comes paused.
 
 The console is stdin and stdout. Is stdin a terminal, then
   {HELP}
@@ -70,6 +75,8 @@ def main(arguments: list[str]) -> int:
     given.detach = given.detach or given.uri == "-"
     if given.uri == "-" and given.json:
         raise BadInput("--json", "cannot be combined with -", "stdout is the link")
+    if given.forever:
+        return _receive_all(given, address, tls)
     if not given.detach:
         return _receive(given, address, tls, lambda name: None)
     from pyhv.cli import named
@@ -92,7 +99,58 @@ def _receive(
         # Not for a stranger's sake: whoever looks at open ports would end it.
         channel = listener.accept(given.wait, lambda error: complain(f"{error}; it waits on"))
     if channel is None:
-        raise TimedOut(given.uri, f"nobody came within {given.wait:g} seconds", "start pyhv migrate at the source")
+        raise _nobody(given)
+    return _take(given, address, channel, leave)
+
+
+def _nobody(given: SimpleNamespace) -> TimedOut:
+    return TimedOut(given.uri, f"nobody came within {given.wait:g} seconds", "start pyhv migrate at the source")
+
+
+def _receive_all(given: SimpleNamespace, address: transport.Address, tls: transport.Tls | None) -> int:
+    """Takes VMs, each in a process of its own, until a signal."""
+    if address.scheme in ("fd", "tty"):
+        raise BadInput(given.uri, "brings one VM and no more", "leave --forever out")
+    for name in ("json", "name", "detach"):
+        if getattr(given, name):
+            raise BadInput(f"--{name}", "cannot be combined with --forever", "each VM keeps the name that it brings")
+    from pyhv.cli import named
+
+    given.detach = True
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    with transport.Listener(address, tls) as listener:
+        complain(f"waiting at {listener.where}")
+        while True:
+            taken = listener.take(given.wait)
+            if taken is None:
+                raise _nobody(given)
+            sys.stdout.flush()
+            sock = taken[0]
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                listener.forget()
+                # Who it is he has to show there: meanwhile others may come.
+                come = functools.partial(_take_from, given, address, listener, taken)
+                os._exit(named.take_along(come, [sock.fileno()]))
+            sock.close()
+
+
+def _take_from(
+    given: SimpleNamespace,
+    address: transport.Address,
+    listener: transport.Listener,
+    taken: tuple[socket.socket, str],
+    leave: Callable[[str], None],
+) -> int:
+    channel = listener.admit(*taken)
+    Machine.prepare_arrival(given.accel)
+    return _take(given, address, channel, leave)
+
+
+def _take(
+    given: SimpleNamespace, address: transport.Address, channel: transport.Channel, leave: Callable[[str], None]
+) -> int:
+    """The VM that comes over this channel, to its end."""
     if address.scheme == "fd":
         # They are nobody else's, and whoever waits for their end, as ssh does, shall not wait for the VM's.
         channel = transport.Channel(*address.fds, channel.peer, lambda: _close(set(address.fds)))

@@ -240,8 +240,11 @@ class Console:
         return result._replace(status=128 + self._signal) if result.cause == "interrupted" else result
 
     def begin(self, machine: Machine) -> None:
-        """Lets the machine run; a subclass may do more."""
-        machine.start()
+        """Lets the machine run, unless it came paused from elsewhere; a subclass may do more."""
+        if machine.came_paused:
+            machine.settle()
+        else:
+            machine.start()
 
     def end(self, machine: Machine) -> None:
         """Lets the machine stand for good; a subclass may do more."""

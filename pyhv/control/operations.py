@@ -100,6 +100,7 @@ class Operations:
                 "pid": os.getpid(),
             }
             self._machine = machine
+            self._paused = machine.came_paused
             if self.held:
                 self.held = False
                 self._turn.release()

@@ -65,10 +65,10 @@ class Type(IntEnum):
 
 
 def _upgrade_hello(fields: dict[str, Any], version: int) -> dict[str, Any]:
-    """Version 5 did not say what the guest was told in IA32_ARCH_CAPABILITIES, and did not bring it."""
+    """Version 5 did not say what the guest was told in IA32_ARCH_CAPABILITIES, and brought none that is paused."""
     if version != 5:
         raise ValueError(version)
-    return {**fields, "capabilities": None}
+    return {**fields, "capabilities": None, "paused": False}
 
 
 @record("hello", 6, _upgrade_hello)
@@ -102,6 +102,9 @@ class Hello(NamedTuple):
     """Both sides give a sign of life after so many milliseconds."""
     silence: U32
     """After so many milliseconds without one the link is broken."""
+    paused: bool
+    """Whether the guest is paused, and is to be so there. New in version 6: one that runs is announced by version 5,
+    which the pyhv before this one understands; a paused one, which it would let run, it refuses."""
 
     def needs(self) -> Needs:
         """What the guest needs of a host. Raises BadInput for CPUID tables that make no sense."""
@@ -111,7 +114,7 @@ class Hello(NamedTuple):
 
 
 def hello(vm: Vm, machine: MachineRecord, host: HostDescription, heartbeat: float, silence: float) -> Hello:
-    """What a VM says about itself; name, strict_tsc and zstd are the caller's to fill in. Times in seconds."""
+    """What a VM says about itself; name, strict_tsc, zstd and paused are the caller's to fill in. Times in seconds."""
     return Hello(
         pyhv=__version__,
         name="",
@@ -129,6 +132,7 @@ def hello(vm: Vm, machine: MachineRecord, host: HostDescription, heartbeat: floa
         zstd=False,
         heartbeat=round(heartbeat * 1000),
         silence=round(silence * 1000),
+        paused=False,
     )
 
 
@@ -272,10 +276,20 @@ def encode(message: tuple[Any, ...]) -> tuple[int, bytes]:
     """Type and payload of a message that carries a record. Raises BadInput for one that is too large."""
     kind = _BY_RECORD[type(message)]
     payload = packed.encode(message) if kind.packed else codec.encode(message)
+    if isinstance(message, Hello) and not message.paused and message.capabilities is None:
+        payload = _as_version_5(payload)
     if len(payload) > MAX_MESSAGE:
         problem = f"has {len(payload)} bytes, at most {MAX_MESSAGE} are possible"
         raise BadInput(f"message {kind.number.name.lower()}", problem)
     return kind.number, payload
+
+
+def _as_version_5(hello: bytes) -> bytes:
+    import json
+
+    value = json.loads(hello)
+    del value["fields"]["paused"], value["fields"]["capabilities"]
+    return json.dumps(value | {"version": 5}, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def decode(cls: type[R], payload: bytes) -> R:

@@ -122,8 +122,8 @@ class Summary(NamedTuple):
 
     total_time: float
     downtime: float
-    """From the last instruction here to the first there. Where the two sides have no clock in common, to when the news
-    of it came, which is longer."""
+    """From the last instruction here to the first there; 0 of a guest that is paused on both sides. Where these have no
+    clock in common, to when the news of it came, which is longer."""
     one_clock: bool
     rounds: int
     pages: int
@@ -160,7 +160,7 @@ class Stage(enum.Enum):
 
 
 class Source:
-    """One migration of a running VM, over an open channel.
+    """One migration of a running or paused VM, over an open channel.
 
     progress: is called now and then, and may raise to give the migration up. may_stop: pre-copy does not end before it
     says so; after it has said no there is another round.
@@ -235,7 +235,7 @@ class Source:
             counts = self._sending
             return Summary(
                 total_time=time.monotonic() - begin,
-                downtime=(end - stopped) / 1e9,
+                downtime=0.0 if self._out.hello.paused else (end - stopped) / 1e9,
                 one_clock=one_clock,
                 rounds=self._round,
                 pages=counts.pages,

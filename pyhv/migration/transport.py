@@ -324,6 +324,21 @@ class Listener:
         if self._socket is None:
             return Channel(*self.address.fds, self.address.text)
         deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            taken = self.take(None if deadline is None else max(deadline - time.monotonic(), 0))
+            if taken is None:
+                return None
+            try:
+                return self.admit(*taken)
+            except PyhvError as error:
+                if turned_away is None:
+                    raise
+                turned_away(error)
+
+    def take(self, timeout: float | None = None) -> tuple[socket.socket, str] | None:
+        """As accept(), for schemes that connect: a socket and what to call who is there, who has shown nothing yet."""
+        assert self._socket is not None
+        deadline = None if timeout is None else time.monotonic() + timeout
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         while True:
@@ -334,19 +349,23 @@ class Listener:
                 sock, place = self._socket.accept()
             except (BlockingIOError, ConnectionError):
                 continue  # it has left already
+            return sock, f"{place[0]}:{place[1]}" if place else self.address.text
+
+    def admit(self, sock: socket.socket, name: str) -> Channel:
+        """The connection with who came, if he is who he must be. Closes it and raises BadInput if not, HostError."""
+        try:
             if self.address.scheme != "unix":
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            name = f"{place[0]}:{place[1]}" if place else self.address.text
-            try:
-                if self._context is not None:
-                    return _wrap_tls(sock, self._context, name)
-                _check_user(self.address, sock, called=True)
-                return _of_socket(sock, name)
-            except PyhvError as error:
-                sock.close()
-                if turned_away is None:
-                    raise
-                turned_away(error)
+            if self._context is not None:
+                return _wrap_tls(sock, self._context, name)
+            _check_user(self.address, sock, called=True)
+            return _of_socket(sock, name)
+        except OSError as error:
+            sock.close()
+            raise HostError(f"connection from {name}", error.errno or errno.EPIPE) from None
+        except BaseException:
+            sock.close()
+            raise
 
     def _wait_for_line(self, timeout: float | None) -> Channel | None:
         """A serial line connects nobody: somebody is there when a first byte comes."""

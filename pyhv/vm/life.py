@@ -51,7 +51,7 @@ TABLE: dict[str, dict[str, str]] = {
         START:   "do    -       do     wait   -         wait         force   force -     no",
         PAUSE:   "-     do      -      wait   no        no           -       -     do    no",
         SAVE:    "do    do      do     wait   no        no           no      no    no    no",
-        MIGRATE: "no    do      no     wait   no        no           no      no    no    no",
+        MIGRATE: "no    do      do     wait   no        no           no      no    no    no",
         CLOSE:   "do    do      do     end    end       end          do      do    do    -",
     }.items()
 }  # fmt: skip

@@ -229,6 +229,12 @@ class Vm:
             thread.go(self._starts)
         self.running = True
 
+    def rest(self) -> None:
+        """Makes a VM that came from elsewhere, and was paused there, a paused one here, for whoever holds the turn."""
+        self._tsc_khz = self._tsc_khz or self.vcpus[0].read_tsc_khz()
+        self.left = time.monotonic_ns()
+        self.life.at = life.PAUSED
+
     def prepare_start(self) -> None:
         """Does what else the first start() would take longer for."""
         for vcpu in self.vcpus[len(self._threads) :]:
@@ -554,7 +560,8 @@ class Departure:
         """Whether the VM is still to be let go on here, or to be given away."""
         self._vm = vm
         self._life = vm.life
-        self._ran = True
+        self.ran = True
+        """Whether the guest ran when it began: then it is to run afterwards, here or there."""
         self._deciding = threading.Lock()  # whether it is cancelled or given away, which excludes the other
         self._cancelled = False
         self._given = False
@@ -583,7 +590,7 @@ class Departure:
         self._life.peer = peer
         self._life.busy_thread = threading.get_ident()
         self._life.at = life.MIGRATING
-        self._ran = self._vm.running
+        self.ran = self._vm.running
         self.is_open = True
 
     def check(self) -> None:
@@ -615,7 +622,7 @@ class Departure:
                 return
             self._life.at = life.PAUSED
             self.is_open = False
-            if self._ran:
+            if self.ran:
                 self._vm._start()
 
     def finish(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -241,6 +242,47 @@ def test_ctrl_c_of_migrate_leaves_it_running(tmp_path: Path) -> None:
     before = rounds_of("t")
     wait_for(lambda: rounds_of("t") > before)
     ok("stop", "t")
+
+
+def test_a_paused_vm_moves_and_stays_paused(tmp_path: Path) -> None:
+    detach("t", *TICKER)
+    wait_for(lambda: rounds_of("t") >= 2)
+    ok("pause", "t")
+    there = waiting(tmp_path / "m")
+    migrate("t", f"unix:{tmp_path}/m")
+    assert (status("t")["pid"], status("t")["state"]) == (there.pid, "paused")
+    assert rounds_of("t") == 0
+    ok("resume", "t")
+    wait_for(lambda: rounds_of("t") >= 3)
+    ok("stop", "t")
+    there.communicate(timeout=TIMEOUT)
+
+
+def test_receive_forever(tmp_path: Path) -> None:
+    """VM after VM, also where one of them is none, until a signal; then those that came run on."""
+    detach("a", *TICKER)
+    detach("b", *TICKER)
+    there = receiver("tcp://127.0.0.1:0", "--forever")
+    assert there.stderr is not None
+    where = there.stderr.readline().decode().split()[-1]
+    port = int(where.rpartition(":")[2])
+    before = {name: status(name)["pid"] for name in "ab"}
+    migrate("a", where)
+    with socket.create_connection(("127.0.0.1", port)) as nobody:
+        nobody.sendall(b"GET / HTTP/1.0\r\n\r\n" * 10)
+        with contextlib.suppress(ConnectionError):
+            nobody.recv(1)
+    migrate("b", where)
+    for name in "ab":
+        assert status(name)["pid"] not in (before[name], there.pid)
+        wait_for(lambda name=name: rounds_of(name) >= 2)  # type: ignore[misc]
+    there.send_signal(signal.SIGTERM)
+    out, _ = there.communicate(timeout=TIMEOUT)
+    assert there.returncode == 143
+    assert re.fullmatch(rb"a runs in the background, pid \d+\nb runs in the background, pid \d+\n", out), out
+    for name in "ab":
+        assert status(name)["state"] == "running"
+        ok("stop", name)
 
 
 def test_migrate_cancel(tmp_path: Path) -> None:

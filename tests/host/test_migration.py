@@ -713,3 +713,57 @@ def test_cancelling_what_waits_for_a_silent_side() -> None:
             machine.depart(channel, limits=Limits(silence=60.0, heartbeat=30.0))
         timer.join()
         wait_for_rounds(machine)
+
+
+# ------------------------------------------------------------------------------------------------------ a paused VM
+
+
+def test_a_paused_vm_stays_paused() -> None:
+    with running() as machine:
+        machine.pause()
+        before = stamp(machine)
+        ours, theirs = socket.socketpair()
+        found: list[pyhv.Machine] = []
+
+        def take() -> None:
+            channel = Channel(theirs.fileno(), theirs.fileno(), "the source", theirs.close)
+            found.append(pyhv.Machine.arrive(Destination(channel)))
+            assert found[0].came_paused
+            found[0].settle()
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        with Channel(ours.fileno(), ours.fileno(), "the destination", ours.close) as channel:
+            summary = machine.depart(channel, limits=LIMITS)
+        thread.join(TIMEOUT)
+        assert summary.downtime == 0 and machine.handed_over and not machine.vm.running
+        with found[0] as there:
+            check_equal(machine, there)
+            time.sleep(0.05)
+            assert not there.vm.running and stamp(there) == before and there.console() == b""
+            there.start()
+            wait_for_rounds(there)
+            again = hop(there, look=check_equal)  # and one that runs goes as before
+            again.machine.close()
+
+
+def test_a_paused_vm_that_is_not_taken_stays_paused() -> None:
+    with running() as machine:
+        machine.pause()
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        with (
+            Channel(ours.fileno(), ours.fileno(), "the destination", ours.close) as channel,
+            pytest.raises(pyhv.HostError),
+        ):
+            machine.depart(channel, limits=LIMITS)
+        assert not machine.vm.running and not machine.handed_over
+        machine.start()
+        wait_for_rounds(machine)
+
+
+def test_who_listens_tells_its_port() -> None:
+    told: list[str] = []
+    with pytest.raises(pyhv.TimedOut):
+        pyhv.Machine.receive("tcp://127.0.0.1:0", timeout=0.01, on_listening=told.append)
+    assert len(told) == 1 and int(told[0].removeprefix("tcp://127.0.0.1:")) > 0

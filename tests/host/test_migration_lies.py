@@ -512,7 +512,7 @@ def changed_page(*then: tuple[int, bytes], zeros: int = 0) -> Callable[[Messages
 
 SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "hello of another version": (
-        lambda m: [(m[0][0], m[0][1].replace(b'"version":6}', b'"version":9}')), *m[1:]], "version 9 of this record",
+        lambda m: [(m[0][0], m[0][1].replace(b'"version":5}', b'"version":9}')), *m[1:]], "version 9 of this record",
     ),
     "hello of another vendor": (hello_with(tables=other_vendor), "vendor"),
     "tables that make no sense": (hello_with(tables=lambda t: [[[1, 0, 0, 0, 0, 0, 0]]]), ""),
