@@ -88,6 +88,17 @@ struct pyhv_emulator_vcpu {
         uint8_t priority; /* CR8 */
     } waiting;
 
+    /* Control registers as they were before the block that executes: the library takes whatever is written to them. */
+    struct {
+        uint64_t cr0, cr3, cr4, efer;
+    } control;
+    uint64_t cr4_allowed; /* by the CPUID table */
+    uint64_t cr3_reserved;
+
+    /* TS and EM of hflags, which the library has to do without for one instruction: lend_flags(). */
+    uint32_t lent;
+    bool lent_used; /* that instruction's block has begun */
+
     /* What hooks leave for the run loop. */
     enum {
         HAPPENED_NOTHING,
@@ -95,6 +106,7 @@ struct pyhv_emulator_vcpu {
         HAPPENED_SYSCALL,
         HAPPENED_SYSENTER,
         HAPPENED_ACTION,
+        HAPPENED_RESERVED,
         HAPPENED_LOST_MEMORY
     } happened;
     uint32_t vector;    /* HAPPENED_EXCEPTION */
@@ -189,6 +201,9 @@ void emulator_update_hflags(struct cpu_state *state);
 
 /* The state of a processor after reset, but for RDX: pyhv_emulator_vcpu_set_cpuid(). */
 void emulator_reset(struct cpu_state *state);
+
+/* What the CPUID table says of control registers. */
+void emulator_set_control_limits(struct pyhv_emulator_vcpu *vcpu);
 
 /* CPL. */
 static inline unsigned emulator_cpl(const struct cpu_state *state)

@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "emulator/library.h"
 #include "error.h"
@@ -61,7 +62,7 @@ _Static_assert(CONTEXT_HEAD == 40, "struct uc_context");
  * their values, and checked below by what they do. */
 enum { UC_CPU = 440, UC_CONTEXT_SIZE = 2016, UC_NO_EXIT_REQUEST = 2034 };
 enum { UC_JUMPS = 2040, UC_NESTED = UC_JUMPS + 64 * sizeof(sigjmp_buf) }; /* where faults go, a place for each level */
-enum { CPU_EXIT_REQUEST = 21, CPU_INTERRUPTS = 28, CPU_COUNTDOWN = 304, CPU_OPAQUE = 33136 };
+enum { CPU_EXIT_REQUEST = 21, CPU_NEXT_BLOCK = 24, CPU_INTERRUPTS = 28, CPU_COUNTDOWN = 304, CPU_OPAQUE = 33136 };
 enum { CPU_HALTED = 33176, CPU_EXCEPTION = 33184, CPU_CLASS = 33200, CPU_STATE = 35408 };
 enum { CLASS_INTERRUPT = 144 }; /* what the loop calls where interrupts are requested */
 enum { INTERRUPT_HARD = 2 };
@@ -109,6 +110,12 @@ void pyhv_library_look(uc_engine *engine)
     __atomic_store_n(countdown + 1, UINT16_MAX, __ATOMIC_SEQ_CST);
 }
 
+void pyhv_library_one_instruction(uc_engine *engine)
+{
+    const uint32_t count = 1;
+    memcpy(processor(engine) + CPU_NEXT_BLOCK, &count, sizeof count);
+}
+
 struct cpu_state *pyhv_library_state(const uc_engine *engine)
 {
     return (struct cpu_state *)(void *)(processor(engine) + CPU_STATE);
@@ -152,11 +159,25 @@ int pyhv_library_fail(struct pyhv_error *error, const char *what, int code)
     return pyhv_fail(error, 0, what, "%s", uc.strerror(code));
 }
 
+/* Tries what the library is about to do, for where it fails the library ends the process: memory for the code that it
+ * makes, writable and executable. A process may have been denied that (prctl(2), PR_SET_MDWE). */
+static int try_code_buffer(struct pyhv_error *error)
+{
+    void *buffer = mmap(NULL, CODE_BUFFER, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (buffer == MAP_FAILED)
+        return pyhv_fail(error, errno, "mmap", "%u MiB, writable and executable, for translated code",
+                         CODE_BUFFER >> 20);
+    munmap(buffer, CODE_BUFFER);
+    return 0;
+}
+
 int pyhv_library_engine(uc_engine **engine, struct cpu_context **context, struct pyhv_error *error)
 {
     void *own = NULL;
     *engine = NULL;
     *context = NULL;
+    if (try_code_buffer(error) < 0)
+        return -1;
     int code = uc.open(UC_ARCH_X86, UC_MODE_64, engine);
     if (code != UC_ERR_OK)
         return pyhv_library_fail(error, "uc_open", code);
@@ -337,6 +358,16 @@ static bool stops_between_blocks(struct stops *stops, uint8_t *page)
         uc.emu_start(engine, CHECK_PAGE, 0, 0, 0) != UC_ERR_OK ||
         uc.reg_read(engine, UC_X86_REG_RIP, &rip) != UC_ERR_OK || rip != CHECK_PAGE + sizeof block ||
         stops->writes != 1 || rdtscs != 1 || cpuids != 0 || pyhv_library_halted(engine))
+        return false;
+    /* The block is now two: INC, and the rest. */
+    static const char pair[] = {'\xff', '\xc1', '\xff', '\xc1'}; /* inc %ecx; inc %ecx; hlt */
+    memcpy(page, pair, sizeof pair);
+    memset(page + sizeof pair, 0xf4, sizeof block);
+    uc.ctl(engine, UC_CTL_FLUSH_BLOCKS);
+    stops->wanted = false;
+    stops->looks = 0;
+    pyhv_library_one_instruction(engine);
+    if (uc.emu_start(engine, CHECK_PAGE, 0, 0, 0) != UC_ERR_OK || !pyhv_library_halted(engine) || stops->looks != 2)
         return false;
     memcpy(page, flags, sizeof flags);
     memset(page + sizeof flags, 0xf4, sizeof block);

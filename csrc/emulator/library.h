@@ -158,6 +158,8 @@ enum {
     HF_ADDSEG = 1 << 6,
     HF_PE = 1 << 7,
     HF_MP_SHIFT = 9, /* MP, EM, TS, as in CR0 from bit 1 on */
+    HF_EM = 1 << 10,
+    HF_TS = 1 << 11,
     HF_LMA = 1 << 14,
     HF_CS64 = 1 << 15,
     HF_OSFXSR = 1 << 22,
@@ -246,6 +248,9 @@ void pyhv_library_decide(uc_engine *engine, struct library_stop *stop);
 /* Lets stop->leave() be called at the end of the block that the engine executes; before the first one, if it executes
  * none now. From any thread, callback or signal handler, any number of times: it is never lost or taken back. */
 void pyhv_library_look(uc_engine *engine);
+
+/* Lets the next block be of one instruction, and stop->leave() be called before and behind it. */
+void pyhv_library_one_instruction(uc_engine *engine);
 
 /* The state of an engine's processor: to be read in callbacks, where all but the arithmetic flags is up to date. */
 struct cpu_state *pyhv_library_state(const uc_engine *engine);

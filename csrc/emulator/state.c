@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "emulator/emulator.h"
+#include "gen/cpuid_bits.h"
 
 #define CR0_PE          UINT64_C(1)
 #define CR0_PG          (UINT64_C(1) << 31)
@@ -136,6 +137,21 @@ static void set_features(const struct pyhv_emulator_vcpu *vcpu, struct cpu_ident
     identity->features.extended_ecx = cpuid_word(vcpu, 0x80000001, 0, IN_ECX);
 }
 
+/* SDM Vol. 3, "Control Registers". What the library does not have no table shows: VME, PVI, UMIP, LA57, VMXE, SMXE, PCIDE,
+ * OSXSAVE, PKE, CET, LAM and what comes after them. */
+#define CR4_ALWAYS   UINT64_C(0x7fc) /* TSD to OSXMMEXCPT */
+#define CR4_FSGSBASE (UINT64_C(1) << 16)
+#define CR4_SMEP     (UINT64_C(1) << 20)
+
+void emulator_set_control_limits(struct pyhv_emulator_vcpu *vcpu)
+{
+    uint32_t features = cpuid_word(vcpu, 7, 0, IN_EBX), bits = cpuid_word(vcpu, 0x80000008, 0, IN_EAX) & 0xff;
+    vcpu->cr4_allowed = CR4_ALWAYS | (features & PYHV_CPUID_7_EBX_FSGSBASE ? CR4_FSGSBASE : 0) |
+                        (features & PYHV_CPUID_7_EBX_SMEP ? CR4_SMEP : 0) |
+                        (features & PYHV_CPUID_7_EBX_SMAP ? CR4_SMAP : 0);
+    vcpu->cr3_reserved = ~((UINT64_C(1) << (bits >= 32 && bits < 52 ? bits : 52)) - 1);
+}
+
 int pyhv_emulator_vcpu_set_cpuid(struct pyhv_emulator_vcpu *vcpu, const struct pyhv_cpuid_entry *entries, size_t count,
                                  struct pyhv_error *error)
 {
@@ -144,6 +160,7 @@ int pyhv_emulator_vcpu_set_cpuid(struct pyhv_emulator_vcpu *vcpu, const struct p
     memcpy(vcpu->cpuid, entries, count * sizeof *entries);
     vcpu->cpuid_count = (uint32_t)count;
     set_features(vcpu, &vcpu->context->identity);
+    emulator_set_control_limits(vcpu);
     vcpu->context->state.regs[RDX] = cpuid_word(vcpu, 1, 0, IN_EAX); /* as after reset */
     return emulator_load(vcpu, vcpu->context, true, error);
 }

@@ -23,6 +23,11 @@
 #include "devices/device.h"
 #include "emulator/emulator.h"
 
+#define CR0_PE    UINT64_C(1)
+#define CR0_NW    (UINT64_C(1) << 29)
+#define CR0_CD    (UINT64_C(1) << 30)
+#define CR0_PG    (UINT64_C(1) << 31)
+#define EFER_LMA  (UINT64_C(1) << 10)
 #define DR6_BS    (UINT64_C(1) << 14)
 #define RFLAGS_TF (UINT64_C(1) << 8)
 #define RFLAGS_IF (UINT64_C(1) << 9)
@@ -32,7 +37,7 @@
 #define TSS_32      (1u << 11)
 #define TSS_IO_BASE 0x66
 
-enum { DEBUG = 1, NMI = 2, INVALID_OPCODE = 6, PROTECTION = 13 };
+enum { DEBUG = 1, NMI = 2, INVALID_OPCODE = 6, NO_COPROCESSOR = 7, PROTECTION = 13 };
 
 /* A block of the engine's is at most so many instructions, which run on after the log is full. */
 enum { LOG_SPARE = 512 };
@@ -107,12 +112,47 @@ static bool takes_event(const struct pyhv_emulator_vcpu *vcpu, const struct cpu_
     return (vcpu->waiting.deliverable && (state->rflags & RFLAGS_IF)) || state->task_priority != vcpu->waiting.priority;
 }
 
+static void take_flags_back(struct pyhv_emulator_vcpu *vcpu)
+{
+    pyhv_library_state(vcpu->engine)->hflags |= vcpu->lent;
+    vcpu->lent = 0;
+}
+
+static void remember_control(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state)
+{
+    vcpu->control.cr0 = state->cr[0];
+    vcpu->control.cr3 = state->cr[3];
+    vcpu->control.cr4 = state->cr[4];
+    vcpu->control.efer = state->efer;
+}
+
+/* MOV to a control register ends its block. Whether it has written what a processor refuses. */
+static bool wrote_reserved(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state)
+{
+    const uint64_t cr0 = state->cr[0];
+    if (cr0 == vcpu->control.cr0 && state->cr[3] == vcpu->control.cr3 && state->cr[4] == vcpu->control.cr4)
+        return false;
+    if ((cr0 != vcpu->control.cr0 && (((cr0 & CR0_PG) && !(cr0 & CR0_PE)) || ((cr0 & CR0_NW) && !(cr0 & CR0_CD)))) ||
+        (state->cr[3] != vcpu->control.cr3 && (state->efer & EFER_LMA) && (state->cr[3] & vcpu->cr3_reserved)) ||
+        (state->cr[4] & ~vcpu->control.cr4 & ~vcpu->cr4_allowed))
+        return true;
+    remember_control(vcpu, state);
+    return false;
+}
+
 /* struct library_stop: ends the run of the engine, for whoever wants it. See above. */
 static bool must_leave(void *opaque)
 {
-    const struct pyhv_emulator_vcpu *vcpu = opaque;
+    struct pyhv_emulator_vcpu *vcpu = opaque;
+    if (vcpu->lent && vcpu->lent_used)
+        take_flags_back(vcpu);
+    vcpu->lent_used = true;
     if (vcpu->happened != HAPPENED_NOTHING)
         return true;
+    if (wrote_reserved(vcpu, pyhv_library_state(vcpu->engine))) {
+        vcpu->happened = HAPPENED_RESERVED;
+        return true;
+    }
     if (vcpu->stepping)
         return false;
     return atomic_load(&vcpu->attention) || takes_event(vcpu, pyhv_library_state(vcpu->engine));
@@ -556,8 +596,51 @@ static bool finish_event(struct pyhv_emulator_vcpu *vcpu, enum emulator_delivery
     return done == DELIVERY_TRIPLE_FAULT ? stop(exit, PYHV_STOP_TRIPLE_FAULT) : false;
 }
 
+/* Whether an instruction works on general registers although its opcode is among those of SSE: 0F 38 F0 to F7 (MOVBE,
+ * CRC32, ADCX, ADOX, ANDN, BLSR, SHLX and their like) and 0F 3A F0 with VEX (RORX). */
+static bool is_general(const struct cpu_state *state, const uint8_t *bytes, size_t count)
+{
+    static const uint8_t prefixes[] = {0x66, 0xf2, 0xf3, 0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x67};
+    const bool is_64 = state->hflags & HF_CS64;
+    size_t at = 0;
+    while (at < count && memchr(prefixes, bytes[at], sizeof prefixes))
+        at++;
+    bool has_vex = (state->cr[0] & CR0_PE) && !(state->rflags & RFLAGS_VM) && at + 3 < count && bytes[at] == 0xc4 &&
+                   (is_64 || bytes[at + 1] >= 0xc0);
+    if (has_vex && (bytes[at + 1] & 0x1f) == 3)
+        return bytes[at + 3] == 0xf0;
+    if (has_vex)
+        return (bytes[at + 1] & 0x1f) == 2 && (bytes[at + 3] & 0xf8) == 0xf0;
+    if (is_64 && at < count && (bytes[at] & 0xf0) == 0x40)
+        at++;
+    return at + 2 < count && bytes[at] == 0x0f && bytes[at + 1] == 0x38 && (bytes[at + 2] & 0xf8) == 0xf0;
+}
+
+/* The library looks at CR0.TS, CR0.EM and CR4.OSFXSR before such an instruction as if it needed SSE. Then this is why it
+ * has faulted, and it is executed with other flags: of TS and EM for itself alone, since #NM must come again for those that
+ * follow; of OSFXSR until the flags are next made of the registers, for Linux's decompressor has millions. */
+static bool lend_flags(struct pyhv_emulator_vcpu *vcpu)
+{
+    struct cpu_state *state = pyhv_library_state(vcpu->engine);
+    uint8_t bytes[15];
+    uint32_t lent = state->hflags & (HF_TS | HF_EM);
+    if (!lent && (state->hflags & HF_OSFXSR))
+        return false;
+    size_t count = emulator_peek(vcpu, state, state->segs[CS].base + state->rip, bytes, sizeof bytes);
+    if (!is_general(state, bytes, count))
+        return false;
+    state->hflags = (state->hflags & ~lent) | HF_OSFXSR;
+    vcpu->lent = lent;
+    vcpu->lent_used = false;
+    if (lent)
+        pyhv_library_one_instruction(vcpu->engine);
+    return true;
+}
+
 static bool raise_fault(struct pyhv_emulator_vcpu *vcpu, uint32_t vector, struct pyhv_exit *exit)
 {
+    if (vector == NO_COPROCESSOR && lend_flags(vcpu))
+        return false;
     if (!save_state(vcpu, exit))
         return true;
     struct cpu_state *state = &vcpu->context->state;
@@ -585,9 +668,36 @@ static bool enter_kernel(struct pyhv_emulator_vcpu *vcpu,
     return finish_event(vcpu, done, exit);
 }
 
-/* An instruction that the engine does not know, or no memory where one should be. */
-static bool raise_invalid_opcode(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+/* Takes back what MOV has written to a control register: it faults instead. RIP stands behind it: 0F 22 and the registers'
+ * byte, and before them REX if that is a prefix that names another register or a width. */
+static bool refuse_control(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
 {
+    if (!save_state(vcpu, exit))
+        return true;
+    struct cpu_state *state = &vcpu->context->state;
+    uint8_t bytes[4] = {0};
+    emulator_peek(vcpu, state, state->segs[CS].base + state->rip - sizeof bytes, bytes, sizeof bytes);
+    const uint64_t *written = &state->cr[bytes[3] >> 3 & 7];
+    bool has_rex = (state->hflags & HF_CS64) && (bytes[0] & 0xf0) == 0x40;
+    if (has_rex && (bytes[0] & 1) && (uint32_t)state->regs[8 + (bytes[3] & 7)] != (uint32_t)*written)
+        has_rex = false; /* it is the end of the instruction before */
+    state->rip -= has_rex ? 4 : 3;
+    state->cr[0] = vcpu->control.cr0;
+    state->cr[3] = vcpu->control.cr3;
+    state->cr[4] = vcpu->control.cr4;
+    state->efer = vcpu->control.efer;
+    emulator_update_hflags(state);
+    enum emulator_delivery done = emulator_deliver(vcpu, state, EVENT_FAULT, PROTECTION, 0);
+    if (emulator_load(vcpu, vcpu->context, true, &exit->error) < 0)
+        return stop(exit, PYHV_STOP_FAILED);
+    return finish_event(vcpu, done, exit);
+}
+
+/* An instruction that the engine does not know, or no memory where one should be. */
+static bool raise_invalid_opcode(struct pyhv_emulator_vcpu *vcpu, uint32_t lent, struct pyhv_exit *exit)
+{
+    if (!lent && lend_flags(vcpu))
+        return false;
     if (!save_state(vcpu, exit))
         return true;
     struct cpu_state *state = &vcpu->context->state;
@@ -697,9 +807,12 @@ static bool run_engine(struct pyhv_emulator_vcpu *vcpu, size_t count, struct pyh
     uint64_t rip = pyhv_library_state(vcpu->engine)->rip;
     vcpu->happened = HAPPENED_NOTHING;
     vcpu->stepping = count != 0;
+    remember_control(vcpu, pyhv_library_state(vcpu->engine));
     vcpu->executing = true;
     int code = uc.emu_start(vcpu->engine, rip, 0, 0, count);
     vcpu->executing = false;
+    const uint32_t lent = vcpu->lent;
+    take_flags_back(vcpu);
     exit->exit_reason = (uint32_t)code;
 
     switch (vcpu->happened) {
@@ -711,13 +824,15 @@ static bool run_engine(struct pyhv_emulator_vcpu *vcpu, size_t count, struct pyh
         return enter_kernel(vcpu, emulator_syscall, exit);
     case HAPPENED_SYSENTER:
         return enter_kernel(vcpu, emulator_sysenter, exit);
+    case HAPPENED_RESERVED:
+        return refuse_control(vcpu, exit);
     case HAPPENED_LOST_MEMORY:
         return stop_for_lost_memory(exit);
     case HAPPENED_NOTHING:
         break;
     }
     if (code == UC_ERR_INSN_INVALID)
-        return raise_invalid_opcode(vcpu, exit);
+        return raise_invalid_opcode(vcpu, lent, exit);
     if (code == UC_ERR_FETCH_UNMAPPED || code == UC_ERR_FETCH_PROT || code == UC_ERR_READ_UNMAPPED ||
         code == UC_ERR_WRITE_UNMAPPED) {
         exit->suberror = PYHV_SUBERROR_NO_CODE;

@@ -142,7 +142,7 @@ def decide(
         try:
             return _on_emulator(make, facts, vcpus, intercept, whole, why)
         except NotAvailable as no_emulator:
-            why_not = no_emulator.advice
+            why_not = f"{no_emulator.problem}: {no_emulator.advice}"
         except BadInput as refused:
             why_not = str(refused)
     try:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 LIBRARY = "libunicorn.so.2"
 _INSTALL = "pip install 'pyhv[emulator]' (it brings unicorn 2.1.4, GPL-2.0)"
 
+_NO_CODE = (
+    "it translates code into memory that is writable and executable, which this process may not have "
+    "(PR_SET_MDWE, systemd's MemoryDenyWriteExecute=yes)"
+)
+
 # The features that the library has, by the table `tcg_features` of its qemu/target/i386/cpu.c. Left out of them: SVM,
 # which no guest is shown; XSAVE, whose components it lacks (AVX), so that nothing would come of it; MPX, PKU and
 # 5-level paging, whose state is not moved; MONITOR, with no one to wait for; PCOMMIT, which no processor has.
@@ -192,6 +197,8 @@ class Emulator:
             detail = ffi.string(error.detail).decode("utf-8", "replace")
             if path == LIBRARY and error.errnum == errno.ENOENT:
                 raise NotAvailable("the emulator", f"{LIBRARY} is not installed", _INSTALL)
+            if error.errnum in (errno.EACCES, errno.EPERM):
+                raise NotAvailable("the emulator", _NO_CODE, "allow it to pyhv, or use KVM: --accel kvm")
             raise NotAvailable("the emulator", detail, _INSTALL)
         self.tsc_khz = int(lib.pyhv_emulator_host_tsc_khz()) or _TSC_KHZ
 

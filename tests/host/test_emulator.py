@@ -483,3 +483,35 @@ def test_a_snapshot_cut_short_under_its_guest_ends_the_guest_alone(size: int, tm
     assert done.returncode == 0, done
     assert done.stdout.startswith(f"internal-error the snapshot {path} became shorter while its memory"), done
     assert done.stderr == ""
+
+
+NO_CODE = """
+import ctypes, os, sys
+assert ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def without_executable_memory(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`pyhv` where memory cannot be writable and executable (PR_SET_MDWE, Linux 6.3)."""
+    command = [sys.executable, "-c", NO_CODE, sys.executable, "-m", "pyhv", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if "AssertionError" in done.stderr:
+        pytest.skip("this kernel has no PR_SET_MDWE")
+    return done
+
+
+def test_without_writable_executable_memory_it_says_so() -> None:
+    """The library itself would end the process with exit(1)."""
+    done = without_executable_memory("run", "hello", "--accel", "emulator")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "writable and executable" in done.stderr and "MemoryDenyWriteExecute" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_writable_executable_memory_auto_takes_another_way() -> None:
+    if not os.path.exists("/dev/kvm"):
+        pytest.skip("there is no other way without KVM")
+    done = without_executable_memory("run", "hello", "--compat")
+    assert done.returncode == 0, done
+    assert "hello" in done.stdout
