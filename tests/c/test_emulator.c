@@ -571,6 +571,14 @@ struct wrapped {
     void *callback, *opaque;
 };
 
+static void pulse_line(struct pyhv_device *device)
+{
+    pthread_mutex_lock(&device->lock);
+    pyhv_device_set_irq(device, 1);
+    pyhv_device_set_irq(device, 0);
+    pthread_mutex_unlock(&device->lock);
+}
+
 static void happen(const uc_engine *engine, int behind)
 {
     siginfo_t info = {.si_signo = PYHV_KICK_SIGNAL, .si_code = SI_TIMER};
@@ -585,10 +593,7 @@ static void happen(const uc_engine *engine, int behind)
         break;
     case LINE: /* not in its own handler, which would never end */
         if (pyhv_library_state(engine)->hflags & HF_CPL) {
-            pthread_mutex_lock(&between.device->lock);
-            pyhv_device_set_irq(between.device, 1);
-            pyhv_device_set_irq(between.device, 0);
-            pthread_mutex_unlock(&between.device->lock);
+            pulse_line(between.device);
         }
         break;
     default:
@@ -800,12 +805,15 @@ static void whoever_asks_for_a_stop_gets_it(void)
     uc = real;
 }
 
-/* The same guest for longer, with a timer of its own and a thread that kicks: as it comes. */
-static void *kick_often(void *vcpu)
+/* The same guest for longer, with a timer of its own, which it seldom lets run out, and a thread that kicks and
+ * interrupts: as it comes. */
+static void *kick_often(void *opaque)
 {
+    const struct machine *machine = opaque;
     for (int i = 0; i < 2000; i++) {
-        CHECK_EQUAL(pyhv_emulator_vcpu_kick(vcpu, NULL), 0);
+        CHECK_EQUAL(pyhv_emulator_vcpu_kick(machine->vcpu, NULL), 0);
         usleep((unsigned)(i * 7 % 60));
+        pulse_line(machine->port);
     }
     return NULL;
 }
@@ -831,7 +839,7 @@ static void it_holds_under_stress(void)
     put_timer(page, 0x40 | 1 << 17, 0x2345, 0x2345); /* periodic */
     page[0x3e0] = 0xb;
     pyhv_emulator_vm_set_lapic(machine.vm, page);
-    if (pthread_create(&thread, NULL, kick_often, machine.vcpu))
+    if (pthread_create(&thread, NULL, kick_often, &machine))
         abort();
     while (run(&machine, &exit) == PYHV_STOP_KICKED)
         ;
