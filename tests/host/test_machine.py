@@ -236,6 +236,23 @@ def test_who_dies_of_what_kvm_lacks_is_told_of_the_emulator(tmp_path: Path) -> N
     assert result.message.endswith("; the emulator may run this guest: --accel emulator")
 
 
+# A multiboot kernel, from 0x100000: its header, and then a page directory with one page of 4 MiB at 0x101000; CR3; PSE;
+# paging; 5 to port 0xf4.
+FOUR_MIB_PAGES = "02b0ad1b00000100fe4f51e40000100000001000000000000020100020001000" + (
+    "c7050010100083000000b8001010000f22d80f20e083c8100f22e00f20c00d000000800f22c0b005e6f4"
+)
+
+
+@pytest.mark.usefixtures("unfaithful")
+def test_4_mib_pages_are_what_such_a_kvm_lacks(tmp_path: Path) -> None:
+    image = tmp_path / "pse"
+    image.write_bytes(bytes.fromhex(FOUR_MIB_PAGES))
+    result = run(str(image), accel="kvm")
+    assert result.cause == "triple-fault"
+    assert result.message.endswith("; the emulator may run this guest: --accel emulator")
+    assert run(str(image)).status == 5
+
+
 def test_flat_binary(tmp_path: Path) -> None:
     image = tmp_path / "flat"
     image.write_bytes(bytes.fromhex("66baf400b007ee"))  # mov dx, 0xf4; mov al, 7; out dx, al
