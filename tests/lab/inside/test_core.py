@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 
 import pyhv
-from pyhv._native import check, ffi, lib, new_error
+from pyhv._native import check, cpuid, ffi, lib, new_error
 from pyhv.accel import choose, probe
 from pyhv.accel.data import CpuidRecord
 from pyhv.cpu import dumps, features, profiles
-from pyhv.cpu.table import CpuidTable, Registers
+from pyhv.cpu.compare import problems
+from pyhv.cpu.host import as_kvm_host
+from pyhv.cpu.policy import Topology, guest_table
+from pyhv.cpu.table import INDEXED_LEAVES, REGISTERS, CpuidTable, Registers
 
 # The published list by leaf, register and bit (Hyper-V's processor compatibility mode, both vendors').
 PUBLISHED = {
@@ -87,6 +90,28 @@ def test_a_guest_reads_exactly_its_table(profile: str, level: str) -> None:
         leaf1 = read.get(1)
         planted = read.replace({(1, 0): leaf1._replace(edx=leaf1.edx ^ 1 << 26)})
         assert len(differences(planted, machine.guest.table)) == 1, "the comparison does not see one bit"
+
+
+def dump_of_this_host() -> CpuidTable:
+    """What the processor under this kernel answers, as `cpuid -r` would print it."""
+    lines = []
+    for first in (0, 0x80000000):
+        for leaf in range(first, cpuid(first, 0)[0] + 1):
+            for subleaf in range(64 if leaf in INDEXED_LEAVES else 1):
+                values = " ".join(f"{name}=0x{v:08x}" for name, v in zip(REGISTERS, cpuid(leaf, subleaf), strict=True))
+                lines.append(f"0x{leaf:08x} 0x{subleaf:02x}: {values}")
+    few = [line for line in lines if not line.endswith("eax=0x00000000 ebx=0x00000000 ecx=0x00000000 edx=0x00000000")]
+    return dumps.parse("CPU 0:\n" + "\n".join(few), "this host")
+
+
+def test_a_dump_of_this_host_offers_what_kvm_offers_here() -> None:
+    """So that pyhv check --on a dump refuses no guest that started on such a processor."""
+    offered, of_dump = choose.open_accelerator().describe(), as_kvm_host(dump_of_this_host())
+    lacking = offered.table.features() - of_dump.table.features()
+    assert not [name for name in lacking if not features.BY_NAME[name].barred]  # the others no guest sees
+    for profile in profiles.names():
+        made = guest_table(offered, profiles.load(profile), Topology(1))
+        assert problems(made.table, of_dump) == [], profile
 
 
 def test_every_vcpu_has_its_own_apic_id() -> None:
