@@ -471,8 +471,12 @@ class Source:
         on_the_way = _MESSAGE + min(self._link.counters()[0] - self._settled, self._channel.on_the_way())
         self._limit("synced", waits.SYNCED.seconds(self._limits.silence) + on_the_way / waits.SLOWEST)
         self._send(Sync(self._round >= self._limits.least_rounds))
+        there = False  # all that was sent is: the other side has it, or it will not
         while self._asked and not self._is_late():
             self._listen(_LOOK)
+            if self._asked and not there and self._channel.on_the_way() == 0:
+                there = True
+                self._limit("synced", waits.SYNCED.seconds(self._limits.silence))
             self._check_guest()
             self._tell(total, 0)
         self._measure()

@@ -544,12 +544,13 @@ def test_strict_tsc(lesser: Callable[..., None]) -> None:
             assert any("TSC will run at" in note for note in there.notes)
 
 
-def test_only_a_running_vm_that_is_here_is_migrated(tmp_path: Path) -> None:
+def test_only_a_vm_that_has_run_and_is_here_is_migrated(tmp_path: Path) -> None:
+    with (
+        pyhv.Machine("ticker", **TICKER) as built,
+        pytest.raises(pyhv.BadInput, match="does not run: it cannot be migrated; let it run first"),
+    ):
+        built.migrate(f"unix:{tmp_path}/nobody")
     with running() as machine:
-        machine.pause()
-        with pytest.raises(pyhv.BadInput, match="does not run: it cannot be migrated; let it run first"):
-            machine.migrate(f"unix:{tmp_path}/nobody")
-        machine.start()
         with pytest.raises(pyhv.BadInput, match="cannot be reached: No such file"):
             machine.migrate(f"unix:{tmp_path}/nobody")
         assert machine.vm.running
