@@ -86,7 +86,7 @@ class Failure(PyhvError):
 
 
 class Ring:
-    """The driver. A context manager; close() ends every node, whatever it does.
+    """The driver. A context manager, which begins with its nodes; close() ends every one, whatever it does.
 
     Raises BadInput for a plan that cannot be, HostError.
     """
@@ -110,22 +110,26 @@ class Ring:
         self._buffers: dict[int, bytes] = {}
         self._children: list[int] = []
         self._census: dict[int, dict[str, int]] = {}
+        self._console_in = console_in
+        self._directory = directory
+
+    def _begin(self) -> None:
         listeners = []
         try:
-            for index in range(plan.nodes):
-                listeners.append(transport.Listener(transport.parse(f"unix:{directory}/{index}")))
-            for index in range(plan.nodes):
-                self._fork(index, listeners, console_in)
-        except BaseException:
-            self.close()
-            raise
+            for index in range(self.plan.nodes):
+                listeners.append(transport.Listener(transport.parse(f"unix:{self._directory}/{index}")))
+            for index in range(self.plan.nodes):
+                self._fork(index, listeners, self._console_in)
         finally:
             for listener in listeners:
                 listener.forget()
-            os.close(console_in)
+            os.close(self._console_in)
+            self._console_in = -1
 
     def _fork(self, index: int, listeners: list[transport.Listener], console: int) -> None:
         reader, writer = os.pipe()
+        # A signal that ends the driver comes when it knows of the child, and can end it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         child = os.fork()
         if child == 0:
             status = 1
@@ -134,6 +138,7 @@ class Ring:
                 for number in (signal.SIGTERM, signal.SIGHUP):
                     if signal.getsignal(number) != signal.SIG_IGN:
                         signal.signal(number, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 for fd in [self._console, reader, *self._events]:
                     os.close(fd)
                 for other, listener in enumerate(listeners):
@@ -142,10 +147,11 @@ class Ring:
                 status = _Node(self.plan, index, listeners, console, writer).run()
             finally:
                 os._exit(status)
-        os.close(writer)
         self._children.append(child)
         self._events[reader] = index
         self._buffers[reader] = b""
+        os.close(writer)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def hops(self) -> Iterator[Hop]:
         """Each hop when it is done. Raises Failure when a check fails, HostError when a node breaks."""
@@ -271,12 +277,18 @@ class Ring:
         for fd in self._events:
             os.close(fd)
         self._events = {}
-        if self._console >= 0:
-            os.close(self._console)
-            self._console = -1
+        for fd in (self._console, self._console_in):
+            if fd >= 0:
+                os.close(fd)
+        self._console = self._console_in = -1
 
     def __enter__(self) -> Ring:
-        return self
+        try:
+            self._begin()  # here, and not before: whatever comes in between, Ctrl-C too, the nodes are ended
+            return self
+        except BaseException:
+            self.close()
+            raise
 
     def __exit__(self, *exception: object) -> None:
         self.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -126,9 +127,10 @@ BAD_ENDS: list[tuple[Callable[[soak.Ring], None], str]] = [
 def test_what_a_hop_must_have_and_a_node_may_not(look: Callable[[soak.Ring], None], words: str) -> None:
     ring = soak.Ring.__new__(soak.Ring)
     ring._console, writer = os.pipe()
+    ring._console_in = -1
     ring._children, ring._events, ring._census = [], {}, {}
     os.close(writer)
-    with ring:
+    with contextlib.closing(ring):
         ring._check(GOOD_HOP)
         ring._compare(CENSUS)
         ring._compare(CENSUS)
@@ -193,3 +195,19 @@ def test_a_guest_that_was_saved_in_the_middle_of_a_line() -> None:
                 ring._take_line(line)
         with pytest.raises(soak.Failure, match="the guest:"):
             ring._take_line("ound 45")  # only the first one
+
+
+@NOT_IN_THE_LAB
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_leaves_nothing(number: int, sockets: Path) -> None:
+    driver = subprocess.Popen(
+        [*COMMAND, "soak", "--count", "100000", "--nodes", "2", *SMALL], stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
+    )  # fmt: skip
+    deadline = time.monotonic() + TIMEOUT
+    while not any(sockets.glob("pyhv-soak-*/1")):
+        assert time.monotonic() < deadline and driver.poll() is None
+        time.sleep(0.01)
+    driver.send_signal(number)
+    assert driver.wait(TIMEOUT) == 128 + number
+    assert processes_with(f"TMPDIR={sockets}") == []
