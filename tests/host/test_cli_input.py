@@ -57,7 +57,7 @@ def assert_refused(done: Any, subject: str, *words: str) -> None:
         ("missing", ["No such file or directory"]),
         ("empty", ["is empty"]),
         ("folder", ["is a directory", "give an image file"]),
-        ("large", ["3146246 bytes", "--mem"]),
+        ("large", ["3146246 bytes", "give the guest more memory"]),
         ("cut.elf", ["outside the file"]),
         ("i386.elf", ["its program headers", "outside the file"]),  # which are elsewhere in a 32-bit file
         ("arm64.elf", ["not an x86 image", "64-bit AArch64"]),

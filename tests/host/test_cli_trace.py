@@ -254,7 +254,7 @@ def test_who_may_not_use_tracefs_is_told_what_to_do(tracefs: str) -> None:
     code = (
         "import os, sys\n"
         "from pyhv.accel import choose, tracepoint\n"
-        "from pyhv.cli import main, run, trace, host\n"
+        "from pyhv.cli import failure, main, run, trace, host\n"
         "from pyhv import guests\n"
         "from pyhv.machine import Machine\n"
         "make = tracepoint.Tracepoint.__enter__\n"
