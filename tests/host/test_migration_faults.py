@@ -64,16 +64,17 @@ def check(migration: Migration) -> None:
     source, destination = (
         None if proxy.killed == name else migration.outcome[name] for name in ("source", "destination")
     )
-    ready, commit, running = (
+    ready, commit, running, cancelled = (
         ("destination", Type.READY) in proxy.delivered,
         ("source", Type.COMMIT) in proxy.delivered,
         ("destination", Type.RUNNING) in proxy.delivered,
+        ("destination", Type.CANCEL) in proxy.delivered,
     )
     if proxy.killed == "source":
         assert source is None
     elif running:
         assert source is not None and (source["what"], source["runs"]) == ("migrated", False)
-    elif ready:
+    elif ready and not cancelled:
         assert source is not None and (source["what"], source["runs"]) == ("HandoverUnknown", False)
         assert "was handed over and may run there, but no answer came (" in source["text"]
     else:
