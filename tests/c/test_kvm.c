@@ -318,6 +318,7 @@ static void looks_at_running_vcpus(void)
             waits = pyhv_vcpu_waits_for_ever(machine.vcpu, &error);
             if (!cases[i].reaches && tries == 50)
                 break;
+            usleep(1000); /* where there is one processor, the vCPU needs it too */
         }
         CHECK_EQUAL(waits, cases[i].reaches);
         CHECK_EQUAL(pyhv_vcpu_kick(machine.vcpu, NULL), 0);
