@@ -33,7 +33,7 @@ FULL = (
 OUTSIDE = "lab"
 
 #: How long (seconds) all the tests of one host may take, times patience().
-LIMITS = {"amd": 600.0, "intel": 1200.0}
+LIMITS = {"amd": 1200.0, "intel": 1200.0}
 OUTSIDE_LIMIT = 1800.0
 
 #: What of the tests is run in a host. Those for any machine's KVM (tests/host) start programs and wait by the clock,
