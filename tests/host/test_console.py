@@ -12,6 +12,7 @@ import pytest
 import pyhv
 from pyhv.vm import devices
 
+from .cli import IN_THE_LAB
 from .migration import APPEND, MEMORY, TIMEOUT, check_console, wait_for_rounds
 from .test_migration import hop
 
@@ -167,7 +168,11 @@ def test_what_was_in_the_transmitter_of_a_saved_guest_is_kept(tmp_path: Path) ->
 def test_registers_are_numbers_too() -> None:
     with pyhv.Machine("faults", append="triple-fault", memory="4M") as machine:
         result = machine.run(TIMEOUT)
-    assert result.cause == "triple-fault" and result.vcpu == 0
+    assert result.cause == "triple-fault"
+    if "is gone" in result.message:  # on a real AMD processor, and only there
+        assert (result.vcpu, result.regs, result.sregs, result.registers) == (None, None, None, "") and IN_THE_LAB
+        return
+    assert result.vcpu == 0
     assert result.regs is not None and result.sregs is not None
     assert f"{result.regs.rax:016x}" in result.registers and f"cr3 {result.sregs.cr3:x}" in result.registers
     with pyhv.Machine("hello", memory="4M") as machine:

@@ -487,10 +487,14 @@ def test_a_subclass_is_saved_restored_and_received(tmp_path: Path) -> None:
         machine.save(tmp_path / "saved")
         uri = f"unix:{tmp_path}/m"
         found: list[Named] = []
-        receiver = threading.Thread(target=lambda: found.append(Named.receive(uri, timeout=TIMEOUT)))
+        listens = threading.Event()
+
+        def receive() -> None:
+            found.append(Named.receive(uri, timeout=TIMEOUT, on_listening=lambda uri: listens.set()))
+
+        receiver = threading.Thread(target=receive)
         receiver.start()
-        while not os.path.exists(tmp_path / "m"):
-            time.sleep(0.01)
+        assert listens.wait(TIMEOUT)
         there = threading.Thread(target=lambda: (receiver.join(TIMEOUT), found[0].start()))
         there.start()
         machine.migrate(uri, limits=LIMITS)

@@ -205,7 +205,7 @@ def test_a_failure_on_a_vcpu_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_memory_above_4_gib_is_mapped() -> None:
-    with pyhv.Machine("hello", memory="5G") as machine:
+    with pyhv.Machine("hello", memory="5G", overcommit=True) as machine:
         assert machine.vm.memory.regions == [(0, 3 << 30, 0), (4 << 30, 2 << 30, 3 << 30)]
         machine.vm.memory.write(5 << 30, b"there")
         assert machine.vm.memory.read(5 << 30, 5) == b"there"

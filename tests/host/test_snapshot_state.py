@@ -305,13 +305,13 @@ def test_clones_share_what_they_have_not_changed(noise: Path) -> None:
 def test_a_large_guest_is_saved_and_restored_in_proportion(tmp_path: Path) -> None:
     """4 GiB of which little is used, on both sides of the hole below 4 GiB."""
     path = tmp_path / "s.pyhv"
-    with pyhv.Machine("hello", memory="4G") as machine:
+    with pyhv.Machine("hello", memory="4G", overcommit=True) as machine:
         machine.vm.memory.write(4 << 30, b"above")
         machine.vm.memory.write((3 << 30) - PAGE, b"below")
         machine.save(str(path))
     assert path.stat().st_blocks * 512 < 2 << 20 < path.stat().st_size
     before = memory_use()
-    with pyhv.Machine.restore(str(path)) as machine:
+    with pyhv.Machine.restore(str(path), overcommit=True) as machine:
         assert sum(memory_use()) - sum(before) < 8 << 20
         assert machine.vm.memory.read(4 << 30, 5) == b"above"
         assert machine.vm.memory.read((3 << 30) - PAGE, 5) == b"below"

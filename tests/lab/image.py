@@ -282,7 +282,10 @@ def _add_python(tree: Path) -> None:
         binaries.append(Path(shutil.copy2(spec.origin, site)))
     compile_all(site, SITE)
 
-    for path in set().union(*(_libraries(binary) for binary in binaries)):
+    libraries = set().union(*(_libraries(binary) for binary in binaries))
+    # pthread_exit() opens this one by its name, where a program ends with threads that still run.
+    libraries |= {path.with_name("libgcc_s.so.1") for path in libraries if path.name == "libc.so.6"}
+    for path in libraries:
         place = _place(tree, path)
         if not place.exists():
             shutil.copyfile(path, place)
