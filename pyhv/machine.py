@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from pyhv.arguments import StrPath
-    from pyhv.cpu.host import HostDescription
     from pyhv.cpu.table import CpuidTable
     from pyhv.migration.destination import Destination
     from pyhv.migration.source import Limits, Progress, Summary
@@ -239,16 +238,12 @@ class Machine:
 
         Raises Incompatible with every reason why this host cannot run the guest, NotFaithful."""
 
-        def make(host: HostDescription) -> policy.GuestCpu:
-            needs.check(host, where, strict_tsc)
-            return needs.guest_cpu(host)
+        from pyhv.state.needs import decide
 
         machine = cls.__new__(cls)
         machine.image = None
         machine.facts = choose.GuestFacts(saved.image, saved.cpuid_sites, saved.enters_user_mode)
-        machine.choice, machine.host, machine.guest = choose.decide(
-            make, machine.facts, len(needs.tables), accel, intercept, whole=True
-        )
+        machine.choice, machine.host, machine.guest = decide(saved, needs, where, strict_tsc, accel, intercept)
         machine.notes = needs.notes(machine.host)
         if machine.choice.note:
             machine.notes.append(machine.choice.note)

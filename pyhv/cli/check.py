@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 
-from pyhv.accel.choose import ACCELERATORS, open_accelerator
+from pyhv.accel.choose import ACCELERATORS
 from pyhv.cli import failure, one_line, output
 from pyhv.cli.options import Command, Option
 from pyhv.cpu import dumps
 from pyhv.cpu.host import HostDescription, as_kvm_host
 from pyhv.cpu.table import CpuidTable
-from pyhv.errors import BadInput
+from pyhv.errors import BadInput, Incompatible, NotFaithful
 from pyhv.snapshot import file
+from pyhv.state import needs
 
 COMMAND = Command(
     "check",
@@ -35,16 +36,12 @@ example:
 def main(arguments: list[str]) -> int:
     """The command. Returns the exit status."""
     given = COMMAND.parse(arguments)
-    host, dump = (_this_host(given.accel), None) if given.on is None else read_host(given.on)
     where = given.on or "this host"
     with file.open_snapshot(given.file) as snapshot:
-        if dump is not None:
-            for table in snapshot.tables:
-                check_told(dump, table, where)
-        reasons = snapshot.needs.reasons_against(host, given.strict_tsc)
-        notes = snapshot.needs.notes(host)
-    if dump is not None:
-        notes.append("not compared: MSRs and the TSC's rate, of which a dump does not tell")
+        if given.on is None:
+            reasons, notes = _here(snapshot, given.accel, given.strict_tsc)
+        else:
+            reasons, notes = _there(snapshot, given.on, given.strict_tsc)
     if given.json:
         described = [failure.reason_to_json(reason) for reason in reasons]
         output.print_json({"file": given.file, "on": where, "runs": not reasons, "reasons": described, "notes": notes})
@@ -53,6 +50,30 @@ def main(arguments: list[str]) -> int:
     for line in (*reasons, *notes):
         print(f"  {one_line(str(line))}")
     return 1 if reasons else 0
+
+
+def _here(snapshot: file.Snapshot, accel: str, strict_tsc: bool) -> tuple[list[object], list[str]]:
+    """Reasons and notes of this host, which are those of `pyhv restore`."""
+    try:
+        decision = needs.decide(snapshot.state.machine, snapshot.needs, "this host", strict_tsc, accel)
+    except Incompatible as incompatible:
+        return list(incompatible.reasons), []
+    except NotFaithful as refused:
+        return [f"{refused.problem}; {refused.advice}"], []
+    notes = snapshot.needs.notes(decision.host)
+    return [], [*notes, decision.choice.note] if decision.choice.note else notes
+
+
+def _there(snapshot: file.Snapshot, path: str, strict_tsc: bool) -> tuple[list[object], list[str]]:
+    """Reasons and notes of the host that a file describes."""
+    host, dump = read_host(path)
+    if dump is not None:
+        for table in snapshot.tables:
+            check_told(dump, table, path)
+    notes = snapshot.needs.notes(host)
+    if dump is not None:
+        notes.append("not compared: MSRs and the TSC's rate, of which a dump does not tell")
+    return list(snapshot.needs.reasons_against(host, strict_tsc)), notes
 
 
 def read_host(path: str) -> tuple[HostDescription, dumps.Dump | None]:
@@ -75,7 +96,3 @@ def check_told(dump: dumps.Dump, guest: CpuidTable, path: str) -> None:
         missing = f"it lacks subleaf {', '.join(map(str, untold))}, on which the guest depends"
         advice = "make the dump again by a program that prints all subleaves, such as cpuid -r"
         raise BadInput(path, f"leaf 0xd is cut off: {missing}", advice)
-
-
-def _this_host(accel: str) -> HostDescription:
-    return open_accelerator(accel).describe()

@@ -6,11 +6,13 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+from pyhv.accel import choose
 from pyhv.cpu import compare, policy, profiles
 from pyhv.cpu.features import NUMBERS
 from pyhv.cpu.host import HostDescription
 from pyhv.cpu.table import CpuidTable
 from pyhv.errors import Incompatible
+from pyhv.state.records import MachineRecord
 
 
 class Needs(NamedTuple):
@@ -63,6 +65,28 @@ class Needs(NamedTuple):
         more = any(n.of(most.table.word(n.word)) > n.of(table.word(n.word)) for n in NUMBERS)
         hides = self.hides or more or not most.visible <= visible
         return policy.GuestCpu(self.profile, topology, hides, table, visible, (), (), ())
+
+
+def decide(
+    saved: MachineRecord,
+    needs: Needs,
+    where: str,
+    strict_tsc: bool = False,
+    accel: str = "auto",
+    intercept: str = "auto",
+) -> choose.Decision:
+    """What runs this guest, which has run elsewhere, on this host. where: what errors call it. strict_tsc: see
+    reasons_against(); accel, intercept: see choose.decide().
+
+    Raises Incompatible with every reason why this host cannot run the guest, and what choose.decide() raises.
+    """
+
+    def make(host: HostDescription) -> policy.GuestCpu:
+        needs.check(host, where, strict_tsc)
+        return needs.guest_cpu(host)
+
+    facts = choose.GuestFacts(saved.image, saved.cpuid_sites, saved.enters_user_mode)
+    return choose.decide(make, facts, len(needs.tables), accel, intercept, whole=True)
 
 
 @functools.lru_cache(maxsize=4)  # a quarter of the time that a restore takes, and always the same on one host

@@ -280,6 +280,22 @@ def test_check_on_this_host_and_on_others(saved: Path, tmp_path: Path, capfd: Ca
     assert saved.read_bytes() == content
 
 
+@pytest.mark.parametrize("compat", [False, True])
+@pytest.mark.parametrize("made_by", ["kvm", "emulator"])
+def test_check_says_what_restore_does(made_by: str, compat: bool, tmp_path: Path, capfd: Capture) -> None:
+    """By `auto` too, which may take the emulator where this host's KVM cannot run the guest."""
+    path = str(tmp_path / "hello.pyhv")
+    try:
+        with pyhv.Machine("hello", accel=made_by, compat=compat) as machine:
+            machine.save(path)
+    except pyhv.NotAvailable as missing:
+        pytest.skip(str(missing))
+    for accel in ("auto", "kvm", "emulator"):
+        checked, out, _ = call_here(capfd, "check", path, "--accel", accel)
+        restored, _, err = call_here(capfd, "restore", path, "--accel", accel, "--timeout", "60")
+        assert (checked == 0) == (restored == 0), (accel, out, err)
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[" * 100000, b'{"format": "pyhv-host/1"}', b"\0\xff" * 1000, b"CPU 0:\n", b"x" * (40 << 20)],
