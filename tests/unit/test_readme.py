@@ -40,3 +40,13 @@ def test_every_make_target_in_the_table_exists() -> None:
     for line in README.splitlines():
         if line.startswith("| `make "):
             assert f"\n{line.split('`')[1].removeprefix('make ')}:" in makefile
+
+
+def test_the_map_names_what_is_there() -> None:
+    """Each file and folder that docs/architecture.md names, by its path or by its name."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    places = [ROOT, ROOT / "pyhv", ROOT / "csrc", ROOT / "docs"]
+    named = set(re.findall(r"[\w./-]+\.(?:py|c|h|toml|md)\b", text)) | set(re.findall(r"`([\w/]+/)`", text))
+    assert len(named) > 50
+    for name in sorted(name for name in named if "NAME" not in name):
+        assert any((place / name).exists() for place in places) or list(ROOT.glob(f"[cdgpt]*/**/{name}")), name
