@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections import Counter
 
 import pyhv
-from pyhv.accel.data import CpuidRecord
 
 reads: Counter[tuple[int, int]] = Counter()
-changed: dict[tuple[int, int], CpuidRecord] = {}
+changed: dict[tuple[int, int], pyhv.CpuidRecord] = {}
 
 
-def note(record: CpuidRecord) -> None:
+def note(record: pyhv.CpuidRecord) -> None:
     where = record.leaf, record.subleaf
     reads[where] += 1
     if record.guest != record.hardware:

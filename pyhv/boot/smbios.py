@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 
-import pyhv
 from pyhv.boot.acpi import checksummed
+from pyhv.version import VERSION
 
 _MAJOR, _MINOR = 2, 8
 _FIRMWARE_DATE = "11/23/2026"  # when these tables were last changed
@@ -29,8 +29,8 @@ def structures(uuid: str) -> list[bytes]:
         "<HBBQBBBBBB", 0, 3, 0, _NO_CHARACTERISTICS, 0, _IS_VIRTUAL, *(_NOT_TOLD for _ in range(4))
     )
     return [
-        _structure(0, b"\1\2" + numbers, "pyhv", pyhv.__version__, _FIRMWARE_DATE),
-        _structure(1, b"\1\2\3\0" + mixed + struct.pack("<BBB", _POWER_SWITCH, 0, 0), "pyhv", "PC", pyhv.__version__),
+        _structure(0, b"\1\2" + numbers, "pyhv", VERSION, _FIRMWARE_DATE),
+        _structure(1, b"\1\2\3\0" + mixed + struct.pack("<BBB", _POWER_SWITCH, 0, 0), "pyhv", "PC", VERSION),
         _structure(127, b""),
     ]
 

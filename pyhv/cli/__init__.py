@@ -133,9 +133,9 @@ def _command(arguments: list[str]) -> int:
         print(_USAGE, _HELP.format(commands=lines).strip("\n"), sep="\n\n")
         return 0
     if name == "--version":
-        import pyhv
+        from pyhv.version import VERSION
 
-        print("pyhv", pyhv.__version__)
+        print("pyhv", VERSION)
         return 0
     if name == "help":
         return _command([*rest[:1], "--help"])

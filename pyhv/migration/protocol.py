@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pyhv import __version__
 from pyhv._native.link import MAX_MESSAGE
 from pyhv.accel.state import RawState, RawVcpu
 from pyhv.cpu import msrs
@@ -37,6 +36,7 @@ from pyhv.state.codec import record
 from pyhv.state.needs import Needs
 from pyhv.state.records import CpuidEntry, DeviceRecord, MachineRecord, RawMachine
 from pyhv.state.schema import U32, U64, Length
+from pyhv.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Hello(NamedTuple):
 def hello(vm: Vm, machine: MachineRecord, host: HostDescription, heartbeat: float, silence: float) -> Hello:
     """What a VM says about itself; name, strict_tsc, zstd and paused are the caller's to fill in. Times in seconds."""
     return Hello(
-        pyhv=__version__,
+        pyhv=VERSION,
         name="",
         host=boot_id(),
         pid=os.getpid(),

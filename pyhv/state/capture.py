@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from pyhv import __version__
 from pyhv.cpu.host import HostDescription
 from pyhv.errors import BadInput
 from pyhv.state.records import (
@@ -17,12 +16,13 @@ from pyhv.state.records import (
     VcpuRecord,
     WriterRecord,
 )
+from pyhv.version import VERSION
 from pyhv.vm.vm import Vm
 
 
 def writer(host: HostDescription) -> WriterRecord:
     """This process, on this host, now."""
-    return WriterRecord(__version__, host.processor, host.kernel, host.accelerator, int(time.time()))
+    return WriterRecord(VERSION, host.processor, host.kernel, host.accelerator, int(time.time()))
 
 
 def capture(vm: Vm, machine: MachineRecord) -> MachineState:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
+import pytest
+
+import pyhv
 from pyhv import guests
 from pyhv.cli import COMMANDS
 from pyhv.outcome import CAUSES
@@ -50,3 +55,15 @@ def test_the_map_names_what_is_there() -> None:
     assert len(named) > 50
     for name in sorted(name for name in named if "NAME" not in name):
         assert any((place / name).exists() for place in places) or list(ROOT.glob(f"[cdgpt]*/**/{name}")), name
+
+
+def test_what_the_package_names_can_be_imported() -> None:
+    """Those that are looked up when they are first used are where they are said to be."""
+    for name in pyhv.__all__:
+        assert getattr(pyhv, name) is not None
+    with pytest.raises(AttributeError):
+        pyhv.Nothing  # noqa: B018
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)
+    assert "version" not in project["project"]  # there is one version number
+    assert metadata.version("pyhv") == pyhv.__version__
