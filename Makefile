@@ -12,7 +12,8 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 
-GENERATED_FROM := pyhv/cpu/features.toml pyhv/cpu/generate.py $(wildcard pyhv/cpu/profiles/*.toml)
+GENERATED_FROM := pyhv/cpu/features.toml $(wildcard pyhv/cpu/profiles/*.toml) \
+    $(addprefix pyhv/cpu/,generate.py feature_table.py feature_types.py compile_profile.py)
 ENGINE  := $(wildcard csrc/*.[ch] csrc/*/*.[ch]) pyhv/_native/build.py
 GUESTS  := $(shell find guest_images -type f)
 

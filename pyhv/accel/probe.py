@@ -14,7 +14,7 @@ from pyhv._native.memory import Memory
 from pyhv.accel import long_mode
 from pyhv.accel.data import Regs, Stop
 from pyhv.cpu import features
-from pyhv.cpu.features import Word
+from pyhv.cpu.feature_types import Word
 from pyhv.cpu.host import Verdict
 from pyhv.cpu.table import CpuidTable, Registers
 from pyhv.errors import HostError

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pyhv.cli import one_line, output
 from pyhv.cli.options import Command, Option
 from pyhv.cpu import features, profiles
-from pyhv.cpu.features import Word
+from pyhv.cpu.feature_types import Word
 from pyhv.cpu.profiles import Profile
 from pyhv.cpu.table import REGISTERS, CpuidTable
 from pyhv.errors import BadInput

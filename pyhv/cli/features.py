@@ -5,7 +5,8 @@ from __future__ import annotations
 from pyhv.cli import output
 from pyhv.cli.options import Command, Option
 from pyhv.cpu import features, profiles
-from pyhv.cpu.features import FEATURES, Feature
+from pyhv.cpu.feature_types import Feature, Number
+from pyhv.cpu.features import FEATURES
 from pyhv.errors import BadInput
 
 TYPE_CHECKING = False
@@ -118,7 +119,7 @@ def _show(feature: Feature, as_json: bool) -> None:
     output.print_rows([(title, text) for title, text in rows if text])
 
 
-def _numbers(feature: Feature) -> list[features.Number]:
+def _numbers(feature: Feature) -> list[Number]:
     """The numbers that a guest is shown with the feature."""
     return [number for number in features.NUMBERS if number.needs == feature.name]
 

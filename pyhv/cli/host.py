@@ -6,7 +6,8 @@ from pyhv.accel.choose import ACCELERATORS
 from pyhv.cli import output
 from pyhv.cli.options import Command, Option
 from pyhv.cpu import dumps, features, policy, profiles
-from pyhv.cpu.features import FEATURES, Word
+from pyhv.cpu.feature_types import Word
+from pyhv.cpu.features import FEATURES
 from pyhv.cpu.host import HostDescription, Verdict
 from pyhv.cpu.table import EXTENDED, HYPERVISOR, CpuidTable, Registers
 from pyhv.errors import NotFaithful

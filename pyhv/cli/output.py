@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Any, Self
 
-    from pyhv.cpu.features import Word
+    from pyhv.cpu.feature_types import Word
 
 
 def width() -> int:

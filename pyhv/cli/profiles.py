@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyhv.cli import one_line, output
 from pyhv.cli.options import Command, Option
 from pyhv.cpu import features, policy, profiles
+from pyhv.cpu.feature_types import Word
 from pyhv.cpu.profiles import Profile
 from pyhv.errors import BadInput, HostError
 
@@ -65,7 +66,7 @@ def _on_this_host(profile: Profile) -> tuple[GuestCpu | None, str]:
         return None, str(error)
 
 
-def _words(profile: Profile, vendor: str) -> dict[features.Word, int]:
+def _words(profile: Profile, vendor: str) -> dict[Word, int]:
     """The feature words in which the profile shows anything on this vendor's processors."""
     packed = features.pack(profile.allowed(vendor))
     return {word: value for word, value in packed.items() if value}

@@ -14,7 +14,7 @@ from pyhv.cli import complain, output, run
 from pyhv.cli.options import Command, Option
 from pyhv.cli.terminal import Console, Signals
 from pyhv.cpu import features
-from pyhv.cpu.features import Word
+from pyhv.cpu.feature_types import Word
 from pyhv.cpu.table import REGISTERS
 from pyhv.errors import BadInput, NotAvailable
 from pyhv.machine import Machine, RunResult

@@ -1,4 +1,4 @@
-"""The feature table as Python sees it: types and look-ups over _features.py, which generate.py makes of features.toml.
+"""The feature table as Python sees it: look-ups over _features.py, which generate.py makes of features.toml.
 
 What each field means, and where the facts come from, stands at the top of features.toml. Names here are canonical names
 unless a function says that it takes any name.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 
 from pyhv.cpu import _features
+from pyhv.cpu.feature_types import Feature, Number, Word, XsaveComponent
 from pyhv.errors import BadInput
 from pyhv.light import NamedTuple
 
@@ -16,81 +17,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Any
-
-
-class Word(NamedTuple):
-    """One output register of one CPUID leaf and subleaf."""
-
-    leaf: int
-    subleaf: int
-    register: str  # "eax", "ebx", "ecx" or "edx"
-
-    def __str__(self) -> str:
-        return f"0x{self.leaf:x}{f'.{self.subleaf}' if self.subleaf else ''}.{self.register}"
-
-
-class Feature(NamedTuple):
-    """One CPUID bit; features.toml says more about each field."""
-
-    name: str
-    title: str
-    vendor: str  # "any", "intel" or "amd"
-    word: Word
-    bit: int
-    sense: str  # "plain", "inverted", "any-of" or "hint"
-    requires: tuple[str, ...]
-    xsave: tuple[int, ...]
-    kvm: str  # "passes", "provides" or "never"
-    migratable: bool
-    linux: str
-    qemu: str
-    libvirt: str
-    aliases: tuple[str, ...]
-    mirrors: str  # the feature that this bit repeats, or ""
-    topology: bool
-    dynamic: bool
-    barred: str  # "", "nested" or "pmu": no profile shows it
-
-    @property
-    def mask(self) -> int:
-        return 1 << self.bit
-
-
-class XsaveComponent(NamedTuple):
-    """A state component of XCR0 or IA32_XSS. size, offset: bytes, in the standard format; offset is None where it
-    differs between processors or where the component is supervisor state."""
-
-    number: int
-    name: str
-    size: int
-    offset: int | None
-    supervisor: bool
-
-
-class Number(NamedTuple):
-    """A number in CPUID that belongs to a feature; features.toml says more about each field."""
-
-    name: str
-    title: str
-    word: Word
-    low: int
-    bits: int
-    needs: str
-    most: int  # the highest value that is shown; 0: any
-    compare: str  # "at most", "at least" or "equal"
-
-    @property
-    def mask(self) -> int:
-        return (1 << self.bits) - 1 << self.low
-
-    def of(self, word: int) -> int:
-        """The number in a register's 32 bits."""
-        return (word & self.mask) >> self.low
-
-    def shown(self, word: int) -> int:
-        """The bits that a guest is shown where the host's register is `word`."""
-        value = self.of(word)
-        return (min(value, self.most) if self.most else value) << self.low
 
 
 class Closure(NamedTuple):
@@ -129,13 +55,7 @@ def lineage(vendor: str) -> str:
 @functools.cache
 def by_any_name() -> Mapping[str, Feature]:
     """Canonical names and aliases, all in lower case."""
-    names = {}
-    for feature in FEATURES:
-        names[feature.name] = feature
-        for alias in (feature.linux, feature.qemu, feature.libvirt, *feature.aliases):
-            if alias:
-                names[alias] = feature
-    return names
+    return {name: feature for feature in FEATURES for name in feature.all_names()}
 
 
 def find(name: str) -> Feature:

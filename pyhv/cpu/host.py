@@ -6,7 +6,8 @@ processor dump, so that a move can be judged without the machine.
 
 from __future__ import annotations
 
-from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS, WORDS, Word
+from pyhv.cpu.feature_types import Word
+from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS, WORDS
 from pyhv.cpu.table import (
     EXTENDED,
     HYPERVISOR,

@@ -55,7 +55,8 @@ a guest without XSAVE a piece of it.
 
 from __future__ import annotations
 
-from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS, Feature, closure, pack
+from pyhv.cpu.feature_types import Feature
+from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS, closure, pack
 from pyhv.cpu.host import HostDescription
 from pyhv.cpu.profiles import Limits, Profile
 from pyhv.cpu.table import (

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from pyhv.cpu.features import WORDS, Feature, Word, lineage
+from pyhv.cpu.feature_types import Feature, Word
+from pyhv.cpu.features import WORDS, lineage
 from pyhv.errors import BadInput
 from pyhv.light import NamedTuple
 

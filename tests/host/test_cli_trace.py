@@ -19,7 +19,7 @@ from pyhv import guests
 from pyhv.accel.tracepoint import Traced, Tracepoint, _Root
 from pyhv.boot import recognise
 from pyhv.cpu import dumps, features
-from pyhv.cpu.features import Word
+from pyhv.cpu.feature_types import Word
 from pyhv.cpu.host import Verdict
 from pyhv.cpu.table import REGISTERS
 from pyhv.errors import NotAvailable

@@ -20,7 +20,8 @@ from pyhv.cpu.compare import (
     XsaveDiffers,
     problems,
 )
-from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS, Word
+from pyhv.cpu.feature_types import Word
+from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS
 from pyhv.cpu.host import HostDescription, as_kvm_host
 from pyhv.cpu.policy import Topology, guest_table
 from pyhv.cpu.table import KVM_SIGNATURE, CpuidTable, Registers, XsaveArea, xsave_leaf

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyhv.cpu import features, generate
+from pyhv.cpu import feature_table, features, generate
+from pyhv.cpu.feature_types import Word
 from pyhv.cpu.features import (
     BY_NAME,
     FEATURES,
     WORDS,
     XSAVE_COMPONENTS,
-    Word,
     by_any_name,
     closure,
     find,
@@ -340,7 +340,7 @@ def test_pack_sets_exactly_the_bits(names: set[str]) -> None:
 
 
 def test_generated_files_are_fresh() -> None:
-    table = generate.parse_table(TABLE_PATH.read_text())
+    table = feature_table.parse_table(TABLE_PATH.read_text())
     profiles = generate.compile_builtin(TABLE_PATH.parent / "profiles", table)
     module, header = TABLE_PATH.parent / "_features.py", ROOT / "csrc" / "gen" / "cpuid_bits.h"
     assert module.read_text() == generate.render_module(table, profiles), "run python pyhv/cpu/generate.py"
@@ -348,7 +348,7 @@ def test_generated_files_are_fresh() -> None:
 
 
 def test_header_has_the_bits_that_c_needs() -> None:
-    header = generate.render_header(generate.parse_table(TABLE_PATH.read_text()))
+    header = generate.render_header(feature_table.parse_table(TABLE_PATH.read_text()))
     assert dict(re.findall(r"^#define (PYHV_CPUID_\w+) (0x[0-9A-F]{8})u ", header, re.MULTILINE)) == {
         "PYHV_CPUID_1_ECX_XSAVE": "0x04000000",
         "PYHV_CPUID_1_ECX_OSXSAVE": "0x08000000",
@@ -382,12 +382,13 @@ def test_writing_leaves_unchanged_files_alone(tmp_path: Path) -> None:
     assert sorted(p.name for p in header.parent.iterdir()) == ["bits.h"]
 
 
-def test_runs_as_a_script_without_pyhv(tmp_path: Path) -> None:
-    """As the build does: plain Python, isolated, nothing of pyhv importable; a fault is one line and exit status 1."""
-    cpu = tmp_path / "pyhv" / "cpu"
+def test_runs_as_a_script_before_the_build(tmp_path: Path) -> None:
+    """As the build does: plain Python, isolated, nothing built yet; a fault is one line and exit status 1."""
+    source, cpu = ROOT / "pyhv", tmp_path / "pyhv" / "cpu"
     (cpu / "profiles").mkdir(parents=True)
-    for path in (TABLE_PATH, TABLE_PATH.parent / "generate.py", *TABLE_PATH.parent.glob("profiles/*.toml")):
-        (cpu / path.relative_to(TABLE_PATH.parent)).write_bytes(path.read_bytes())
+    for path in (TABLE_PATH, *source.glob("*.py"), *source.glob("cpu/*.py"), *source.glob("cpu/profiles/*.toml")):
+        if path.name != "_features.py":
+            (tmp_path / path.relative_to(ROOT)).write_bytes(path.read_bytes())
     command = [sys.executable, "-I", "-S", str(cpu / "generate.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -443,7 +444,7 @@ compare = "at most"
 
 
 def test_a_sound_table_passes() -> None:
-    table = generate.parse_table(SOUND)
+    table = feature_table.parse_table(SOUND)
     assert [e.name for e in table.entries] == ["one", "two", "three", "one_mirror", "secret"]
     assert table.numbers == (("count", "A number", (1, 0, "ecx"), 8, 4, "one", 3, "at most"),)
     assert (table.entries[0].linux, table.entries[3].requires, table.entries[2].kvm) == ("one", ("one",), "never")
@@ -552,8 +553,8 @@ def test_a_sound_table_passes() -> None:
 )
 def test_generator_rejects(old: str, new: str, message: str) -> None:
     assert old in SOUND
-    with pytest.raises(generate.TableError) as caught:
-        generate.parse_table(SOUND.replace(old, new, 1))
+    with pytest.raises(feature_table.TableError) as caught:
+        feature_table.parse_table(SOUND.replace(old, new, 1))
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
@@ -571,5 +572,5 @@ def test_import_is_quick_and_light() -> None:
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, str(ROOT / "pyhv")], capture_output=True, text=True, timeout=60, check=True
     )
-    ours = {"pyhv.cpu", "pyhv.cpu._features", "pyhv.cpu.features", "pyhv.cpu.profiles", "pyhv.errors", "pyhv.light"}
-    assert set(done.stdout.split()) == {*ours, "__future__"}
+    cpu = {f"pyhv.cpu{name}" for name in ("", "._features", ".feature_types", ".features", ".profiles")}
+    assert set(done.stdout.split()) == {*cpu, "pyhv.errors", "pyhv.light", "__future__"}

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyhv.cpu import profiles
-from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS, WORDS, Word
+from pyhv.cpu.feature_types import Word
+from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS, WORDS
 from pyhv.cpu.host import HostDescription, Verdict, as_kvm_host
 from pyhv.cpu.policy import Topology, guest_table
 from pyhv.cpu.table import CpuidTable, Registers, XsaveArea

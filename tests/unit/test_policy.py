@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pyhv.cpu import profiles
-from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS, WORDS, Word
+from pyhv.cpu.feature_types import Word
+from pyhv.cpu.features import BY_NAME, FEATURES, NUMBERS, WORDS
 from pyhv.cpu.features import XSAVE_COMPONENTS as COMPONENTS
 from pyhv.cpu.host import HostDescription, as_kvm_host
 from pyhv.cpu.policy import GuestCpu, Hidden, Levelled, Topology, guest_table

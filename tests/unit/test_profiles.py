@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyhv.cpu import generate, profiles
-from pyhv.cpu.features import BY_NAME, FEATURES, Word, by_any_name, closure, pack
+from pyhv.cpu import compile_profile, profiles
+from pyhv.cpu.feature_types import Word
+from pyhv.cpu.features import BY_NAME, FEATURES, by_any_name, closure, pack
 from pyhv.errors import BadInput
 
 # The feature words that guests of the compatibility mode read, as whole numbers; every word not named is zero. In KVM's
@@ -432,20 +433,20 @@ def test_keys_are_found_on_their_lines(items: list[tuple[str, str, int]]) -> Non
             path = section + key.strip("\"'")
             expected.setdefault(path, line)
             text += f"{key} = {value}\n"
-    lines = generate._Lines(text)
+    lines = compile_profile._Lines(text)
     for path, line in expected.items():
         assert lines.of(path) == line
 
 
 @given(st.text(st.sampled_from("a=\"'#[]{}\n\\.,1 "), max_size=60))
 def test_any_text_ends(text: str) -> None:
-    assert generate._Lines(text).of("a", "a") >= 1
+    assert compile_profile._Lines(text).of("a", "a") >= 1
 
 
 @given(st.text(max_size=200) | st.text(st.sampled_from("name=\"'[]{}\n\\#.,tru1 "), max_size=80))
 def test_compiling_any_text_ends_in_a_profile_or_its_faults(text: str) -> None:
-    with pytest.raises(generate.ProfileFault) as caught:  # no such text is a whole profile
-        generate.compile_profile(text, by_any_name())
+    with pytest.raises(compile_profile.ProfileFault) as caught:  # no such text is a whole profile
+        compile_profile.compile_profile(text, by_any_name())
     highest = text.count("\n") + 1
     assert all(1 <= p.line <= highest and p.text for p in caught.value.problems)
 
@@ -456,8 +457,8 @@ def test_any_lists_compile_to_a_closed_set_or_are_refused(names: set[str], vendo
     quoted = ", ".join(f'"{n}"' for n in sorted(names))
     text = f'name = "a"\ntitle = "b"\ndescription = ""\n[features]\n{vendor} = [{quoted}]\n'
     try:
-        profile = profiles._from_literal("test", generate.compile_profile(text, by_any_name()))
-    except generate.ProfileFault as fault:
+        profile = profiles._from_literal("test", compile_profile.compile_profile(text, by_any_name()))
+    except compile_profile.ProfileFault as fault:
         for problem in fault.problems:
             assert problem.line == 5
             assert (match := re.match(r"(\w+) ", problem.text)) and match[1] in names

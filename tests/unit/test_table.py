@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyhv.cpu.features import BY_NAME, WORDS, Word
+from pyhv.cpu.feature_types import Word
+from pyhv.cpu.features import BY_NAME, WORDS
 from pyhv.cpu.table import CpuidTable, Registers, XsaveArea, xsave_leaf, xsave_size
 from pyhv.errors import BadInput
 

@@ -26,7 +26,8 @@ A profile is a TOML file:
 
 A list must hold what its features require, and no feature above a limit. Mirrors (AMD's 0x80000001.EDX) go where the
 features go that they repeat; topology bits (HT) and dynamic bits (OSXSAVE) are nobody's to list. No profile may show
-VMX, SVM or a PMU. generate.py compiles the built-in files into literals, by the rules that check a user's file too.
+VMX, SVM or a PMU. compile_profile.py has one set of rules for a user's file and for the built-in ones, of which the
+build makes literals.
 '''
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from pyhv.cpu.generate import Problem
+    from pyhv.cpu.compile_profile import Problem
 
 # A user's file that is larger than this is something else. The built-in ones are under 8 KiB.
 _MAX_FILE_BYTES = 1 << 20
@@ -158,7 +159,7 @@ def _load_file(path: str) -> Profile:
     import os
     from pathlib import Path
 
-    from pyhv.cpu import generate  # like pathlib, slow to import: only where there is a file to parse
+    from pyhv.cpu import compile_profile  # like pathlib, slow to import: only where there is a file to parse
 
     try:
         with Path(path).open("rb") as file:
@@ -172,8 +173,8 @@ def _load_file(path: str) -> Profile:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise BadProfile(path, (generate.Problem(line, "", "it is not UTF-8 text"),)) from None
+        raise BadProfile(path, (compile_profile.Problem(line, "", "it is not UTF-8 text"),)) from None
     try:
-        return _from_literal(path, generate.compile_profile(text, by_any_name()))
-    except generate.ProfileFault as fault:
+        return _from_literal(path, compile_profile.compile_profile(text, by_any_name()))
+    except compile_profile.ProfileFault as fault:
         raise BadProfile(path, fault.problems) from None
