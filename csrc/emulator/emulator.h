@@ -90,12 +90,12 @@ struct pyhv_emulator_vcpu {
 
     /* Control registers as they were before the block that executes: the library takes whatever is written to them. */
     struct {
-        uint64_t cr0, cr3, cr4, efer;
+        uint64_t cr0, cr2, cr3, cr4, efer;
     } control;
     uint64_t cr4_allowed; /* by the CPUID table */
     uint64_t cr3_reserved;
 
-    /* TS and EM of hflags, which the library has to do without for one instruction: lend_flags(). */
+    /* TS, EM and SMAP of hflags, which the library has to do without for one instruction: lend_flags(), lend_user_stack(). */
     uint32_t lent;
     bool lent_used; /* that instruction's block has begun */
 
@@ -145,8 +145,15 @@ void emulator_attention(struct pyhv_emulator_vcpu *vcpu);
 /* Where `size` bytes of guest memory are in this process, which must not cross a page; NULL where there is no RAM. */
 uint8_t *emulator_host(const struct pyhv_emulator_vm *vm, uint64_t gpa, uint64_t size);
 
-/* How code that the processor itself executes touches memory. */
-enum emulator_access { ACCESS_READ = 0, ACCESS_WRITE = 1, ACCESS_USER = 2, ACCESS_PEEK = 4 /* changes nothing */ };
+/* How code that the processor itself executes touches memory. SMAP keeps the supervisor's accesses off the user's pages:
+ * those to a handler's stack unless EFLAGS.AC is set, those to tables always. */
+enum emulator_access {
+    ACCESS_READ = 0,
+    ACCESS_WRITE = 1,
+    ACCESS_USER = 2,
+    ACCESS_PEEK = 4, /* changes nothing, and SMAP does not bar it */
+    ACCESS_STACK = 8,
+};
 
 struct emulator_fault {
     uint32_t vector;

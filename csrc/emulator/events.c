@@ -280,7 +280,7 @@ static int enter_protected(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *st
         .width = is_long   ? 8
                  : is_wide ? 4
                            : 2,
-        .access = new_cpl == 3 ? ACCESS_USER : 0,
+        .access = new_cpl == 3 ? ACCESS_USER : ACCESS_STACK,
     };
     uint32_t ss_selector = state->segs[SS].selector, new_sp = 0;
     if (is_long) {

@@ -13,7 +13,9 @@
 #define CR0_PG         (UINT64_C(1) << 31)
 #define CR4_PSE        (UINT64_C(1) << 4)
 #define CR4_PAE        (UINT64_C(1) << 5)
+#define CR4_SMAP       (UINT64_C(1) << 21)
 #define EFER_LMA       (UINT64_C(1) << 10)
+#define RFLAGS_AC      (UINT64_C(1) << 18)
 #define ENTRY_PRESENT  UINT64_C(1)
 #define ENTRY_WRITABLE UINT64_C(2)
 #define ENTRY_USER     UINT64_C(4)
@@ -104,7 +106,9 @@ static int translate(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *st
         }
 
         bool checked = (access & ACCESS_USER) || (state->cr[0] & CR0_WP);
-        if (((access & ACCESS_USER) && !(rights & ENTRY_USER)) ||
+        bool barred = !(access & (ACCESS_USER | ACCESS_PEEK)) && (rights & ENTRY_USER) && (state->cr[4] & CR4_SMAP) &&
+                      !((access & ACCESS_STACK) && (state->rflags & RFLAGS_AC));
+        if (barred || ((access & ACCESS_USER) && !(rights & ENTRY_USER)) ||
             ((access & ACCESS_WRITE) && checked && !(rights & ENTRY_WRITABLE)))
             return page_fault(fault, linear, access, true);
         uint64_t offset = (UINT64_C(1) << shift) - 1;

@@ -37,7 +37,11 @@
 #define TSS_32      (1u << 11)
 #define TSS_IO_BASE 0x66
 
-enum { DEBUG = 1, NMI = 2, INVALID_OPCODE = 6, NO_COPROCESSOR = 7, PROTECTION = 13 };
+enum { DEBUG = 1, NMI = 2, INVALID_OPCODE = 6, NO_COPROCESSOR = 7, PROTECTION = 13, PAGE_FAULT = 14 };
+enum { FAULT_PRESENT = 1, FAULT_USER = 4 };
+
+/* Bytes on both sides of the stack's pointer that IRET, far RET and far CALL touch, and some. */
+#define STACK_REACH UINT64_C(64)
 
 /* A block of the engine's is at most so many instructions, which run on after the log is full. */
 enum { LOG_SPARE = 512 };
@@ -121,6 +125,7 @@ static void take_flags_back(struct pyhv_emulator_vcpu *vcpu)
 static void remember_control(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state)
 {
     vcpu->control.cr0 = state->cr[0];
+    vcpu->control.cr2 = state->cr[2];
     vcpu->control.cr3 = state->cr[3];
     vcpu->control.cr4 = state->cr[4];
     vcpu->control.efer = state->efer;
@@ -149,6 +154,7 @@ static bool must_leave(void *opaque)
     vcpu->lent_used = true;
     if (vcpu->happened != HAPPENED_NOTHING)
         return true;
+    vcpu->control.cr2 = pyhv_library_state(vcpu->engine)->cr[2];
     if (wrote_reserved(vcpu, pyhv_library_state(vcpu->engine))) {
         vcpu->happened = HAPPENED_RESERVED;
         return true;
@@ -637,9 +643,37 @@ static bool lend_flags(struct pyhv_emulator_vcpu *vcpu)
     return true;
 }
 
-static bool raise_fault(struct pyhv_emulator_vcpu *vcpu, uint32_t vector, struct pyhv_exit *exit)
+/* IRET, far RET and far CALL of the guest's user: the library touches their stack as the supervisor. That is wrong for the
+ * error code of a page fault, and with CR4.SMAP it is one. Then the instruction is executed once more, without SMAP. */
+static bool lend_user_stack(struct pyhv_emulator_vcpu *vcpu, uint32_t lent)
+{
+    struct cpu_state *state = pyhv_library_state(vcpu->engine);
+    const struct cpu_segment *ss = &state->segs[SS];
+    uint64_t sp = state->regs[RSP];
+    if (!(state->hflags & HF_CS64)) /* a 16-bit stack's pointer has 16 bits */
+        sp = (uint32_t)(ss->base + (state->hflags & HF_SS32 ? (uint32_t)sp : (uint16_t)sp));
+    if (emulator_cpl(state) != 3 || state->cr[2] - sp + STACK_REACH >= 2 * STACK_REACH)
+        return false;
+    if ((state->hflags & HF_SMAP) && (state->error_code & FAULT_PRESENT) && !lent) {
+        state->error_code = 0;
+        state->cr[2] = vcpu->control.cr2;
+        state->old_exception = -1;
+        state->hflags &= ~(uint32_t)HF_SMAP;
+        vcpu->lent = HF_SMAP;
+        vcpu->lent_used = false;
+        pyhv_library_one_instruction(vcpu->engine);
+        return true;
+    }
+    state->error_code |= FAULT_USER;
+    return false;
+}
+
+static bool raise_fault(struct pyhv_emulator_vcpu *vcpu, uint32_t vector, uint32_t lent, struct pyhv_exit *exit)
 {
     if (vector == NO_COPROCESSOR && lend_flags(vcpu))
+        return false;
+    if (vector == PAGE_FAULT && !(pyhv_library_state(vcpu->engine)->error_code & FAULT_USER) &&
+        lend_user_stack(vcpu, lent))
         return false;
     if (!save_state(vcpu, exit))
         return true;
@@ -819,7 +853,7 @@ static bool run_engine(struct pyhv_emulator_vcpu *vcpu, size_t count, struct pyh
     case HAPPENED_ACTION:
         return stop_for_action(vcpu, exit);
     case HAPPENED_EXCEPTION:
-        return raise_fault(vcpu, vcpu->vector, exit);
+        return raise_fault(vcpu, vcpu->vector, lent, exit);
     case HAPPENED_SYSCALL:
         return enter_kernel(vcpu, emulator_syscall, exit);
     case HAPPENED_SYSENTER:

@@ -1089,6 +1089,167 @@ static void reserved_bits_are_refused(void)
     }
 }
 
+/* SMEP and SMAP: what the supervisor may do with the user's pages, and that they are none of the user's business. Below
+ * 2 MiB are the supervisor's pages, from there on the same ones as the user's; R8 is a number there. What faults does it
+ * at \name\()_fault. */
+__asm__(
+    ".pushsection .rodata\n"
+    ".macro barrier name, body\n \\name:\n \\body\n hlt\n \\name\\()_end:\n .endm\n"
+    "barrier smap_read, \"clac; stac; mov (%r8), %eax; clac; smap_read_fault: mov (%r8), %ebx\"\n"
+    "barrier smap_popf, \"pushq $0x40002; popf; mov (%r8), %eax; pushq $2; popf; smap_popf_fault: mov %ebx, (%r8)\"\n"
+    "barrier smap_iret, \"mov %rsp, %rax; push $0x10; push %rax; push $0x40002; push $8; lea 2f(%rip), %rax; push %rax;"
+    " iretq; 2: mov (%r8), %eax; clac; smap_iret_fault: incl (%r8)\"\n"
+    "barrier smap_cr4, \"mov (%r8), %eax; mov %rdi, %cr4; smap_cr4_fault: mov (%r8), %ebx\"\n"
+    "barrier smap_off, \"mov %cr4, %rax; btr $21, %rax; mov %rax, %cr4; mov (%r8), %eax; mov %rdi, %cr4;"
+    " smap_off_fault: mov (%r8), %ebx\"\n"
+    "barrier smap_call, \"stac; mov (%r8), %eax; mov $0xc0000084, %ecx; mov $0x40000, %eax; xor %edx, %edx; wrmsr;"
+    " mov $0xc0000082, %ecx; lea 2f(%rip), %rax; wrmsr; syscall; 2: smap_call_fault: mov (%r8), %ebx\"\n"
+    "barrier smep_jump, \"mov (%r8), %eax; lea smep_jump_fault(%rip), %rax; add $0x200000, %rax; jmp *%rax;"
+    " smep_jump_fault: mov %eax, %ebx; hlt\"\n"
+    "barrier smep_cr4, \"lea 2f(%rip), %rax; add $0x200000, %rax; push %rax; call *%rax; pop %rax; mov %rdi, %cr4; jmp "
+    "*%rax;"
+    " 2: smep_cr4_fault: ret\"\n"
+    "barrier smap_stack, \"add $0x200000, %rsp; stac; push %rax; pop %rax; clac; smap_stack_fault: push %rax\"\n"
+    "barrier user_iret, \"mov %rsp, %rax; push $0x1b; push %rax; push $2; push $0x23; lea 2f(%rip), %rax; push %rax;"
+    " iretq; 2: incl (%r8); int $0x30; user_iret_fault: nop\"\n"
+    "barrier user_ret, \"push $0x23; lea 2f(%rip), %rax; push %rax; lretq; 2: incl (%r8); int $0x30; user_ret_fault: "
+    "nop\"\n"
+    "barrier user_call, \"movl $0x23, 0x20f004; lea 2f(%rip), %rax; mov %eax, 0x20f000; lcall *0x20f000;"
+    " 2: incl (%r8); add $8, %rsp; int $0x30; user_call_fault: nop\"\n"
+    "barrier user_iret_nowhere, \"mov $0x600000, %esp; user_iret_nowhere_fault: iretq\"\n"
+    "barrier user_ret_nowhere, \"mov $0x600000, %esp; user_ret_nowhere_fault: lretq\"\n"
+    "barrier user_stac, \"user_stac_fault: stac\"\n"
+    "barrier stac_hidden, \"stac_hidden_fault: stac\"\n"
+    ".popsection\n");
+#define BARRIER(name) extern const uint8_t name[], name##_fault[], name##_end[]
+BARRIER(smap_read);
+BARRIER(smap_popf);
+BARRIER(smap_iret);
+BARRIER(smap_cr4);
+BARRIER(smap_off);
+BARRIER(smap_call);
+BARRIER(smep_jump);
+BARRIER(smep_cr4);
+BARRIER(smap_stack);
+BARRIER(user_iret);
+BARRIER(user_ret);
+BARRIER(user_call);
+BARRIER(user_iret_nowhere);
+BARRIER(user_ret_nowhere);
+BARRIER(user_stac);
+BARRIER(stac_hidden);
+
+static const struct pyhv_cpuid_entry table_with_barriers[] = {
+    {0x0, 0, 0, 0xd, 0x68747541, 0x444d4163, 0x69746e65},
+    {0x1, 0, 0, 0x00100f80, 0x00000800, 0x80002001, 0x078bfbff},
+    {0x7, 0, 0, 0, 0x00100080, 0, 0}, /* SMEP, SMAP */
+    {0x80000000, 0, 0, 0x80000001, 0, 0, 0},
+    {0x80000001, 0, 0, 0, 0, 0x1, 0x2fd3fbff},
+};
+enum { USERS = 0x200000, UNTOUCHED = 0x1234, SMEP = 1 << 20, SMAP = 1 << 21 };
+
+static struct pyhv_sregs with_barriers(struct machine *machine, unsigned cpl, uint64_t cr4)
+{
+    static const uint32_t indices[] = {0xc0000081, 0xc0000082, 0xc0000084};
+    static const uint64_t values[] = {(uint64_t)(USER_CODE - 16) << 48 | (uint64_t)CODE << 32, HANDLER, 0x200};
+    struct pyhv_error error = {0};
+    struct pyhv_sregs sregs = long_mode(machine, cpl);
+    put64(machine, 0x4000, 0x83);
+    put64(machine, 0x4008, 0x87);
+    sregs.cr2 = UNTOUCHED;
+    sregs.cr4 |= cr4;
+    need(pyhv_emulator_vcpu_set_cpuid(machine->vcpu, table_with_barriers,
+                                      sizeof table_with_barriers / sizeof *table_with_barriers, &error) == 0,
+         &error);
+    need(pyhv_emulator_vcpu_set_msrs(machine->vcpu, indices, values, 3, &error) == 3, &error);
+    for (unsigned vector = 0; vector < 32; vector++)
+        set_gate(machine, vector, 1, 0);
+    set_gate(machine, 0x30, 1, 3);
+    return sregs;
+}
+
+static void the_supervisor_stays_off_the_users_pages(void)
+{
+    enum { NOTHING_SHOWN = 1 };
+#define CASE(name, ...)                                    \
+    {                                                      \
+#name, name, name##_fault, name##_end, __VA_ARGS__ \
+    }
+    static const struct {
+        const char *name;
+        const uint8_t *code, *fault, *end;
+        unsigned cpl;
+        uint64_t cr4, later; /* at the beginning, and in RDI */
+        unsigned vector, error_code, count;
+    } cases[] = {
+        CASE(smap_read, 0, SMAP, 0, 14, 1, 0),          CASE(smap_popf, 0, SMAP, 0, 14, 3, 0),
+        CASE(smap_iret, 0, SMAP, 0, 14, 1, 0),          CASE(smap_cr4, 0, 0, SMAP, 14, 1, 0),
+        CASE(smap_off, 0, SMAP, SMAP, 14, 1, 0),        CASE(smap_call, 0, SMAP, 0, 14, 1, 0),
+        CASE(smap_stack, 0, SMAP, 0, 14, 3, 0),         CASE(smep_jump, 0, SMEP, 0, 14, 0x11, 0),
+        CASE(smep_cr4, 0, 0, SMEP, 14, 0x11, 0),        CASE(user_iret, 3, SMEP | SMAP, 0, 0x30, 0, 1),
+        CASE(user_iret, 3, 0, 0, 0x30, 0, 1),           CASE(user_ret, 3, SMEP | SMAP, 0, 0x30, 0, 1),
+        CASE(user_call, 3, SMEP | SMAP, 0, 0x30, 0, 1), CASE(user_iret_nowhere, 3, SMAP, 0, 14, 4, 0),
+        CASE(user_iret_nowhere, 3, 0, 0, 14, 4, 0),     CASE(user_ret_nowhere, 3, SMAP, 0, 14, 4, 0),
+        CASE(user_stac, 3, SMAP, 0, 6, 0, 0),           CASE(stac_hidden, 0, 0, NOTHING_SHOWN, 6, 0, 0),
+    };
+#undef CASE
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct machine machine;
+        struct pyhv_exit exit;
+        struct pyhv_error error = {0};
+        unsigned failures = check_failures;
+        uint64_t users = cases[i].cpl || strncmp(cases[i].name, "smep", 4) == 0 ? USERS : 0;
+        build(&machine, cases[i].code, (size_t)(cases[i].end - cases[i].code), 0);
+        struct pyhv_sregs sregs = with_barriers(&machine, cases[i].cpl, cases[i].cr4);
+        if (cases[i].later == NOTHING_SHOWN)
+            need(pyhv_emulator_vcpu_set_cpuid(machine.vcpu, table, sizeof table / sizeof *table, &error) == 0, &error);
+        start_at(&machine, &sregs, ENTRY + (cases[i].cpl ? USERS : 0), STACK + (cases[i].cpl ? USERS : 0), 2);
+        struct pyhv_regs regs = regs_of(&machine);
+        regs.r8 = USERS + 0x7000;
+        regs.rdi = sregs.cr4 | cases[i].later;
+        need(pyhv_emulator_vcpu_set_regs(machine.vcpu, &regs, &error) == 0, &error);
+        CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_HALTED);
+        CHECK_EQUAL(regs_of(&machine).rip, HANDLER + 1);
+        CHECK_EQUAL(regs_of(&machine).rsp, STACK_IST - (cases[i].vector == 14 ? 48 : 40));
+        if (cases[i].vector == 14)
+            CHECK_EQUAL(get64(&machine, STACK_IST - 48), cases[i].error_code);
+        CHECK_EQUAL(get64(&machine, STACK_IST - 40), users + ENTRY + (uint64_t)(cases[i].fault - cases[i].code));
+        CHECK_EQUAL(get32(&machine, 0x7000), cases[i].count);
+        CHECK(cases[i].vector == 14 ? sregs_of(&machine).cr2 != UNTOUCHED : sregs_of(&machine).cr2 == UNTOUCHED);
+        if (check_failures != failures)
+            fprintf(stderr, "%s, CR4 0x%llx\n", cases[i].name, (unsigned long long)cases[i].cr4);
+        destroy(&machine);
+    }
+}
+
+/* The processor's own accesses: a table in a user's page is none with SMAP, whatever EFLAGS.AC says; a stack there is one
+ * with AC. */
+static void smap_holds_for_tables(void)
+{
+    enum { IN_IDT, IN_GDT, IN_TSS, ON_STACK, PLACES, AC = 1 << 18 };
+    static const uint8_t code[] = {0x0f, 0x0b}; /* ud2 */
+    for (int place = 0; place < PLACES; place++)
+        for (unsigned how = 0; how < 4; how++) {
+            struct machine machine;
+            struct pyhv_exit exit;
+            const bool smap = how & 1, ac = how & 2;
+            build(&machine, code, sizeof code, 0);
+            struct pyhv_sregs sregs = with_barriers(&machine, 0, smap ? SMAP : 0);
+            sregs.idt_base += place == IN_IDT ? USERS : 0;
+            sregs.gdt_base += place == IN_GDT ? USERS : 0;
+            sregs.tr.base += place == IN_TSS ? USERS : 0;
+            if (place == ON_STACK) {
+                set_gate(&machine, 6, 0, 0);
+                set_gate(&machine, 14, 0, 0); /* and #DF has a stack of its own */
+            }
+            start_at(&machine, &sregs, ENTRY, STACK + (place == ON_STACK ? USERS : 0), ac ? AC | 2 : 2);
+            CHECK_EQUAL(run(&machine, &exit), smap && place != ON_STACK ? PYHV_STOP_TRIPLE_FAULT : PYHV_STOP_HALTED);
+            if (place == ON_STACK)
+                CHECK_EQUAL(regs_of(&machine).rsp, smap && !ac ? STACK_IST - 48 : USERS + STACK - 40);
+            destroy(&machine);
+        }
+}
+
 /* SYSCALL with TF: FMASK takes it away, and no #DB comes; where it does not, #DB comes at the kernel's first instruction. */
 static void single_steps_over_a_system_call(void)
 {
@@ -1252,6 +1413,8 @@ int main(void)
     an_nmi_waits_for_the_end_of_another();
     general_instructions_need_no_sse();
     reserved_bits_are_refused();
+    the_supervisor_stays_off_the_users_pages();
+    smap_holds_for_tables();
     single_steps_over_a_system_call();
     a_timer_that_ran_out_unseen_fires();
     the_speaker_port_is_saved();
