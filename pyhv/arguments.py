@@ -37,12 +37,37 @@ def number(name: str, value: object) -> int:
     return value
 
 
+def flag(name: str, value: object) -> None:
+    """Raises BadInput for what is no bool: "no" and "false" would count as true."""
+    if not isinstance(value, bool):
+        raise BadInput(f"{name} {value!r}", "is no bool", f"give True or False, not {type(value).__name__}")
+
+
+def choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises BadInput for what is none of the choices."""
+    if value not in choices:
+        raise BadInput(f"{name} {value!r}", "is unknown", f"choose one of {', '.join(choices)}")
+
+
+def callback(name: str, value: object) -> None:
+    """Raises BadInput for what is neither None nor can be called."""
+    if value is not None and not callable(value):
+        raise BadInput(f"{name} {value!r}", "cannot be called", "give a function, or None")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an int or a float that can be reckoned with: no bool, and no int that no float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return not isinstance(value, int) or value.bit_length() <= 1023
+
+
 def timeout(value: object) -> None:
     """Raises BadInput for what is no time to wait for: a number of seconds, or None."""
     if value is None:
         return
     # Not a number is in no order with 0 either.
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
+    if not is_number(value) or not value >= 0:  # type: ignore[operator]
         raise BadInput(f"timeout {value}", "is no number of seconds from 0 on", "give None to wait without end")
 
 

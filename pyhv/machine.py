@@ -139,15 +139,17 @@ class Machine:
         cpu = None if cpu is None else arguments.path("cpu", cpu)
         arguments.number("cpus", cpus)
         arguments.text("append", append)
-        if isinstance(modules, str):
-            raise BadInput(f"modules {modules!r}", "is a str", "give a list of them")
+        arguments.text("boot", boot)
+        arguments.flag("compat", compat)
+        if isinstance(modules, str) or not hasattr(modules, "__iter__"):
+            raise BadInput(f"modules {modules!r}", f"is a {type(modules).__name__}", "give a list of them")
         files = [arguments.path("modules", module) for module in modules]
         size = parse_memory(memory)
-        _check_console(console_in, console_out)
+        _check_host_options(overcommit, accel, intercept, console_in, console_out, on_cpuid)
         choose.open_accelerator(accel).prepare()
         if compat and cpu is not None:
             raise BadInput(f"cpu={cpu}", "cannot be combined with compatibility mode, which is a profile of its own")
-        profile = profiles.load("hyperv-r2" if compat else cpu or "host")
+        profile = profiles.load("hyperv-r2" if compat else "host" if cpu is None else cpu)
         self.image: boot_image.Image | None = recognise.read(find_image(image), size, boot)
         """What was loaded, without its bytes once they are; None for a restored VM."""
         self._modules = boot_image.read_modules(self.image, initrd, files, size)
@@ -206,7 +208,10 @@ class Machine:
         from pyhv.state import capture
 
         path = arguments.path("path", path)
-        _check_console(console_in, console_out)
+        arguments.flag("verify", verify)
+        arguments.flag("strict_tsc", strict_tsc)
+        arguments.callback("progress", progress)
+        _check_host_options(overcommit, accel, intercept, console_in, console_out, on_cpuid)
         with file.open_snapshot(path) as snapshot:
             if verify:
                 snapshot.reader.verify(progress)
@@ -282,7 +287,8 @@ class Machine:
         from pyhv.migration.destination import Destination
 
         arguments.timeout(timeout)
-        _check_console(console_in, console_out)
+        arguments.callback("on_listening", on_listening)
+        _check_host_options(overcommit, accel, intercept, console_in, console_out, on_cpuid)
         with transport.Listener(transport.parse(uri, insecure), tls) as listener:
             cls.prepare_arrival(accel)  # while nobody has come yet
             if on_listening is not None:
@@ -412,10 +418,15 @@ class Machine:
         had been: Incompatible with every reason of the other side, BadInput, HostError, Cancelled. Only after
         HandoverUnknown it is paused, since it may run there; start(force=True) lets it run nevertheless.
         """
-        from pyhv.migration import transport
+        from pyhv.migration import source, transport
 
         address = transport.parse(uri, insecure)
+        arguments.text("name", name)
+        arguments.flag("strict_tsc", strict_tsc)
+        arguments.callback("progress", progress)
         if limits is not None:
+            if not isinstance(limits, source.Limits):
+                raise BadInput(f"limits {limits!r}", "is no pyhv.Limits")
             limits.check()
 
         def go(departure: Departure) -> Summary:
@@ -500,6 +511,7 @@ class Machine:
         from pyhv.state import capture
 
         where = arguments.path("path", path)
+        arguments.callback("progress", progress)
         writers = []
 
         def write() -> None:
@@ -826,7 +838,14 @@ class Machine:
         self.close()
 
 
-def _check_console(console_in: int, console_out: int | None) -> None:
+def _check_host_options(
+    overcommit: bool, accel: str, intercept: str, console_in: int, console_out: int | None, on_cpuid: object
+) -> None:
+    """What every way to a Machine takes. Raises BadInput."""
+    arguments.flag("overcommit", overcommit)
+    arguments.choice("accel", accel, choose.ACCELERATORS)
+    arguments.choice("intercept", intercept, choose.INTERCEPTS)
+    arguments.callback("on_cpuid", on_cpuid)
     if console_in != -1:
         arguments.descriptor("console_in", console_in, writing=False)
     if console_out is not None:

@@ -63,8 +63,8 @@ def status_of(cause: str, guest_status: int = 0, fail_on: Collection[str] = ()) 
 def check_fail_on(fail_on: Collection[str]) -> None:
     """Raises BadInput for what are no causes that a run can have."""
     causes = [cause for cause in CAUSES if cause != "usage"]
-    if isinstance(fail_on, str):
-        raise BadInput(f"fail_on {fail_on!r}", "is a str", "give a collection of causes")
+    if isinstance(fail_on, str) or not hasattr(fail_on, "__contains__") or not hasattr(fail_on, "__iter__"):
+        raise BadInput(f"fail_on {fail_on!r}", f"is a {type(fail_on).__name__}", "give a collection of causes")
     for cause in fail_on:
         if cause not in causes:
             raise BadInput(f"fail_on {cause!r}", "is no cause of an end", f"there are {', '.join(causes)}")

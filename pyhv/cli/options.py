@@ -195,10 +195,10 @@ def _convert(option: Option, text: str) -> Any:
 
 def number(text: str) -> int:
     """Option.convert: a whole number, decimal."""
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError("is not a whole number") from None
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 20):  # int() takes 1_0 and digits of other scripts
+        raise ValueError("is not a whole number")
+    return int(text)
 
 
 def processors(text: str) -> tuple[int, ...]:
@@ -225,6 +225,8 @@ def seconds(text: str) -> float:
     number = text.rstrip("msh")
     try:
         value = float(number) * _UNITS[text[len(number) :] or "s"]
+        if "_" in number or not number.isascii():  # which float() takes
+            value = 0.0
     except (ValueError, KeyError):
         value = 0.0
     if value > _LONGEST:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pyhv import arguments
 from pyhv._native.link import PAGE_SIZE, Link, PageSet
 from pyhv.errors import BadInput, Cancelled, HandoverUnknown, HostError, Incompatible
 from pyhv.migration import protocol, waits
@@ -75,6 +76,11 @@ class Limits(NamedTuple):
 
     def check(self) -> None:
         """Raises BadInput for limits that make no sense."""
+        for name in ("downtime", "bandwidth", "timeout", "rounds", "least_rounds", "heartbeat", "silence", "overrun"):
+            value = getattr(self, name)
+            if not arguments.is_number(value):
+                raise BadInput(f"{name} {value!r}", "is no number")
+        arguments.flag("compress", self.compress)
         for name in ("downtime", "bandwidth", "timeout"):
             value = getattr(self, name)
             if not 0 <= value < 1e18:  # bytes are counted in 64 bits

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from pyhv import arguments
 from pyhv.errors import BadInput, HostError, PyhvError
 from pyhv.migration import peer, waits
 
@@ -119,6 +120,8 @@ class Channel:
 def parse(uri: str, insecure: bool = False) -> Address:
     """What a URI names. Raises BadInput."""
     advice = f"name {SCHEMES}"
+    arguments.text("uri", uri)
+    arguments.flag("insecure", insecure)
     scheme, colon, rest = uri.partition(":")
     if uri == "-":
         return Address("fd", uri, fds=(0, 1))

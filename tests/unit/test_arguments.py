@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import pyhv
-from pyhv import arguments
+from pyhv import arguments, outcome
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,16 @@ from pyhv import arguments
         ({"initrd": 1.5}, "initrd 1.5: is no path"),
         ({"modules": "file words"}, "modules 'file words': is a str; give a list of them"),
         ({"modules": [3]}, "modules 3: is no path"),
+        ({"modules": None}, "modules None: is a NoneType; give a list of them"),
+        ({"modules": Path("x")}, "modules PosixPath('x'): is a PosixPath; give a list of them"),
+        ({"boot": ["pvh"]}, "boot ['pvh']: is no str"),
+        ({"compat": "no"}, "compat 'no': is no bool; give True or False, not str"),
+        ({"overcommit": 1}, "overcommit 1: is no bool"),
+        ({"accel": "kvn"}, "accel 'kvn': is unknown; choose one of auto, kvm, emulator"),
+        ({"accel": []}, "accel []: is unknown"),
+        ({"intercept": "none"}, "intercept 'none': is unknown; choose one of auto, kernel, trap"),
+        ({"intercept": "none", "on_cpuid": print}, "intercept 'none': is unknown"),
+        ({"on_cpuid": 7}, "on_cpuid 7: cannot be called"),
         ({"cpu": 3}, "cpu 3: is no path"),
         ({"cpus": "2"}, "cpus '2': is no int; give an int, not str"),
         ({"cpus": 1.0}, "cpus 1.0: is no int; give an int, not float"),
@@ -68,7 +78,63 @@ def test_a_path_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         pyhv.Machine("hello", cpu=Path("host"))
 
 
-@pytest.mark.parametrize("timeout", ["5", float("nan"), -1, True, [1]])
+def test_no_profile_is_not_the_empty_one() -> None:
+    """An empty variable of a script must not show the guest all that the host has."""
+    with pytest.raises(pyhv.BadInput, match="profile ''"):
+        pyhv.Machine("hello", cpu="")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"accel": "kvn"}, "accel 'kvn': is unknown"),
+        ({"intercept": 1}, "intercept 1: is unknown"),
+        ({"strict_tsc": "no"}, "strict_tsc 'no': is no bool"),
+        ({"verify": 1}, "verify 1: is no bool"),
+        ({"overcommit": None}, "overcommit None: is no bool"),
+        ({"progress": 1}, "progress 1: cannot be called"),
+        ({"on_cpuid": "x"}, "on_cpuid 'x': cannot be called"),
+    ],
+)
+def test_what_restore_refuses(given: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(pyhv.BadInput) as caught:
+        pyhv.Machine.restore(tmp_path / "none", **given)
+    assert str(caught.value).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"uri": None}, "uri None: is no str"),
+        ({"uri": b"unix:a"}, "uri b'unix:a': is no str"),
+        ({"uri": Path("a")}, "uri PosixPath('a'): is no str"),
+        ({"insecure": "no"}, "insecure 'no': is no bool"),
+        ({"on_listening": 3}, "on_listening 3: cannot be called"),
+        ({"accel": "kvn"}, "accel 'kvn': is unknown"),
+    ],
+)
+def test_what_receive_refuses(given: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(pyhv.BadInput) as caught:
+        pyhv.Machine.receive(**{"uri": f"unix:{tmp_path}/r.sock", "timeout": 0.01, **given})
+    assert str(caught.value).startswith(words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["downtime", "bandwidth", "timeout", "rounds", "heartbeat", "silence", "overrun"])
+@pytest.mark.parametrize("value", [None, "5", True, [1], 1 << 2000])
+def test_limits_that_are_no_numbers(name: str, value: object) -> None:
+    limits = pyhv.Limits()._replace(**{name: value})
+    with pytest.raises(pyhv.BadInput, match=f"^{name} .*: is no number"):
+        limits.check()
+
+
+@pytest.mark.parametrize("fail_on", [None, 1, True, print, "halted"])
+def test_what_is_no_collection_of_causes(fail_on: Any) -> None:
+    with pytest.raises(pyhv.BadInput, match="give a collection of causes"):
+        outcome.check_fail_on(fail_on)
+
+
+@pytest.mark.parametrize("timeout", ["5", float("nan"), -1, True, [1], 1 << 2000])
 def test_what_is_no_timeout(timeout: object) -> None:
     with pytest.raises(pyhv.BadInput, match=r"^timeout .*: is no number of seconds from 0 on; give None"):
         arguments.timeout(timeout)

@@ -65,6 +65,8 @@ def test_a_value_may_look_like_an_option_or_be_empty() -> None:
         (["a", "--compat=yes"], "--compat: takes no value; see pyhv test --help"),
         (["a", "--compat", "--cpu", "p"], "--cpu: cannot be combined with --compat; see pyhv test --help"),
         (["a", "--cpus", "two"], "--cpus two: is not a whole number"),
+        (["a", "--cpus", "1_0"], "--cpus 1_0: is not a whole number"),
+        (["a", "--cpus", "\u0663"], "--cpus \u0663: is not a whole number"),
         (["a", "--via", "tarp"], "--via tarp: is unknown; choose one of auto, trap"),
     ],
 )
@@ -94,7 +96,7 @@ def test_seconds() -> None:
     assert seconds("0.25") == 0.25
     assert seconds("1e3") == 1000
     assert [seconds(text) for text in ("5s", "500ms", "2m", "1.5h")] == [5, 0.5, 120, 5400]
-    for text in ("0", "-1", "nan", "", "x", "5x", "s", "5sm", "5 d"):
+    for text in ("1_0", "\u0663", "0", "-1", "nan", "", "x", "5x", "s", "5sm", "5 d"):
         with pytest.raises(ValueError, match="time in seconds"):
             seconds(text)
     for text in ("inf", "1e400", "1e10", "99999999999", "3000000h"):
