@@ -88,10 +88,12 @@ struct pyhv_emulator_vcpu {
         uint8_t priority; /* CR8 */
     } waiting;
 
-    /* Control registers as they were before the block that executes: the library takes whatever is written to them. */
+    /* Control registers as they were before the block that executes: the library takes whatever is written to them. And
+     * where the code is, as far as its upper half tells. */
     struct {
-        uint64_t cr0, cr2, cr3, cr4, efer;
+        uint64_t cr0, cr2, cr3, cr4, efer, rip;
     } control;
+    uint32_t one_by_one; /* so many instructions more are blocks of their own: fetched_ahead() */
     uint64_t cr4_allowed; /* by the CPUID table */
     uint64_t cr3_reserved;
 

@@ -165,7 +165,10 @@ enum {
     HF_OSFXSR = 1 << 22,
     HF_SMAP = 1 << 23,
 };
-enum { HF2_NMI = 1 << 2 };
+enum {
+    HF2_NMI = 1 << 2,
+    HF2_OWN_PRIORITY = 1 << 3, /* CR8 reads as it was written; else as the library's own local APIC says, which is none */
+};
 enum { CC_OP_EFLAGS = 1 }; /* the arithmetic flags are in cc_src */
 
 /* ------------------------------------------------------------------------------------------ its functions -- */

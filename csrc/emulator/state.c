@@ -100,7 +100,7 @@ void emulator_reset(struct cpu_state *state)
     state->dr[6] = 0xffff0ff0;
     state->dr[7] = DR7_FIXED;
     state->hflags &= ~(uint32_t)HF_CPL;
-    state->hflags2 &= ~(uint32_t)HF2_NMI;
+    state->hflags2 = (state->hflags2 & ~(uint32_t)HF2_NMI) | HF2_OWN_PRIORITY;
     state->old_exception = -1;
     state->task_priority = 0;
     emulator_update_hflags(state);

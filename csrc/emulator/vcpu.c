@@ -27,11 +27,13 @@
 #define CR0_NW    (UINT64_C(1) << 29)
 #define CR0_CD    (UINT64_C(1) << 30)
 #define CR0_PG    (UINT64_C(1) << 31)
+#define CR4_PAE   (UINT64_C(1) << 5)
 #define EFER_LMA  (UINT64_C(1) << 10)
 #define DR6_BS    (UINT64_C(1) << 14)
 #define RFLAGS_TF (UINT64_C(1) << 8)
 #define RFLAGS_IF (UINT64_C(1) << 9)
 #define RFLAGS_VM (UINT64_C(1) << 17)
+#define SEG_L     (1u << 21)
 
 /* Of a task-state segment: its flags' bit that tells it from a 16-bit one, and where the permission bitmap's place is. */
 #define TSS_32      (1u << 11)
@@ -43,8 +45,10 @@ enum { FAULT_PRESENT = 1, FAULT_USER = 4 };
 /* Bytes on both sides of the stack's pointer that IRET, far RET and far CALL touch, and some. */
 #define STACK_REACH UINT64_C(64)
 
-/* A block of the engine's is at most so many instructions, which run on after the log is full. */
-enum { LOG_SPARE = 512 };
+/* A block of the engine's is at most so many instructions. */
+enum { BLOCK_MAX = 512 };
+/* They run on after the log is full. */
+enum { LOG_SPARE = BLOCK_MAX };
 
 /* ------------------------------------------------------------------------------------------- attention, kick -- */
 
@@ -129,6 +133,7 @@ static void remember_control(struct pyhv_emulator_vcpu *vcpu, const struct cpu_s
     vcpu->control.cr3 = state->cr[3];
     vcpu->control.cr4 = state->cr[4];
     vcpu->control.efer = state->efer;
+    vcpu->control.rip = state->rip;
 }
 
 /* MOV to a control register ends its block. Whether it has written what a processor refuses. */
@@ -137,7 +142,12 @@ static bool wrote_reserved(struct pyhv_emulator_vcpu *vcpu, const struct cpu_sta
     const uint64_t cr0 = state->cr[0];
     if (cr0 == vcpu->control.cr0 && state->cr[3] == vcpu->control.cr3 && state->cr[4] == vcpu->control.cr4)
         return false;
+    /* Paging ends in 32-bit code only, and of long mode PAE is a part. */
+    const bool lost_paging = ~cr0 & vcpu->control.cr0 & CR0_PG && vcpu->control.efer & EFER_LMA &&
+                             state->segs[CS].flags & SEG_L;
+    const bool lost_pae = ~state->cr[4] & vcpu->control.cr4 & CR4_PAE && state->efer & EFER_LMA;
     if ((cr0 != vcpu->control.cr0 && (((cr0 & CR0_PG) && !(cr0 & CR0_PE)) || ((cr0 & CR0_NW) && !(cr0 & CR0_CD)))) ||
+        lost_paging || lost_pae ||
         (state->cr[3] != vcpu->control.cr3 && (state->efer & EFER_LMA) && (state->cr[3] & vcpu->cr3_reserved)) ||
         (state->cr[4] & ~vcpu->control.cr4 & ~vcpu->cr4_allowed))
         return true;
@@ -152,6 +162,8 @@ static bool must_leave(void *opaque)
     if (vcpu->lent && vcpu->lent_used)
         take_flags_back(vcpu);
     vcpu->lent_used = true;
+    if (vcpu->one_by_one && --vcpu->one_by_one)
+        pyhv_library_one_instruction(vcpu->engine);
     if (vcpu->happened != HAPPENED_NOTHING)
         return true;
     vcpu->control.cr2 = pyhv_library_state(vcpu->engine)->cr[2];
@@ -360,8 +372,10 @@ static void on_mmio_write(uc_engine *engine, uint64_t offset, unsigned size, uin
     struct pyhv_emulator_vm *vm = hole->vcpu->vm;
     uint64_t gpa = hole->gpa + offset;
     hole->vcpu->counters.mmio++;
-    if (!vm->irqchip || !irqchip_owns_memory(gpa) || gpa % 4 || size != 4)
-        return; /* nobody listens; the controllers' registers are 32 bits wide (SDM Vol. 3, "Local APIC") */
+    /* The controllers' registers are 32 bits wide (SDM Vol. 3, "Local APIC"), but that which selects one of the I/O APIC's:
+     * 8 bits of it are, and it takes them alone too. */
+    if (!vm->irqchip || !irqchip_owns_memory(gpa) || gpa % 4 || (size != 4 && (gpa != IOAPIC_BASE || size > 4)))
+        return;
     pthread_mutex_lock(&vm->lock);
     uint8_t priority = irqchip_cr8(&vm->chips);
     irqchip_write_memory(&vm->chips, gpa, (uint32_t)value, emulator_now());
@@ -668,8 +682,27 @@ static bool lend_user_stack(struct pyhv_emulator_vcpu *vcpu, uint32_t lent)
     return false;
 }
 
+/* The library fetches a whole block before it executes the first instruction of it. A fault of the page behind comes too
+ * early then, with RIP at the beginning of the block, and perhaps in vain. So the block is executed one instruction at a
+ * time: that which needs the page faults again, unless the guest goes elsewhere before. */
+static bool fetched_ahead(struct pyhv_emulator_vcpu *vcpu)
+{
+    struct cpu_state *state = pyhv_library_state(vcpu->engine);
+    const uint64_t rip = state->segs[CS].base + state->rip, behind = (rip | (PYHV_PAGE_SIZE - 1)) + 1;
+    if (vcpu->stepping || vcpu->one_by_one || state->cr[2] != behind)
+        return false;
+    state->cr[2] = vcpu->control.cr2;
+    state->error_code = 0;
+    state->old_exception = -1; /* what comes now is no fault within this one */
+    vcpu->one_by_one = BLOCK_MAX;
+    return true;
+}
+
 static bool raise_fault(struct pyhv_emulator_vcpu *vcpu, uint32_t vector, uint32_t lent, struct pyhv_exit *exit)
 {
+    if (vector == PAGE_FAULT && fetched_ahead(vcpu))
+        return false;
+    vcpu->one_by_one = 0;
     if (vector == NO_COPROCESSOR && lend_flags(vcpu))
         return false;
     if (vector == PAGE_FAULT && !(pyhv_library_state(vcpu->engine)->error_code & FAULT_USER) &&
@@ -709,38 +742,43 @@ static bool refuse_control(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *ex
     if (!save_state(vcpu, exit))
         return true;
     struct cpu_state *state = &vcpu->context->state;
-    uint8_t bytes[4] = {0};
-    emulator_peek(vcpu, state, state->segs[CS].base + state->rip - sizeof bytes, bytes, sizeof bytes);
-    const uint64_t *written = &state->cr[bytes[3] >> 3 & 7];
-    bool has_rex = (state->hflags & HF_CS64) && (bytes[0] & 0xf0) == 0x40;
-    if (has_rex && (bytes[0] & 1) && (uint32_t)state->regs[8 + (bytes[3] & 7)] != (uint32_t)*written)
-        has_rex = false; /* it is the end of the instruction before */
-    state->rip -= has_rex ? 4 : 3;
+    const uint64_t written[] = {state->cr[0], 0, 0, state->cr[3], state->cr[4], 0, 0, 0};
+    if (~state->efer & vcpu->control.efer & EFER_LMA) /* the library has left long mode, and cut RIP */
+        state->rip |= vcpu->control.rip & ~UINT64_C(0xffffffff);
     state->cr[0] = vcpu->control.cr0;
     state->cr[3] = vcpu->control.cr3;
     state->cr[4] = vcpu->control.cr4;
     state->efer = vcpu->control.efer;
     emulator_update_hflags(state);
+    uint8_t bytes[4] = {0};
+    emulator_peek(vcpu, state, state->segs[CS].base + state->rip - sizeof bytes, bytes, sizeof bytes);
+    bool has_rex = (state->hflags & HF_CS64) && (bytes[0] & 0xf0) == 0x40;
+    if (has_rex && (bytes[0] & 1) && (uint32_t)state->regs[8 + (bytes[3] & 7)] != (uint32_t)written[bytes[3] >> 3 & 7])
+        has_rex = false; /* it is the end of the instruction before */
+    state->rip -= has_rex ? 4 : 3;
     enum emulator_delivery done = emulator_deliver(vcpu, state, EVENT_FAULT, PROTECTION, 0);
     if (emulator_load(vcpu, vcpu->context, true, &exit->error) < 0)
         return stop(exit, PYHV_STOP_FAILED);
     return finish_event(vcpu, done, exit);
 }
 
-/* An instruction that the engine does not know, or no memory where one should be. */
+/* An instruction that the engine does not know, or no memory where one should be. RDPMC is one that it has not, though
+ * processors have; without counters it is #GP there. */
 static bool raise_invalid_opcode(struct pyhv_emulator_vcpu *vcpu, uint32_t lent, struct pyhv_exit *exit)
 {
+    static const uint8_t rdpmc[] = {0x0f, 0x33};
     if (!lent && lend_flags(vcpu))
         return false;
     if (!save_state(vcpu, exit))
         return true;
     struct cpu_state *state = &vcpu->context->state;
-    uint8_t byte;
-    if (emulator_peek(vcpu, state, state->segs[CS].base + state->rip, &byte, 1) != 1) {
+    uint8_t bytes[sizeof rdpmc] = {0};
+    if (emulator_peek(vcpu, state, state->segs[CS].base + state->rip, bytes, sizeof bytes) == 0) {
         exit->suberror = PYHV_SUBERROR_NO_CODE;
         return stop(exit, PYHV_STOP_INTERNAL_ERROR);
     }
-    return finish_event(vcpu, emulator_deliver(vcpu, state, EVENT_FAULT, INVALID_OPCODE, 0), exit);
+    const uint32_t vector = memcmp(bytes, rdpmc, sizeof rdpmc) == 0 ? PROTECTION : INVALID_OPCODE;
+    return finish_event(vcpu, emulator_deliver(vcpu, state, EVENT_FAULT, vector, 0), exit);
 }
 
 /* CR8 and the local APIC's task priority are one: gives both what was written last. Returns true if `state` was changed.
