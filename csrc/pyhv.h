@@ -438,6 +438,7 @@ enum pyhv_stop {
 enum {
     PYHV_SUBERROR_NO_CODE = 1,     /* where the guest wants to execute there is no RAM; KVM's number for it */
     PYHV_SUBERROR_LOST_MEMORY = 2, /* the file behind guest memory was cut short */
+    PYHV_SUBERROR_NO_EVENT = 3,    /* the guest asks for an event that is not emulated: error */
 };
 
 struct pyhv_exit {

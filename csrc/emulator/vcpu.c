@@ -594,10 +594,12 @@ static bool stop_for_action(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *e
     }
 }
 
+/* The guest's doing, and no failure of ours. */
 static bool stop_for_want(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
 {
     pyhv_fail(&exit->error, 0, "the emulator", "cannot do %s", vcpu->cannot);
-    return stop(exit, PYHV_STOP_FAILED);
+    exit->suberror = PYHV_SUBERROR_NO_EVENT;
+    return stop(exit, PYHV_STOP_INTERNAL_ERROR);
 }
 
 static bool stop_for_lost_memory(struct pyhv_exit *exit)

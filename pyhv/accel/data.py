@@ -45,7 +45,7 @@ class Exit(NamedTuple):
     instruction: bytes
     """The guest's memory at rip, up to 16 bytes; empty where it cannot be read."""
     error: str
-    """With FAILED: the system call and what it said."""
+    """With FAILED: the system call and what it said. With INTERNAL_ERROR: what cannot be done, or ""."""
 
 
 class Regs(NamedTuple):

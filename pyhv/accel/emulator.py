@@ -225,6 +225,8 @@ class Emulator:
     def explain(self, exit: Exit) -> str:
         if exit.stop == Stop.INTERNAL_ERROR and exit.suberror == lib.PYHV_SUBERROR_LOST_MEMORY:
             return "guest memory that the guest wanted is gone"
+        if exit.stop == Stop.INTERNAL_ERROR and exit.suberror == lib.PYHV_SUBERROR_NO_EVENT:
+            return exit.error
         if exit.stop == Stop.INTERNAL_ERROR:
             return "the emulator finds no instruction there: it is no RAM"
         return f"the emulator stopped for reason {exit.exit_reason}"

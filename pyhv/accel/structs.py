@@ -101,7 +101,7 @@ def to_exit(exit: Any) -> Exit:
         exit.rip,
         tuple(exit.data[0 : exit.data_count]),
         bytes(exit.bytes[0 : exit.bytes_count]),
-        str(to_exception(exit.error)) if exit.stop == Stop.FAILED else "",
+        str(to_exception(exit.error)) if exit.stop == Stop.FAILED or exit.error.what[0] != b"\0" else "",
     )
 
 

@@ -1372,7 +1372,8 @@ static void what_cannot_be_is_named(void)
         sregs = protected(&machine, virtual ? 3 : 0, 0);
         put64(&machine, IDT + 6 * 8, (uint64_t)TSS_SELECTOR << 16 | UINT64_C(0x8500) << 32); /* a task gate */
         start_at(&machine, &sregs, ENTRY, STACK, virtual ? 0x20002 : 2);
-        CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_FAILED);
+        CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_INTERNAL_ERROR);
+        CHECK_EQUAL(exit.suberror, PYHV_SUBERROR_NO_EVENT);
         CHECK(strstr(exit.error.detail, virtual ? "cannot do an exception or interrupt in virtual-8086 mode"
                                                 : "cannot do a task gate in the IDT"));
         destroy(&machine);

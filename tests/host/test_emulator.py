@@ -230,6 +230,19 @@ def test_code_where_there_is_no_memory(tmp_path: Path) -> None:
     assert result.message == "vCPU 0: the emulator finds no instruction there: it is no RAM at rip 0xf0000000"
 
 
+def test_an_event_that_is_not_emulated_is_the_guests_end(tmp_path: Path) -> None:
+    """The library takes an IRET to virtual-8086 mode even in 64-bit mode; an exception there is not emulated."""
+    frame = {0x70000: 0, 0x70004: 0x2000, 0x70008: 0x20002}  # EIP, CS, EFLAGS with VM; the rest is zero
+    code = b"".join(b"\xc7\x04\x25" + at.to_bytes(4, "little") + to.to_bytes(4, "little") for at, to in frame.items())
+    code += b"\x66\xc7\x04\x25" + (0x20000).to_bytes(4, "little") + b"\x0f\x0b"  # ud2 at 2000:0
+    code += b"\xbc" + (0x70000).to_bytes(4, "little") + b"\xcf"  # mov $0x70000, %esp; iretl
+    image = tmp_path / "vm86"
+    image.write_bytes(code)
+    result = run(str(image), boot="flat")
+    assert (result.cause, result.status) == ("not-executable", 122)
+    assert "the emulator: cannot do an exception or interrupt in virtual-8086 mode at rip 0x20000" in result.message
+
+
 @pytest.mark.parametrize(("append", "cause"), [("", "power-off"), ("reset", "reset"), ("panic", "panic")])
 def test_a_pc_ends_as_its_tables_say(append: str, cause: str) -> None:
     assert run("acpi", append=append).cause == cause
