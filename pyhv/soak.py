@@ -43,6 +43,9 @@ _CENSUS, _WARM_UP = 50, 100
 # Each is a process that has all the others' sockets for a moment.
 _MOST_NODES = 64
 
+# Of hops and of pages: more than anybody can wait for.
+_MOST = 10**12
+
 # Growth that is no leak: the allocator's; in bytes.
 _SLACK = 8 << 20
 
@@ -96,8 +99,9 @@ class Ring:
         if not 2 <= plan.nodes <= _MOST_NODES:
             raise BadInput(f"{plan.nodes} nodes", "are no ring", f"take 2 to {_MOST_NODES}")
         for what, count in (("hops", plan.hops), ("pages", plan.pages)):
-            if count < 1:
-                raise BadInput(f"{count} {what}", "are none", "take one at least")
+            if not 1 <= count <= _MOST:
+                problem = "are none" if count < 1 else "are too many"
+                raise BadInput(f"{count} {what}", problem, f"take 1 to {_MOST}")
         self.plan = plan
         self.lines = 0
         """Rounds that the guest has printed."""
@@ -308,7 +312,7 @@ class _Node:
         self._events = events
         self._departures = 0
         # Every node's share of the hops: the guest starts on node 0, and hop n leaves node (n - 1) % nodes.
-        self._hops = [n for n in range(plan.hops) if n % plan.nodes == index]
+        self._hops = range(index, plan.hops, plan.nodes)  # and no list: they may be very many
 
     def run(self) -> int:
         """All hops of this node. Returns the process's exit status."""

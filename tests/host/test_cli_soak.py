@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import pytest
 
 from pyhv import soak
 from pyhv.errors import BadInput
+from pyhv.migration import transport
 
 from . import emulator
 from .cli import COMMAND, IN_THE_LAB, NOT_IN_THE_LAB, TIMEOUT, call, call_json, environment
@@ -140,7 +142,9 @@ def test_what_a_hop_must_have_and_a_node_may_not(look: Callable[[soak.Ring], Non
 
 BAD_PLANS = [
     ({"nodes": 1}, "1 nodes: are no ring; take 2 to 64"), ({"nodes": 65}, "65 nodes: are no ring"),
-    ({"hops": 0}, "0 hops: are none; take one at least"), ({"pages": 0}, "0 pages: are none"),
+    ({"hops": 0}, "0 hops: are none; take 1 to 1000000000000"), ({"pages": 0}, "0 pages: are none"),
+    ({"hops": 10**20}, "100000000000000000000 hops: are too many"),
+    ({"pages": 10**13}, "10000000000000 pages: are too m"),
 ]  # fmt: skip
 
 
@@ -171,6 +175,19 @@ NO_STATES = [
     "", "{", "[]", '{"hops": 1}', '{"hops": "x", "seconds": 1, "downtimes_us": []}', "\xff", "[" * 100000,
     '{"hops": 1e999, "seconds": 1, "downtimes_us": []}', '{"hops": -1, "seconds": 1, "downtimes_us": []}',
 ]  # fmt: skip
+
+
+def test_a_node_keeps_no_list_of_its_hops(tmp_path: Path) -> None:
+    """With a count for which nobody waits each node took all memory that there was, before its first hop."""
+    listeners = [transport.Listener(transport.parse(f"unix:{tmp_path}/{index}")) for index in range(3)]
+    try:
+        nodes = [soak._Node(soak.Plan(10_000_000, 3, 1), index, listeners, -1, -1) for index in range(3)]
+    finally:
+        for listener in listeners:
+            listener.forget()
+    assert [list(node._hops[:3]) for node in nodes] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    assert [len(node._hops) for node in nodes] == [3_333_334, 3_333_333, 3_333_333]
+    assert all(sys.getsizeof(node._hops) < 1000 for node in nodes)
 
 
 @pytest.mark.parametrize("text", NO_STATES, ids=range(len(NO_STATES)))
