@@ -8,7 +8,32 @@ from pyhv.errors import BadInput
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     StrPath = str | os.PathLike[str]
+
+
+# What has another form on the command line than --NAME VALUE.
+_OTHERWISE = {
+    "tls=Tls(certificate, key, authority)": "--tls-cert, --tls-key and --tls-ca",
+    "start(force=True), or pyhv": "pyhv",
+}
+
+
+def as_options(text: str) -> str:
+    """What an error or a note says of arguments, such as accel="kvm" or overcommit=True, as the command line has it."""
+    if "=" not in text and "(" not in text:
+        return text
+    import re
+
+    for argument, option in _OTHERWISE.items():
+        text = text.replace(argument, option)
+    names = "accel|boot|cpu|cpus|initrd|intercept|overcommit|via"
+    return re.sub(rf'\b({names})=(?:True\b|"([^"]*)"|(\d+))', _option, text)
+
+
+def _option(match: Any) -> str:
+    return f"--{match[1]} {match[2] or match[3] or ''}".rstrip()
 
 
 def path(name: str, value: object) -> str:

@@ -138,6 +138,6 @@ class HandoverUnknown(PyhvError):
     def __init__(self, peer: str, problem: str) -> None:
         self.peer = peer
         self.problem = problem
-        self.advice = "look there; only if it does not run there: pyhv resume NAME --force"
+        self.advice = "look there; only if it does not run there: start(force=True), or pyhv resume NAME --force"
         what = f"the VM was handed over and may run there, but no answer came ({problem}); here it is paused"
         super().__init__(f"migration to {peer}: {what}; {self.advice}")

@@ -75,7 +75,7 @@ def open_accelerator(name: str = "auto") -> Accelerator:
     """An accelerator of this machine; one of each kind per process. auto: KVM, or the emulator where there is no KVM.
     Raises NotAvailable, BadInput for another name."""
     if name not in ACCELERATORS:
-        raise BadInput(f"--accel {name}", "is unknown", f"choose one of {', '.join(ACCELERATORS)}")
+        raise BadInput(f'accel="{name}"', "is unknown", f"choose one of {', '.join(ACCELERATORS)}")
     if name == "auto":
         try:
             return open_accelerator("kvm")
@@ -172,7 +172,7 @@ def _check_vcpus(accelerator: Accelerator, vcpus: int) -> None:
     if 1 <= vcpus <= min(MAX_VCPUS, accelerator.max_vcpus):
         return
     if vcpus > 1 and accelerator.max_vcpus == 1:
-        raise BadInput(f"{vcpus} vCPUs", "the emulator runs one", "use --cpus 1, or --accel kvm on a host with KVM")
+        raise BadInput(f"{vcpus} vCPUs", "the emulator runs one", 'use cpus=1, or accel="kvm" on a host with KVM')
     most = min(MAX_VCPUS, accelerator.max_vcpus)
     raise BadInput(f"{vcpus} vCPUs", "cannot be had", f"choose 1 to {most}")
 
@@ -187,7 +187,7 @@ def _on_emulator(
 ) -> Decision:
     """The emulator, which `why` speaks for. Raises NotAvailable, BadInput, and what `make` raises."""
     if intercept not in ("auto", LOGGED):
-        raise BadInput(f"--intercept {intercept}", "is KVM's", "leave it away: the emulator itself answers CPUID")
+        raise BadInput(f'intercept="{intercept}"', "is KVM's", "omit it: the emulator itself answers CPUID")
     emulator = open_accelerator("emulator")
     _check_vcpus(emulator, vcpus)
     host = emulator.describe(whole)
@@ -231,9 +231,9 @@ def other_way(choice: Choice, facts: GuestFacts, vcpus: int, cause: str) -> str:
     try:
         open_accelerator("emulator")
     except NotAvailable as no_emulator:
-        return f"the emulator may run this guest: --accel emulator; {no_emulator.problem}: {no_emulator.advice}"
-    one = " --cpus 1" if vcpus > 1 else ""
-    return f"the emulator may run this guest: --accel emulator{one}"
+        return f'the emulator may run this guest: accel="emulator"; {no_emulator.problem}: {no_emulator.advice}'
+    one = " cpus=1" if vcpus > 1 else ""
+    return f'the emulator may run this guest: accel="emulator"{one}'
 
 
 def choose(accelerator: Accelerator, guest: GuestCpu, facts: GuestFacts, intercept: str = "auto") -> Choice:
@@ -243,7 +243,7 @@ def choose(accelerator: Accelerator, guest: GuestCpu, facts: GuestFacts, interce
     guest's table hides; HostError if the probe cannot be run.
     """
     if intercept not in INTERCEPTS:
-        raise BadInput(f"--intercept {intercept}", "is unknown", f"choose one of {', '.join(INTERCEPTS)}")
+        raise BadInput(f'intercept="{intercept}"', "is unknown", f"choose one of {', '.join(INTERCEPTS)}")
     if not guest.hides and intercept != "trap":
         return Choice(accelerator, "kernel", (), "")
 
@@ -258,9 +258,9 @@ def choose(accelerator: Accelerator, guest: GuestCpu, facts: GuestFacts, interce
     hidden = sorted({*leaks[0], *leaks[3]})
     if intercept == "kernel":
         raise NotFaithful(
-            "--intercept kernel",
+            'intercept="kernel"',
             f"{accelerator.name} on this host does not hide what the CPUID table hides: {_leak_words(leaks)}",
-            "use --intercept trap or auto, or a host with kvm_intel or kvm_amd",
+            'use intercept="trap" or "auto", or a host with kvm_intel or kvm_amd',
             hidden,
         )
     if not facts.cpuid_sites:
@@ -273,7 +273,7 @@ def choose(accelerator: Accelerator, guest: GuestCpu, facts: GuestFacts, interce
         facts.name,
         f"its features cannot be hidden on this host: {accelerator.name} does not honour the CPUID table "
         f"({_leak_words(leaks)}), and {why}",
-        "choices: --intercept trap (every CPUID at CPL 0 that a step reaches), --cpu host (hides nothing), or a host "
+        'choices: intercept="trap" (every CPUID at CPL 0 that a step reaches), cpu="host" (hides nothing), or a host '
         "with kvm_intel or kvm_amd",
         hidden,
     )
@@ -299,9 +299,9 @@ def _trap(accelerator: Accelerator, facts: GuestFacts, leaks: dict[int, list[str
         sites, missed = (), _missed_levels(accelerator, facts, by_steps=True)
     if 0 in missed:
         raise NotFaithful(
-            "--intercept trap",
+            'intercept="trap"',
             f"guest debug of {accelerator.name} does not stop a guest on this host",
-            "use --intercept kernel or auto",
+            'use intercept="kernel" or "auto"',
             (),
         )
     if sites:
@@ -346,9 +346,9 @@ def check_read_back(guest: GuestCpu, table: CpuidTable) -> None:
     ]
     if leaks:
         raise NotFaithful(
-            "--intercept kernel",
+            'intercept="kernel"',
             f"the kernel added to the CPUID table what profile {guest.profile} hides: {_some(leaks)}",
-            "use --intercept trap",
+            'use intercept="trap"',
             leaks,
         )
 

@@ -154,7 +154,7 @@ class Tracepoint:
     def _start(self, root: str) -> None:
         if not os.path.exists(f"{root}/{_CPUID_EVENT}"):
             raise NotAvailable(
-                "kvm:kvm_cpuid", "this kernel has no such tracepoint", "load KVM's module, or use --via trap"
+                "kvm:kvm_cpuid", "this kernel has no such tracepoint", "load KVM's module, or use via=\"trap\""
             )
         _remove_orphans(f"{root}/instances")
         instance = f"{root}/instances/{_INSTANCE_PREFIX}{os.getpid()}"
@@ -278,14 +278,14 @@ def _explained() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
-            raise NotAvailable("tracefs", "this user may not use it", "run as root, or use --via trap") from None
+            raise NotAvailable("tracefs", "this user may not use it", 'run as root, or use via="trap"') from None
         if error.errno == errno.ENODEV:
-            raise NotAvailable("tracefs", "this kernel has none", "use --via trap") from None
+            raise NotAvailable("tracefs", "this kernel has none", 'use via="trap"') from None
         if error.errno == errno.ENOSYS:
-            advice = "mount it (mount -t tracefs tracefs /sys/kernel/tracing), or use --via trap"
+            advice = "mount it (mount -t tracefs tracefs /sys/kernel/tracing), or use via=\"trap\""
             raise NotAvailable("tracefs", "is not mounted", advice) from None
         where = f"{error.filename}: " if error.filename else ""
-        raise NotAvailable("tracefs", f"{where}{error.strerror}", "use --via trap") from None
+        raise NotAvailable("tracefs", f"{where}{error.strerror}", 'use via="trap"') from None
 
 
 def _remove_orphans(instances: str) -> None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pyhv.boot.image import Content
 
 _UNPACK = "unpack it first"
-_DISK = "pyhv has no disks: give the kernel that is on it, and its initrd by --initrd"
-_INITRD = "give the kernel, and this by --initrd"
+_DISK = "pyhv has no disks: give the kernel that is on it, and its initrd by initrd=\"FILE\""
+_INITRD = 'give the kernel, and this by initrd="FILE"'
 _OTHER_MACHINE = "give a kernel for x86-64"
 
 # (offset, bytes there, what the file is, what to do). The first that fits counts.
@@ -86,7 +86,7 @@ _MULTIBOOT2_KERNEL = (
     "is a multiboot 2 kernel",
     "pyhv speaks multiboot 1: build it with that header too, or with a PVH note",
 )
-_FLAT = "if it is code for 1 MiB, --boot flat runs it"
+_FLAT = 'if it is code for 1 MiB, boot="flat" runs it'
 _TEXT_LOOKED_AT = 4096
 
 

@@ -174,7 +174,9 @@ def _asks_for_json(words: list[str]) -> bool:
 def complain(text: str, *more: str) -> None:
     """Prints a line on stderr, and below it a line for each of `more`, whatever the texts contain; quietly not, where
     stderr is closed."""
-    lines = [f"pyhv: {one_line(text)}\n", *(f"  {one_line(line)}\n" for line in more)]
+    from pyhv.arguments import as_options
+
+    lines = [f"pyhv: {one_line(as_options(text))}\n", *(f"  {one_line(as_options(line))}\n" for line in more)]
     try:
         os.write(2, "".join(lines).encode())
     except OSError:

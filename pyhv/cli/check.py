@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from pyhv.accel.choose import ACCELERATORS
+from pyhv.arguments import as_options
 from pyhv.cli import failure, one_line, output
 from pyhv.cli.options import Command, Option
 from pyhv.cpu import dumps
@@ -59,9 +60,9 @@ def _here(snapshot: file.Snapshot, accel: str, strict_tsc: bool) -> tuple[list[o
     except Incompatible as incompatible:
         return list(incompatible.reasons), []
     except NotFaithful as refused:
-        return [f"{refused.problem}; {refused.advice}"], []
+        return [as_options(f"{refused.problem}; {refused.advice}")], []
     notes = snapshot.needs.notes(decision.host)
-    return [], [*notes, decision.choice.note] if decision.choice.note else notes
+    return [], [*notes, as_options(decision.choice.note)] if decision.choice.note else notes
 
 
 def _there(snapshot: file.Snapshot, path: str, strict_tsc: bool) -> tuple[list[object], list[str]]:

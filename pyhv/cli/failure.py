@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from pyhv import outcome
+from pyhv.arguments import as_options
 from pyhv.cli import complain, die_of_broken_pipe
 from pyhv.errors import BadInput, Cancelled, HostError, PyhvError, TimedOut
 
@@ -64,7 +65,7 @@ def to_json(error: BaseException) -> dict[str, Any]:
     """An error as docs/json.md has it: kind, message, facts, cause and the exit status."""
     facts: dict[str, Any] = {}
     if isinstance(error, PyhvError):
-        kind, message = type(error).__name__.lstrip("_"), str(error)
+        kind, message = type(error).__name__.lstrip("_"), as_options(str(error))
         cause = "usage" if isinstance(error, BadInput) else "internal-error"
         cause = "timeout" if isinstance(error, TimedOut) else cause
         cause = "interrupted" if isinstance(error, Cancelled) else cause
@@ -95,15 +96,17 @@ def lines(error: PyhvError) -> list[str]:
 
 def _fact(value: object) -> Any:
     """A fact of an error as JSON has it."""
-    if value is None or isinstance(value, str | int | float):
+    if isinstance(value, str):
+        return as_options(value)
+    if value is None or isinstance(value, int | float):
         return value
-    return [_fact(item) for item in value] if isinstance(value, tuple | list) else str(value)
+    return [_fact(item) for item in value] if isinstance(value, tuple | list) else as_options(str(value))
 
 
 def reason_to_json(reason: object) -> dict[str, str]:
     """A reason why a guest cannot go on on a host: of pyhv/cpu/compare.py, or the text of one that another process
     gave."""
-    return {"kind": "Reason" if isinstance(reason, str) else type(reason).__name__, "text": str(reason)}
+    return {"kind": "Reason" if isinstance(reason, str) else type(reason).__name__, "text": as_options(str(reason))}
 
 
 def _flush(text: str = "") -> OSError | PyhvError | None:

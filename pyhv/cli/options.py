@@ -195,8 +195,9 @@ def _convert(option: Option, text: str) -> Any:
 
 def number(text: str) -> int:
     """Option.convert: a whole number, decimal."""
+    # int() takes 1_0 and digits of other scripts too, and not 5,000 of them.
     digits = text.removeprefix("-")
-    if not (digits.isascii() and digits.isdigit() and len(digits) < 20):  # int() takes 1_0 and digits of other scripts
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 100):
         raise ValueError("is not a whole number")
     return int(text)
 

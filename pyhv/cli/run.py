@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 from pyhv import outcome
 from pyhv.accel.choose import ACCELERATORS, INTERCEPTS, open_accelerator
+from pyhv.arguments import as_options
 from pyhv.boot.image import KINDS
 from pyhv.cli import complain, options, output
 from pyhv.cli.options import Command, Option
@@ -232,12 +233,12 @@ def describe(machine: Machine, result: RunResult) -> dict[str, Any]:
     description = {
         "cause": result.cause,
         "status": result.status,
-        "message": result.message,
+        "message": as_options(result.message),
         "registers": result.registers,
         "profile": machine.guest.profile,
         "intercept": machine.choice.intercept,
-        "note": machine.choice.note,
-        "notes": machine.notes,
+        "note": as_options(machine.choice.note),
+        "notes": [as_options(note) for note in machine.notes],
         "vcpus": len(machine.vm.vcpus),
         **console,
         "counters": result.counters,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from pyhv._native import cpuid
 from pyhv.accel.data import CpuidRecord
 from pyhv.accel.tracepoint import Traced, Tracepoint
+from pyhv.arguments import as_options
 from pyhv.cli import complain, output, run
 from pyhv.cli.options import Command, Option
 from pyhv.cli.terminal import Console, Signals
@@ -242,7 +243,8 @@ def _finish(as_json: bool, trace: Trace, result: RunResult, via: str, lost: int)
     if as_json:
         import json
 
-        end = {"event": "end", "cause": result.cause, "status": result.status, "message": result.message, "via": via}
+        message = as_options(result.message)
+        end = {"event": "end", "cause": result.cause, "status": result.status, "message": message, "via": via}
         print(json.dumps(end | {"lost": lost, "counters": result.counters} | summary))
         return
     print(

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from pyhv.arguments import as_options
 from pyhv.errors import BadInput, HostError, PyhvError
 from pyhv.outcome import status_of
 
@@ -85,6 +86,7 @@ class Operations:
     def control(self, machine: Machine) -> bool:
         """The machine runs now; calls are carried out from here on. Returns whether it is the first."""
         first = self._machine is None
+        notes = [as_options(note) for note in machine.notes]
         with self._lock:
             # The machine's vm is gone when it is closed; these stay.
             self._facts = {
@@ -92,8 +94,8 @@ class Operations:
                 "uuid": machine.uuid,
                 "profile": machine.guest.profile,
                 "intercept": machine.choice.intercept,
-                "note": "; ".join(machine.notes),
-                "notes": list(machine.notes),
+                "note": "; ".join(notes),
+                "notes": notes,
                 "vcpus": len(machine.vm.vcpus),
                 "memory": machine.vm.memory.size,
                 "image": machine.facts.name,
@@ -193,12 +195,13 @@ class Operations:
         """After close(): the VM has come to its end."""
         with self._lock:
             self._final_counters = result.counters
-            self._end = {"cause": result.cause, "status": result.status, "message": result.message}
+            self._end = {"cause": result.cause, "status": result.status, "message": as_options(result.message)}
             self._registers = result.registers
 
     def failed(self, error: BaseException) -> None:
         """After close(): the VM has come to an end by a failure here."""
-        message = str(error) if isinstance(error, PyhvError) else f"internal error: {type(error).__name__}: {error}"
+        internal = f"internal error: {type(error).__name__}: {error}"
+        message = as_options(str(error)) if isinstance(error, PyhvError) else internal
         with self._lock:
             self._end = {"cause": "internal-error", "status": status_of("internal-error"), "message": message}
 

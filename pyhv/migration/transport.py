@@ -554,7 +554,7 @@ def _context(address: Address, tls: Tls | None, server: bool) -> ssl.SSLContext:
     import ssl
 
     if tls is None or not all(tls):
-        raise BadInput(address.text, "needs certificates", "give --tls-cert, --tls-key and --tls-ca")
+        raise BadInput(address.text, "needs certificates", "give tls=Tls(certificate, key, authority)")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED

@@ -40,7 +40,7 @@ def check_fits(size: int, subject: str, overcommit: bool = False) -> None:
     at_all = (free // 2 << 30) // _KERNEL_SHARE_OF_A_GIB
     if size > (at_all if overcommit else most):
         needs = f"needs {_show(size)} for the guest and {_show(kernel)} for the kernel's tables of it"
-        advice = f"the most is {_show(most, down=True)}, with --overcommit {_show(at_all, down=True)}"
+        advice = f"the most is {_show(most, down=True)}, with overcommit=True {_show(at_all, down=True)}"
         raise BadInput(subject, f"{needs}, and {where} has {_show(free, down=True)} of memory free", advice)
 
 

@@ -410,13 +410,13 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_more_than_one_vcpu_is_refused() -> None:
-    with pytest.raises(BadInput, match=r"2 vCPUs: the emulator runs one; use --cpus 1, or --accel kvm"):
+    with pytest.raises(BadInput, match='2 vCPUs: the emulator runs one; use cpus=1, or accel="kvm"'):
         pyhv.Machine("hello", accel="emulator", cpus=2)
 
 
 def test_the_ways_of_kvm_are_refused() -> None:
     for way in ("kernel", "trap"):
-        with pytest.raises(BadInput, match=f"--intercept {way}: is KVM's"):
+        with pytest.raises(BadInput, match=f'intercept="{way}": is KVM'):
             pyhv.Machine("hello", accel="emulator", intercept=way)
 
 

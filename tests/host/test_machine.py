@@ -233,7 +233,7 @@ def test_who_dies_of_what_kvm_lacks_is_told_of_the_emulator(tmp_path: Path) -> N
     image.write_bytes(b"\xcc\xf4")  # int3; hlt: this KVM executes no INT3
     result = run(str(image), boot="flat", accel="kvm")
     assert result.cause == "not-executable"
-    assert result.message.endswith("; the emulator may run this guest: --accel emulator")
+    assert result.message.endswith('; the emulator may run this guest: accel="emulator"')
 
 
 # A multiboot kernel, from 0x100000: its header, and then a page directory with one page of 4 MiB at 0x101000; CR3; PSE;
@@ -249,7 +249,7 @@ def test_4_mib_pages_are_what_such_a_kvm_lacks(tmp_path: Path) -> None:
     image.write_bytes(bytes.fromhex(FOUR_MIB_PAGES))
     result = run(str(image), accel="kvm")
     assert result.cause == "triple-fault"
-    assert result.message.endswith("; the emulator may run this guest: --accel emulator")
+    assert result.message.endswith('; the emulator may run this guest: accel="emulator"')
     assert run(str(image)).status == 5
 
 
@@ -258,7 +258,7 @@ def test_flat_binary(tmp_path: Path) -> None:
     image.write_bytes(bytes.fromhex("66baf400b007ee"))  # mov dx, 0xf4; mov al, 7; out dx, al
     result = run(str(image), boot="flat")
     assert (result.cause, result.status) == ("guest-exit", 7)
-    with pytest.raises(pyhv.BadInput, match=r"flat: is not recognised as an image; .*, --boot flat runs it"):
+    with pytest.raises(pyhv.BadInput, match=r'flat: is not recognised as an image; .*, boot="flat" runs it'):
         pyhv.Machine(str(image))
 
 

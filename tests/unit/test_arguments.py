@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +145,27 @@ def test_what_is_no_timeout(timeout: object) -> None:
 @pytest.mark.parametrize("timeout", [None, 0, 1, 0.5, float("inf")])
 def test_what_is_one(timeout: float | None) -> None:
     arguments.timeout(timeout)
+
+
+def test_errors_speak_of_arguments_and_the_command_line_of_options() -> None:
+    say = arguments.as_options
+    assert say('use accel="kvm" or cpus=1') == "use --accel kvm or --cpus 1"
+    assert say("the most is 1M, with overcommit=True 2M") == "the most is 1M, with --overcommit 2M"
+    assert say("give tls=Tls(certificate, key, authority)") == "give --tls-cert, --tls-key and --tls-ca"
+    assert say("start(force=True), or pyhv resume NAME --force") == "pyhv resume NAME --force"
+    assert say("a=b: cause=1 root=/dev/sda") == "a=b: cause=1 root=/dev/sda"
+
+
+def test_no_error_that_python_raises_speaks_of_the_command_lines_options() -> None:
+    """Outside the command line's own modules; pyhv's commands may be named, with their options."""
+    package, own = Path(arguments.__file__).parent, ("arguments.py", "outcome.py", "soak.py", "_features.py")
+    for path in package.rglob("*.py"):
+        if path.parent.name in ("cli", "guests") or path.name in own:
+            continue
+        tree = ast.parse(path.read_text())
+        said = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or node in said:
+                continue
+            if not re.match("look there;|take the kernel out of it|pyhv host --json", node.value):
+                assert not re.search(r"(?<![\w-])--[a-z]", node.value), (path, node.value)

@@ -247,10 +247,10 @@ def test_who_dies_of_what_kvm_lacks_is_told_of_the_emulator(monkeypatch: pytest.
         monkeypatch.setitem(probe._verdicts, "kvm", verdict)
         return choose.other_way(choose.Choice(Kvm(), "kernel", (), ""), given, vcpus, cause)  # type: ignore[arg-type]
 
-    advice = "the emulator may run this guest: --accel emulator"
+    advice = 'the emulator may run this guest: accel="emulator"'
     for verdict in (FAITHFUL, LEAKS_AT_3):
         assert told("not-executable", verdict) == advice == told("not-executable", verdict, given=facts())
-    assert told("not-executable", FAITHFUL, vcpus=2) == f"{advice} --cpus 1"
+    assert told("not-executable", FAITHFUL, vcpus=2) == f"{advice} cpus=1"
     assert told("not-executable", FAITHFUL, emulator=False) == f"{advice}; it is not installed: install it"
     assert told("triple-fault", LEAKS_AT_3) == advice
     # A triple fault on an ordinary KVM, or of a guest that was tried with this one, is the guest's own.
@@ -274,7 +274,7 @@ def test_without_kvm_the_emulator_or_what_to_do(monkeypatch: pytest.MonkeyPatch)
         between(monkeypatch, None, emulator=False)
     with pytest.raises(NotAvailable, match="/dev/kvm"):
         between(monkeypatch, None, accel="kvm")
-    with pytest.raises(BadInput, match="2 vCPUs: the emulator runs one; use --cpus 1, or --accel kvm"):
+    with pytest.raises(BadInput, match='2 vCPUs: the emulator runs one; use cpus=1, or accel="kvm"'):
         between(monkeypatch, None, vcpus=2)
 
 
@@ -295,5 +295,5 @@ def test_whoever_wants_every_cpuid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert between(monkeypatch, FAITHFUL, intercept=choose.LOGGED).choice.intercept == "trap"
     assert between(monkeypatch, LEAKS_EVERYWHERE, intercept=choose.LOGGED).choice.intercept == "emulator"
     assert between(monkeypatch, FAITHFUL, accel="emulator", intercept=choose.LOGGED).choice.note == ""
-    with pytest.raises(BadInput, match="--intercept trap: is KVM's"):
+    with pytest.raises(BadInput, match='intercept="trap": is KVM'):
         between(monkeypatch, FAITHFUL, accel="emulator", intercept="trap")

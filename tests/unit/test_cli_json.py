@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pyhv import errors
+from pyhv.arguments import as_options
 from pyhv.cli import COMMANDS, guard, main, output
 from pyhv.cli.options import Command, Option
 from pyhv.control import jsonrpc
@@ -123,7 +124,7 @@ def test_errors_keep_their_facts(error: errors.PyhvError, capfd: pytest.CaptureF
     assert value["status"] == status == (2 if isinstance(error, errors.BadInput) else others.get(type(error), 125))
     assert value["cause"] == {2: "usage", 124: "timeout", 125: "internal-error", 130: "interrupted"}[status]
     assert (value["kind"] == type(error).__name__ and f"`{value['kind']}`" in DOC) or type(error) is errors.PyhvError
-    assert value["message"] == str(error)
+    assert value["message"] == as_options(str(error))
     assert set(value["facts"]) == set(vars(error))
     assert err.startswith("pyhv: ")
 

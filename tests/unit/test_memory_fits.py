@@ -31,7 +31,7 @@ def test_what_fits_is_free_memory_less_the_kernels_tables() -> None:
     memory.check_fits(most, "memory x")
     assert problem(most + 4096) == (
         "memory x: needs 1022M for the guest and 3M for the kernel's tables of it, and this host has 1G of memory "
-        "free; the most is 1021M, with --overcommit 204G"
+        "free; the most is 1021M, with overcommit=True 204G"
     )
 
 

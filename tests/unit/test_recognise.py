@@ -99,7 +99,7 @@ def make_pe(machine: int = 0x8664, subsystem: int = 10, sections: tuple[bytes, .
         (at(0, b"\xd6\x50\x52\xe8" + struct.pack("<III", 0, 16, -(0xE85250D6 + 16) & 0xFFFFFFFF)), "is a multiboot 2"),
         (make_elf(machine=183), "is not an x86 image but ELF for 64-bit AArch64"),
         (make_elf32(), "is an ELF file for 32-bit i386 that has neither a multiboot header nor a PVH note"),
-        (b"\xf4", "is not recognised as an image; if it is code for 1 MiB, --boot flat runs it"),
+        (b"\xf4", 'is not recognised as an image; if it is code for 1 MiB, boot="flat" runs it'),
         (b"\x7fEL", "is not recognised as an image"),
     ],
 )
