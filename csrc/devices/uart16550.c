@@ -152,7 +152,7 @@ struct uart {
     bool sending;         /* a thread is in send_some(), without the lock */
     bool sender_waits;    /* and will not leave anything behind, unless it is asked to stop */
     unsigned waiting;     /* threads that want to send as soon as one that does not wait has done */
-    uint32_t epoch;   /* counts loads: what was being sent then is no longer the transmitter's */
+    uint32_t epoch;       /* counts loads: what was being sent then is no longer the transmitter's */
     pthread_cond_t sent;
     uint8_t *kept; /* a ring of the last kept_size bytes of output, which go nowhere else; NULL: there is none */
     size_t kept_size;
@@ -817,8 +817,8 @@ static int uart_load(struct pyhv_device *device, struct pyhv_reader *in, struct 
     if (in->left)
         return pyhv_device_refuse_state(device, error, "%zu bytes too many", in->left);
 
-    if (r.ier & ~IER_ALL || r.mcr & ~MCR_ALL || r.modem_changes & ~MSR_CHANGES ||
-        (flags >> 3 & 7) > POLLS || flags >> 6 > LOOK_RBR || r.fcr & ~FCR_KEPT || (r.fcr && !(r.fcr & FCR_ENABLE)))
+    if (r.ier & ~IER_ALL || r.mcr & ~MCR_ALL || r.modem_changes & ~MSR_CHANGES || (flags >> 3 & 7) > POLLS ||
+        flags >> 6 > LOOK_RBR || r.fcr & ~FCR_KEPT || (r.fcr && !(r.fcr & FCR_ENABLE)))
         return pyhv_device_refuse_state(
             device, error,
             "bits are set that the chip does not keep: IER 0x%02x FCR 0x%02x MCR 0x%02x MSR 0x%02x flags 0x%02x", r.ier,

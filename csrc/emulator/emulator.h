@@ -93,7 +93,7 @@ struct pyhv_emulator_vcpu {
     struct {
         uint64_t cr0, cr2, cr3, cr4, efer, rip;
     } control;
-    uint32_t one_by_one; /* so many instructions more are blocks of their own: fetched_ahead() */
+    uint32_t one_by_one;  /* so many instructions more are blocks of their own: fetched_ahead() */
     uint64_t cr4_allowed; /* by the CPUID table */
     uint64_t cr3_reserved;
 

@@ -167,7 +167,8 @@ enum {
 };
 enum {
     HF2_NMI = 1 << 2,
-    HF2_OWN_PRIORITY = 1 << 3, /* CR8 reads as it was written; else as the library's own local APIC says, which is none */
+    /* CR8 reads as it was written; else as the library's own local APIC says, which is none. */
+    HF2_OWN_PRIORITY = 1 << 3,
 };
 enum { CC_OP_EFLAGS = 1 }; /* the arithmetic flags are in cc_src */
 

@@ -143,8 +143,8 @@ static bool wrote_reserved(struct pyhv_emulator_vcpu *vcpu, const struct cpu_sta
     if (cr0 == vcpu->control.cr0 && state->cr[3] == vcpu->control.cr3 && state->cr[4] == vcpu->control.cr4)
         return false;
     /* Paging ends in 32-bit code only, and of long mode PAE is a part. */
-    const bool lost_paging = ~cr0 & vcpu->control.cr0 & CR0_PG && vcpu->control.efer & EFER_LMA &&
-                             state->segs[CS].flags & SEG_L;
+    const bool lost_paging =
+        ~cr0 & vcpu->control.cr0 & CR0_PG && vcpu->control.efer & EFER_LMA && state->segs[CS].flags & SEG_L;
     const bool lost_pae = ~state->cr[4] & vcpu->control.cr4 & CR4_PAE && state->efer & EFER_LMA;
     if ((cr0 != vcpu->control.cr0 && (((cr0 & CR0_PG) && !(cr0 & CR0_PE)) || ((cr0 & CR0_NW) && !(cr0 & CR0_CD)))) ||
         lost_paging || lost_pae ||

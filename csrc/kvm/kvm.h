@@ -22,9 +22,9 @@ struct pyhv_slot {
 struct pyhv_vm {
     int kvm_fd;
     int fd;
-    bool irqchip;  /* wanted */
-    bool pit;      /* wanted with it */
-    bool complete; /* see pyhv_vm_complete() */
+    bool irqchip;            /* wanted */
+    bool pit;                /* wanted with it */
+    bool complete;           /* see pyhv_vm_complete() */
     bool triple_fault_event; /* a pending triple fault is part of a vCPU's events */
     struct pyhv_bus *bus;
     struct pyhv_vcpu *vcpus; /* the newest first, linked by `next` */

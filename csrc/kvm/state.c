@@ -137,10 +137,11 @@ int pyhv_vcpu_set_regs(struct pyhv_vcpu *vcpu, const struct pyhv_regs *from, str
 }
 
 /* A field of a structure of ours that KVM's has in 8 or 16 bits: cut, the guest would go on with another value. */
-#define CHECK_FITS(what, from, field, most)                                                                          \
-    do {                                                                                                             \
-        if ((from)->field > (most))                                                                                  \
-            return pyhv_fail(error, ERANGE, what, "%s is 0x%x, at most 0x%x is possible", #field, (from)->field, most); \
+#define CHECK_FITS(what, from, field, most)                                                                      \
+    do {                                                                                                         \
+        if ((from)->field > (most))                                                                              \
+            return pyhv_fail(error, ERANGE, what, "%s is 0x%x, at most 0x%x is possible", #field, (from)->field, \
+                             most);                                                                              \
     } while (0)
 
 /* Those bits of struct pyhv_segment's attributes that have a meaning. */

@@ -1512,7 +1512,8 @@ static void test_uart_input_waits_for_the_guest(void)
         in(rig.bus, COM1 + RBR);
         in(rig.bus, COM1 + IIR);
         in(rig.bus, COM1 + MSR);
-        for (int i = 0; i < 50; i++) { /* a line of the early console: with each byte one look, and one more in the end */
+        /* A line of the early console: with each byte one look, and one more in the end. */
+        for (int i = 0; i < 50; i++) {
             CHECK_EQUAL(in(rig.bus, COM1 + LSR), 0x60);
             out(rig.bus, COM1 + THR, 'e');
         }
@@ -2458,15 +2459,11 @@ static void test_state_layout(void)
         size_t at;
         uint8_t value;
         const char *because;
-    } bad[] = {{0, 2, "version 2"},          {1, 0x10, "IER 0x10"},
-               {2, 0x88, "FCR 0x88"},        {2, 0x02, "FCR 0x02"},
-               {2, 0x91, "FCR 0x91"},        {4, 0x20, "MCR 0x20"},
-               {8, 0x29, "flags 0x29"},      {8, 0x03, "THR cannot be empty"},
-               {9, 0x10, "MSR 0x10"},        {10, 17, "17 bytes"},
-               {8, 0xc1, "flags 0xc1"},      {27, 17, "17 held"},
-               {44, 5, "cut short"},
-               {44, 3, "1 bytes too many"},  {45, 0x10, "4100 bytes"},
-               {2, 0x00, "2 bytes received"}};
+    } bad[] = {
+        {0, 2, "version 2"},   {1, 0x10, "IER 0x10"},       {2, 0x88, "FCR 0x88"},    {2, 0x02, "FCR 0x02"},
+        {2, 0x91, "FCR 0x91"}, {4, 0x20, "MCR 0x20"},       {8, 0x29, "flags 0x29"},  {8, 0x03, "THR cannot be empty"},
+        {9, 0x10, "MSR 0x10"}, {10, 17, "17 bytes"},        {8, 0xc1, "flags 0xc1"},  {27, 17, "17 held"},
+        {44, 5, "cut short"},  {44, 3, "1 bytes too many"}, {45, 0x10, "4100 bytes"}, {2, 0x00, "2 bytes received"}};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         uint8_t broken[50];
         memcpy(broken, expected, sizeof broken);

@@ -29,7 +29,7 @@ static int kvm_fd;
  * that can be switched off. */
 static struct {
     int on, scales;
-    uint64_t ssp;       /* it has one register, of this number: */
+    uint64_t ssp; /* it has one register, of this number: */
     uint64_t ssp_id;
     int vcpus, pmu_off; /* of vcpus, so many were made after the PMU was switched off */
 } other_host;
@@ -239,7 +239,8 @@ static void kicks(int irqchip, const uint8_t *code, size_t size)
         pthread_join(thread, NULL);
         CHECK_EQUAL(exit.stop, PYHV_STOP_KICKED);
     }
-    CHECK_EQUAL(pyhv_vcpu_kick(machine.vcpu, NULL), 0); /* in front of the run: not lost, and only one run is ended by it */
+    /* In front of the run: not lost, and only one run is ended by it. */
+    CHECK_EQUAL(pyhv_vcpu_kick(machine.vcpu, NULL), 0);
     pyhv_vcpu_run(machine.vcpu, &exit);
     CHECK_EQUAL(exit.stop, PYHV_STOP_KICKED);
     pthread_create(&thread, NULL, kick_soon, machine.vcpu);
@@ -509,10 +510,22 @@ static void numbers_that_do_not_fit_are_refused(void)
         size_t offset;
     } fields[] = {
 #define FIELD(name) {#name, offsetof(struct pyhv_events, name)}
-        FIELD(exception_injected),    FIELD(exception_pending), FIELD(exception_vector), FIELD(exception_has_error),
-        FIELD(exception_has_payload), FIELD(interrupt_injected), FIELD(interrupt_vector), FIELD(interrupt_soft),
-        FIELD(interrupt_shadow),      FIELD(nmi_injected),      FIELD(nmi_pending),      FIELD(nmi_masked),
-        FIELD(smm),                   FIELD(smi_pending),       FIELD(smm_inside_nmi),   FIELD(latched_init),
+        FIELD(exception_injected),
+        FIELD(exception_pending),
+        FIELD(exception_vector),
+        FIELD(exception_has_error),
+        FIELD(exception_has_payload),
+        FIELD(interrupt_injected),
+        FIELD(interrupt_vector),
+        FIELD(interrupt_soft),
+        FIELD(interrupt_shadow),
+        FIELD(nmi_injected),
+        FIELD(nmi_pending),
+        FIELD(nmi_masked),
+        FIELD(smm),
+        FIELD(smi_pending),
+        FIELD(smm_inside_nmi),
+        FIELD(latched_init),
         FIELD(triple_fault_pending),
 #undef FIELD
     };
