@@ -93,11 +93,12 @@ int pyhv_vcpu_waits_for_ever(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
     until.tv_nsec %= 1000000000L;
 
     pthread_mutex_lock(&vcpu->kick.lock);
-    if (!vcpu->kick.running) {
-        pthread_mutex_unlock(&vcpu->kick.lock);
-        return look(vcpu, error);
-    }
     int result = 0;
+    if (!vcpu->kick.running) { /* and no run begins meanwhile: KVM would let the look wait for its end */
+        result = look(vcpu, error);
+        pthread_mutex_unlock(&vcpu->kick.lock);
+        return result;
+    }
     vcpu->look = LOOK_WANTED;
     vcpu->run->immediate_exit = 1;
     int errnum = pyhv_kick_send(&vcpu->kick);

@@ -329,6 +329,33 @@ static void looks_at_running_vcpus(void)
     }
 }
 
+/* A run may begin while somebody looks at the vCPU: who looks must not wait in the kernel until that run ends. */
+enum { BEGINNINGS = 300 };
+
+static void *run_again(void *argument)
+{
+    struct pyhv_exit exit;
+    for (int i = 0; i < BEGINNINGS; i++)
+        pyhv_vcpu_run(argument, &exit);
+    return NULL;
+}
+
+static void looks_as_a_run_begins(void)
+{
+    static const uint8_t spin[] = {0xeb, 0xfe};
+    struct machine machine;
+    struct pyhv_error error = {0};
+    pthread_t thread;
+    build(&machine, spin, sizeof spin, 1);
+    pthread_create(&thread, NULL, run_again, machine.vcpu);
+    while (pthread_tryjoin_np(thread, NULL)) {
+        pyhv_vcpu_kick(machine.vcpu, NULL);
+        for (int i = 0; i < 4; i++)
+            CHECK_EQUAL(pyhv_vcpu_waits_for_ever(machine.vcpu, &error), 0);
+    }
+    destroy(&machine);
+}
+
 /* ------------------------------------------------------------------------------------ stepping and traps -- */
 
 static void steps(void)
@@ -783,6 +810,7 @@ int main(void)
     kick_with_blocked_signals();
     kicks_without_a_queue();
     looks_at_running_vcpus();
+    looks_as_a_run_begins();
     kick_among_cpuids();
     stepping_refuses_interrupts();
     steps();
