@@ -72,6 +72,8 @@ def test_version_and_help(capfd: pytest.CaptureFixture[str]) -> None:
     for command in COMMANDS:
         assert f"\n  {command} " in out
     assert "example" in out
+    for words in (("help",), ("help", "run")):
+        assert call(capfd, *words) == call(capfd, *words[1:], "--help") != (0, "", "")
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,10 @@ def test_version_and_help(capfd: pytest.CaptureFixture[str]) -> None:
     [
         ([], f"command: none was given; there are {', '.join(COMMANDS)}; see pyhv --help"),
         (["rum"], "rum: is no command; did you mean run?"),
+        (["kill", "t"], "kill: is no command; did you mean stop?"),
+        (["run", "--image", "x"], "--image: pyhv run has no such option; it is an argument: pyhv run IMAGE"),
+        (["run", "x", "--module", ""], "--module : is empty; name a file"),
+        (["run", "x", "--timeout", "99999999999"], "--timeout 99999999999: is too long; the most is "),
         (["--verison"], "--verison: is no option of pyhv; "),
         (["features", "popcn"], "feature 'popcn': there is no such feature; did you mean popcnt"),
         (["features", "--leaf", "seven"], "--leaf seven: is not a leaf; give a number such as 7, 7.1 or 0x80000001"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -101,8 +102,19 @@ def test_a_directory_that_is_open_to_others(base: Path, mode: int, create: bool)
 def test_a_directory_of_another_user(base: Path) -> None:
     (base / "pyhv").mkdir(mode=0o700)
     os.chown(base / "pyhv", 4711, -1)
-    with pytest.raises(BadInput, match="belongs to the user with the number 4711"):
+    with pytest.raises(BadInput, match="belongs to the user with the number 4711; set XDG_RUNTIME_DIR"):
         names.claim("a")
+
+
+def test_a_directory_that_may_not_be_looked_into(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as root's: whoever may not open it cannot remove it either."""
+
+    def refuse(*words: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(names.os, "open", refuse)
+    with pytest.raises(BadInput, match="pyhv: cannot be opened: Permission denied; set XDG_RUNTIME_DIR"):
+        names.Directory()
 
 
 def test_a_symbolic_link_is_no_directory(base: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyhv.cli import soak
-from pyhv.errors import HostError
+from pyhv.errors import BadInput, HandoverUnknown, HostError, TimedOut
 
 
 @contextmanager
@@ -57,3 +57,9 @@ def test_the_soaks_state_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     ):
         state.save()
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["state"]
+
+
+def test_what_must_not_be_tried_again_is_no_error_of_the_host() -> None:
+    """Whoever tries again after HostError would run a second copy; and nobody's coming is no bad input."""
+    assert not issubclass(HandoverUnknown, HostError | BadInput)
+    assert not issubclass(TimedOut, HostError | BadInput)

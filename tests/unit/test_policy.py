@@ -170,7 +170,7 @@ def test_profile_host_shows_what_can_move() -> None:
         movable = [BY_NAME[n] for n in lost if BY_NAME[n].migratable and not BY_NAME[n].barred]
         # What is lost all the same rests on something that this dump does not have.
         reasons = {row.name: row.reason for row in made.hidden}
-        if host.table.lineage == "amd" and "arch_capabilities" in reasons:
+        if host.table.lineage == "amd" and "arch_capabilities" in host.table.features():
             assert reasons.pop("arch_capabilities").startswith("KVM's own addition")
             movable.remove(BY_NAME["arch_capabilities"])
         assert all(reasons[f.name].startswith("needs ") for f in movable if not f.topology), (name, movable)
@@ -364,6 +364,15 @@ def test_bits_that_no_host_decides() -> None:
     # The whole host shows them as it has them.
     assert guest(with_both, EVERYTHING).visible == {inverted, any_of}
     assert guest(without, EVERYTHING).visible == {"smep"}
+
+
+def test_arch_capabilities_are_not_shown_on_amd() -> None:
+    """KVM provides the MSR everywhere; AMD's processors do not have it."""
+    name = "arch_capabilities"
+    assert guest(host_with(name), EVERYTHING).visible == {name}
+    made = guest(host_with(name, vendor=cpus.AMD), EVERYTHING)
+    assert made.visible == frozenset()
+    assert made.hidden == (Hidden(name, "KVM's own addition: processors of this vendor do not have it"),)
 
 
 def test_never_whatever_a_profile_lists() -> None:
