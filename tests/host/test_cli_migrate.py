@@ -188,9 +188,9 @@ def test_ssh_by_a_command_that_stays_here(tmp_path: Path, base: Path, monkeypatc
     script = tmp_path / "ssh"
     script.write_text(f"#!/bin/sh\necho \"$1\" > {tmp_path}/host\nshift\nXDG_RUNTIME_DIR={other} exec sh -c \"$*\"\n")
     script.chmod(0o700)
+    detach("t", *TICKER)  # before: what counts is the environment of pyhv migrate
     monkeypatch.setenv("PYHV_SSH", str(script))
     monkeypatch.setenv("PYHV_REMOTE", " ".join(COMMAND))
-    detach("t", *TICKER)
     wait_for(lambda: rounds_of("t") >= 1)
     try:
         migrate("t", "ssh://me@there")
