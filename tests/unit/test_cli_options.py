@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyhv.cli import COMMANDS, one_line
+from pyhv.cli import COMMANDS, migrate, one_line
 from pyhv.cli.options import Command, Option, number, processors, seconds
 from pyhv.errors import BadInput
+from pyhv.machine import parse_memory
 
 COMMAND = Command(
     "test",
@@ -154,3 +155,26 @@ def test_processors(text: str, numbers: tuple[int, ...]) -> None:
 def test_what_is_no_list_of_processors(text: str) -> None:
     with pytest.raises(ValueError, match="no list of processors"):
         processors(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("100M", 100 << 20), ("100MiB", 100 << 20), ("4096K", 4 << 20), ("0.5G", 1 << 29), ("64MB", 64_000_000)],
+)
+def test_a_rate_is_written_as_a_size_of_memory_is(text: str, size: int) -> None:
+    assert parse_memory(text) == size
+    assert migrate.COMMAND.parse(["t", "unix:m", "--bandwidth", text]).bandwidth == size
+    assert migrate.COMMAND.parse(["t", "unix:m", "--bandwidth", f"{text}/s"]).bandwidth == size
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        (("--downtime", "20"), 0.02), (("--downtime", "20ms"), 0.02), (("--downtime", "0.5s"), 0.5),
+        (("--downtime", "500us"), 0.0005), (("--timeout", "20"), 20), (("--timeout", "500ms"), 0.5),
+        (("--silence", "2"), 2), (("--silence", "2s"), 2),
+    ],
+)  # fmt: skip
+def test_times_of_a_migration_have_units(words: tuple[str, str], seconds: float) -> None:
+    given = vars(migrate.COMMAND.parse(["t", "unix:m", *words]))
+    assert given[words[0].removeprefix("--")] == pytest.approx(seconds)
