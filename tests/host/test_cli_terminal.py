@@ -35,6 +35,17 @@ def test_keys_reach_the_guest_and_its_end_restores_the_terminal() -> None:
         assert_restored(terminal)
 
 
+def test_what_a_guest_does_not_take_is_not_dropped_without_a_word() -> None:
+    with Terminal("run", "spin") as terminal:
+        terminal.wait_until_raw()
+        for _ in range(300):  # more than the pipe has room for, and more than is kept
+            terminal.send(b"x" * 4096)
+        terminal.read_until(b"the guest does not take its input: what goes beyond 1 MiB of it is lost")
+        terminal.send(b"\x01x")
+        assert terminal.wait() == 130
+        assert_restored(terminal)
+
+
 def test_a_lone_newline_starts_a_line() -> None:
     with Terminal("run", "hello") as terminal:
         assert terminal.wait() == 0

@@ -16,6 +16,7 @@ from pyhv.cpu.feature_types import Word
 from pyhv.cpu.features import (
     BY_NAME,
     FEATURES,
+    NUMBERS,
     WORDS,
     XSAVE_COMPONENTS,
     by_any_name,
@@ -108,6 +109,13 @@ def test_dynamic_topology_and_barred_bits() -> None:
     }
     pmu = {f.name for f in FEATURES if f.barred == "pmu"}
     assert {"pdcm", "perfctr_core", "perfctr_nb", "perfctr_llc", "arch_perfmon_ext", "arch_lbr", "ibs", "dts"} <= pmu
+
+
+def test_what_kvm_does_with_what_it_began_to_offer() -> None:
+    """kvm_set_cpu_caps() of Linux 6.18: IBRS_SAME_MODE is passed on, CPUID faulting in user mode is emulated."""
+    assert find("ibrs_same_mode").kvm == "passes"
+    assert find("gp_on_user_cpuid").kvm == "provides"
+    assert ("rap_size", "eraps") in [(number.name, number.needs) for number in NUMBERS]
 
 
 @pytest.mark.parametrize(
