@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,7 +192,7 @@ _SAME_BYTES = [  # of registers and memory that are the same in each mode
     Row("pni", "| lddqu {m}, %xmm0 | " + _XMM, {}, {"rdx": 5}, kind="sse", m=words(5)),
     Row(
         "pni",
-        "| fninit; fldl {m}; fisttpl 8{m} | mov 8{m}, %eax",
+        "fninit; fldl {m} | fisttpl 8{m} | mov 8{m}, %eax",
         {},
         {"rax": 2},
         kind="x87",
@@ -508,8 +509,8 @@ class Box:
         self.memory.close()
 
 
-def whole_table(vendor: str = "AuthenticAMD") -> CpuidTable:
-    """All that is ever shown, whatever this host's processor has."""
+def table_of(shown: AbstractSet[str], vendor: str = "AuthenticAMD") -> CpuidTable:
+    """A table with these features, whatever this host's processor has."""
     name = struct.unpack("<3I", vendor.encode())
     entries = {(0, 0): [0xB, name[0], name[2], name[1]], (1, 0): [0x00A00F11, 0x800, 0, 0], (7, 0): [0, 0, 0, 0]}
     entries |= {
@@ -518,7 +519,7 @@ def whole_table(vendor: str = "AuthenticAMD") -> CpuidTable:
         (0x80000008, 0): [0x3028, 0, 0, 0],
     }
     for feature in features.FEATURES:
-        if feature.name in FEATURES or feature.mirrors in FEATURES:
+        if feature.name in shown or feature.mirrors in shown:
             key = feature.word.leaf, feature.word.subleaf
             entries[key][("eax", "ebx", "ecx", "edx").index(feature.word.register)] |= feature.mask
     return CpuidTable({key: Registers(*value) for key, value in entries.items()})
@@ -602,7 +603,7 @@ def test_instructions_of_what_is_shown(tmp_path: Path) -> None:
     code, lengths = assemble(pieces, tmp_path)
     assert len(code) < _SIZE - _CODE
     found = []
-    with Box(whole_table(), code) as box:
+    with Box(table_of(FEATURES), code) as box:
         for number, (case, length) in enumerate(zip(every, lengths, strict=True)):
             for cpl in (0,) if case.mode == "r" else (0, 3):
                 for off, on in SWITCHES:
@@ -612,6 +613,39 @@ def test_instructions_of_what_is_shown(tmp_path: Path) -> None:
                         where = f"mode {case.mode}, CPL {cpl} {switch}"
                         found.append(f"{case.row.feature}: {text.strip()}: {where}: {what}")
     assert found == []
+
+
+#: What 64-bit mode and these tests rest on, and is not hidden in them.
+NEEDED = frozenset("fpu pse tsc msr pae cx8 apic pge cmov fxsr sse sse2 mmx syscall nx lm".split())
+
+#: What runs although its feature is hidden: docs/emulator.md lists it. Not named: what is no instruction of its own.
+HIDDEN_AND_RUN = {
+    "mmxext": {"pshufw", "pavgb", "pinsrw", "maskmovq"},
+    "pni": {"haddps", "lddqu", "fisttpl"},
+    "bmi1": {"tzcnt"},
+    "abm": {"lzcnt"},
+    "3dnow": {"prefetch"},
+}
+_NOT_ITS_OWN = {"erms", "hypervisor", "mca", "mtrr", "pat"}
+
+
+def test_what_is_hidden_is_invalid_or_listed(tmp_path: Path) -> None:
+    hidden = [
+        case
+        for case in cases()
+        if not case.whole and case.mode in case.row.where and case.row.feature not in NEEDED | _NOT_ITS_OWN
+    ]
+    pieces = [
+        (_BITS[case.mode], case.row.code.replace("{m}", _MEMORY[case.mode]).split("|")[1].strip()) for case in hidden
+    ]
+    code, _ = assemble(pieces, tmp_path)
+    ran: dict[str, set[str]] = {}
+    with Box(table_of(NEEDED), code) as box:
+        for number, (case, piece) in enumerate(zip(hidden, pieces, strict=True)):
+            end = box.run(box.sregs(case.mode, 0), _CODE + number * _SLOT, {})
+            if (end.vector, end.at) != (INVALID, 0):
+                ran.setdefault(case.row.feature, set()).add(piece[1].split()[0])
+    assert ran == HIDDEN_AND_RUN
 
 
 # ------------------------------------------------------------------------------------- what is no instruction
@@ -625,7 +659,7 @@ _JUMP = bytes.fromhex("ffe0 0f0b")  # jmp *%rax
 
 def box_with(code: str | bytes, vendor: str = "AuthenticAMD", irqchip: bool = False) -> Box:
     code = bytes.fromhex(code) if isinstance(code, str) else code
-    box = Box(whole_table(vendor), code, irqchip)
+    box = Box(table_of(FEATURES, vendor), code, irqchip)
     box.memory.write(_DATA, words(0x1234))
     return box
 
