@@ -9,8 +9,9 @@
  *
  * The program that pyhv is a part of may use it as well. A handler that is found is called for every SIGURG that is not
  * pyhv's own, also one that is installed while a VM exists, which pyhv puts itself in front of when it next sends the
- * signal. After the last vCPU the handler that was found is back. One thing differs for such a program meanwhile: no
- * SA_RESTART.
+ * signal. Until then the timer of an emulated guest, which the kernel sends by the same signal, is lost if the guest is
+ * computing: a program should install its handler before it runs one. After the last vCPU the handler that was found is
+ * back. One thing differs for such a program meanwhile: no SA_RESTART.
  */
 #ifndef PYHV_KICK_H
 #define PYHV_KICK_H

@@ -22,6 +22,7 @@
 #include <unistd.h>
 
 #include "emulator/emulator.h"
+#include "fault.h"
 
 /* Of <linux/userfaultfd.h> and <linux/fs.h>, which may be older than the kernel. */
 #define FEATURE_WP_SHMEM       (UINT64_C(1) << 12)
@@ -154,7 +155,6 @@ fail:
 enum { MAX_WATCHED = 64 };
 static _Atomic(struct pyhv_emulator_vm *) watched[MAX_WATCHED];
 static atomic_int handling;
-static struct sigaction before;
 
 static bool note_fault(const uint8_t *address)
 {
@@ -179,22 +179,17 @@ static bool note_fault(const uint8_t *address)
     return false;
 }
 
-static void on_fault(int signal, siginfo_t *info, void *context)
+static bool let_write(const siginfo_t *info)
 {
     int errnum = errno;
     atomic_fetch_add(&handling, 1);
     bool ours = info->si_code == SEGV_ACCERR && note_fault(info->si_addr);
     atomic_fetch_sub(&handling, 1);
     errno = errnum;
-    if (ours)
-        return;
-    if (before.sa_flags & SA_SIGINFO && before.sa_sigaction)
-        before.sa_sigaction(signal, info, context);
-    else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN && before.sa_handler)
-        before.sa_handler(signal);
-    else /* let it happen again, to nobody's surprise */
-        sigaction(SIGSEGV, &before, NULL);
+    return ours;
 }
+
+PYHV_FAULT(write_fault, SIGSEGV, let_write);
 
 static int protect(const struct pyhv_emulator_vm *vm, int rights, struct pyhv_error *error)
 {
@@ -202,13 +197,6 @@ static int protect(const struct pyhv_emulator_vm *vm, int rights, struct pyhv_er
         if (mprotect(vm->slots[i].host, vm->slots[i].size, rights) < 0)
             return pyhv_fail_errno(error, "mprotect");
     return 0;
-}
-
-static void install_fault_handler(void)
-{
-    struct sigaction action = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK};
-    sigemptyset(&action.sa_mask);
-    sigaction(SIGSEGV, &action, &before);
 }
 
 static void unwatch(struct pyhv_emulator_vm *vm)
@@ -225,11 +213,9 @@ static void unwatch(struct pyhv_emulator_vm *vm)
 
 static int watch(struct pyhv_emulator_vm *vm, struct pyhv_error *error)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
     vm->dirty.written = calloc((size_t)(all_pages(vm) + 63) / 64, sizeof *vm->dirty.written);
     if (!vm->dirty.written)
         return pyhv_fail(error, ENOMEM, "pyhv_emulator_vm_log_dirty", NULL);
-    pthread_once(&once, install_fault_handler);
     for (int i = 0; i < MAX_WATCHED; i++) {
         struct pyhv_emulator_vm *none = NULL;
         if (atomic_compare_exchange_strong(&watched[i], &none, vm))
@@ -248,6 +234,7 @@ static int begin_faults(struct pyhv_emulator_vm *vm, struct pyhv_error *error)
 {
     if (!vm->dirty.written && watch(vm, error) < 0)
         return -1;
+    pyhv_fault_install(&write_fault);
     memset(vm->dirty.written, 0, (size_t)(all_pages(vm) + 63) / 64 * sizeof *vm->dirty.written);
     if (protect(vm, PROT_READ, error) == 0)
         return 0;

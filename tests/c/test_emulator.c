@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -518,6 +519,65 @@ static void writes_are_logged_on_and_off(void)
     unsetenv("PYHV_DIRTY");
     CHECK_EQUAL(pyhv_emulator_vcpu_kick(machine.vcpu, NULL), 0);
     pthread_join(thread, NULL);
+    destroy(&machine);
+}
+
+/* A handler that came later and chains, as faulthandler does, is passed over by what is pyhv's, and gets the rest once. */
+static struct sigaction below;
+static atomic_int others;
+
+static void count_and_chain(int signal, siginfo_t *info, void *context)
+{
+    atomic_fetch_add(&others, 1);
+    below.sa_sigaction(signal, info, context);
+}
+
+static void put_on_top(int signal)
+{
+    struct sigaction action = {.sa_sigaction = count_and_chain, .sa_flags = SA_SIGINFO | SA_NODEFER};
+    sigaction(signal, &action, &below);
+}
+
+static void a_fault_handler_that_comes_later(void)
+{
+    static const uint8_t code[] = {0xff, 0x06, 0x00, 0x03, 0xeb, 0xfa}; /* 1: incw 0x300; jmp 1b */
+    struct machine machine;
+    struct pyhv_exit exit;
+    struct pyhv_error error = {0};
+    uint64_t pages = 0;
+    build(&machine, code, sizeof code, 0);
+    start_real(&machine);
+    need(pyhv_emulator_vcpu_kick(machine.vcpu, &error) == 0, &error);
+    CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_KICKED); /* both handlers are there from here on */
+    setenv("PYHV_DIRTY", "fault", 1);
+    need(pyhv_emulator_vm_log_dirty(machine.vm, 1, &error) == 0, &error);
+    need(pyhv_emulator_vm_log_dirty(machine.vm, 0, &error) == 0, &error);
+
+    put_on_top(SIGSEGV);
+    need(pyhv_emulator_vm_log_dirty(machine.vm, 1, &error) == 0, &error);
+    pyhv_emulator_vcpu_step(machine.vcpu, &exit);
+    CHECK_EQUAL(exit.stop, PYHV_STOP_DEBUG);
+    need(pyhv_emulator_vm_take_dirty(machine.vm, &pages, &error) == 0, &error);
+    CHECK_EQUAL(pages, 1);
+    need(pyhv_emulator_vm_log_dirty(machine.vm, 0, &error) == 0, &error);
+    unsetenv("PYHV_DIRTY");
+
+    put_on_top(SIGBUS);
+    CHECK_EQUAL(ftruncate(machine.memory.fd, 0), 0);
+    CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_INTERNAL_ERROR);
+    CHECK_EQUAL(exit.suberror, PYHV_SUBERROR_LOST_MEMORY);
+    CHECK_EQUAL(others, 0);
+
+    pid_t child = fork(); /* what is not pyhv's: to the other handler, and back, and then it has its usual end */
+    if (child == 0) {
+        *(volatile uint8_t *)machine.memory.host = 0;
+        _exit(1);
+    }
+    int status = 0;
+    CHECK_EQUAL(waitpid(child, &status, 0), child);
+    CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS);
+    signal(SIGBUS, SIG_DFL);
+    signal(SIGSEGV, SIG_DFL);
     destroy(&machine);
 }
 
@@ -1407,6 +1467,7 @@ int main(void)
     kicks(1, sleep_for_ever, sizeof sleep_for_ever);
     kicks_without_a_queue();
     writes_are_logged_on_and_off();
+    a_fault_handler_that_comes_later();
     the_task_priority_is_one();
     whoever_asks_for_a_stop_gets_it();
     it_holds_under_stress();

@@ -476,11 +476,13 @@ def test_no_second_one_is_opened() -> None:
 
 
 CUT_SHORT = """
-import os, sys, pyhv
+import faulthandler, os, sys, pyhv
 path = sys.argv[1]
 with pyhv.Machine("ticker", append="every=1", accel="emulator", memory="64M") as machine:
     machine.run(timeout=0.2)
     machine.save(path)
+if sys.argv[3] == "late":
+    faulthandler.enable()
 with pyhv.Machine.restore(path, accel="emulator") as machine:
     os.truncate(path, int(sys.argv[2]))
     result = machine.run(timeout=20)
@@ -488,10 +490,13 @@ print(result.cause, result.message)
 """
 
 
-@pytest.mark.parametrize("size", [4096, 8192, 1 << 20])
-def test_a_snapshot_cut_short_under_its_guest_ends_the_guest_alone(size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "enabled"), [(4096, "early"), (8192, "early"), (1 << 20, "early"), (8192, "late"), (8192, "never")]
+)
+def test_a_snapshot_cut_short_under_its_guest_ends_the_guest_alone(size: int, enabled: str, tmp_path: Path) -> None:
     path = tmp_path / "s.pyhv"
-    command = [sys.executable, "-X", "faulthandler", "-c", CUT_SHORT, str(path), str(size)]
+    early = ["-X", "faulthandler"] if enabled == "early" else []
+    command = [sys.executable, *early, "-c", CUT_SHORT, str(path), str(size), enabled]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done
     assert done.stdout.startswith(f"internal-error the snapshot {path} became shorter while its memory"), done
