@@ -282,12 +282,13 @@ int pyhv_vcpu_get_tsc_khz(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
 
 int pyhv_vcpu_set_tsc_khz(struct pyhv_vcpu *vcpu, uint32_t khz, struct pyhv_error *error)
 {
-    if (ioctl(vcpu->fd, KVM_SET_TSC_KHZ, (unsigned long)khz) == 0)
-        return 0;
-    int errnum = errno;
+    /* Not tried where the host cannot: KVM would take a higher rate all the same, and let the counter jump ahead at each
+     * entry, each vCPU's by itself (tsc_always_catchup, arch/x86/kvm/x86.c). */
     if (ioctl(vcpu->vm->kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_TSC_CONTROL) <= 0)
         return 1;
-    return pyhv_fail(error, errnum, "KVM_SET_TSC_KHZ", "%u kHz, though this host scales TSC rates", khz);
+    if (ioctl(vcpu->fd, KVM_SET_TSC_KHZ, (unsigned long)khz) < 0)
+        return pyhv_fail(error, errno, "KVM_SET_TSC_KHZ", "%u kHz, though this host scales TSC rates", khz);
+    return 0;
 }
 
 int pyhv_vcpu_set_mp_state(struct pyhv_vcpu *vcpu, uint32_t state, struct pyhv_error *error)
