@@ -22,7 +22,7 @@ _OTHERWISE = {
 
 def as_options(text: str) -> str:
     """What an error or a note says of arguments, such as accel="kvm" or overcommit=True, as the command line has it."""
-    if "=" not in text and "(" not in text:
+    if "=" not in text:
         return text
     import re
 
