@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import signal
@@ -167,6 +168,25 @@ def test_other_failures(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.M
         "cause": "internal-error", "status": 125,
     }  # fmt: skip
     assert "please report this" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "memory: Cannot allocate memory"),
+        (OSError(errno.ENOMEM, ""), "memory: Cannot allocate memory"),
+        (OSError(errno.EMFILE, "", "a"), "a: Too many open files"),
+        (RuntimeError("can't start new thread"), "start a thread: Resource temporarily unavailable"),
+        (OSError(errno.ENOSPC, "", b"b"), "b: No space left on device"),
+    ],
+)
+def test_what_a_limit_causes_is_no_fault_of_pyhv(
+    error: Exception, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert failing(error) == 125
+    out, err = capfd.readouterr()
+    assert json.loads(out)["kind"] == "HostError"
+    assert err.startswith(f"pyhv: {said}") and "report" not in err and err.count("\n") == 1
 
 
 def test_arguments_of_which_one_may_be_several() -> None:
