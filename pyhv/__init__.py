@@ -9,6 +9,7 @@ from __future__ import annotations
 from pyhv.errors import (
     BadInput,
     Cancelled,
+    GaveUp,
     HandoverUnknown,
     HostError,
     Incompatible,
@@ -31,6 +32,7 @@ __all__ = [
     "BadInput",
     "Cancelled",
     "CpuidRecord",
+    "GaveUp",
     "HandoverUnknown",
     "HostError",
     "Incompatible",

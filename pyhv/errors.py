@@ -127,6 +127,18 @@ class Cancelled(PyhvError):
         super().__init__(f"migration to {peer}: it was cancelled; the VM stays here")
 
 
+class GaveUp(HostError):
+    """The other side of a migration gave it up: what failed is there, or somebody there wanted it. The VM goes on as if
+    nothing had been.
+
+    what: the other side. reason: what it said.
+    """
+
+    def __init__(self, peer: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(peer, 0, f"gave the migration up: {reason}")
+
+
 class HandoverUnknown(PyhvError):
     """A VM was handed over to another host, and nobody knows whether it runs there: here it is paused, and must not run
     unless it is certain that it does not run there. Not a HostError, for whoever tries again after those must not try

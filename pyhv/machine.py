@@ -12,7 +12,7 @@ from pyhv.accel.data import CpuidRecord, Regs, Sregs
 from pyhv.boot import image as boot_image
 from pyhv.boot import recognise, start64
 from pyhv.cpu import policy, profiles
-from pyhv.errors import BadInput, HostError, Incompatible, PyhvError, TimedOut
+from pyhv.errors import BadInput, GaveUp, HostError, Incompatible, PyhvError, TimedOut
 from pyhv.light import NamedTuple
 from pyhv.vm import life
 from pyhv.vm.devices import Devices, is_pc
@@ -415,7 +415,7 @@ class Machine:
         progress: is called now and then; what it raises gives the migration up. The others as in receive().
 
         Afterwards the VM is paused here, for good, and only close() is left to do. On failure it runs on as if nothing
-        had been: Incompatible with every reason of the other side, BadInput, HostError, Cancelled. Only after
+        had been: Incompatible with every reason of the other side, GaveUp, BadInput, HostError, Cancelled. Only after
         HandoverUnknown it is paused, since it may run there; start(force=True) lets it run nevertheless.
         """
         from pyhv.migration import source, transport
@@ -433,6 +433,8 @@ class Machine:
             with transport.connect(address, tls, environment=environment) as channel:
                 try:
                     return self._depart(departure, channel, limits, name, strict_tsc, progress, lambda: True)
+                except GaveUp:  # it has said why
+                    raise
                 except HostError as error:
                     complaint = channel.complaint()
                     if not complaint:

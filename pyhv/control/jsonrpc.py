@@ -12,7 +12,7 @@ import json
 import os
 from typing import Any, NamedTuple
 
-from pyhv.errors import BadInput, Cancelled, HandoverUnknown, HostError, Incompatible
+from pyhv.errors import BadInput, Cancelled, GaveUp, HandoverUnknown, HostError, Incompatible
 
 MAX_LINE = 64 << 10
 MAX_ANSWER = 1 << 20
@@ -140,6 +140,10 @@ def encode_error(id: object, error: BaseException) -> bytes:
         case HandoverUnknown():
             code, message = HOST_ERROR, str(error)
             data = {"kind": "HandoverUnknown", "subject": error.peer, "problem": error.problem}
+        case GaveUp():
+            code, message = HOST_ERROR, str(error)
+            # For clients of the version before it is a HostError.
+            data = {"kind": "GaveUp", "subject": error.what, "problem": error.detail, "reason": error.reason}
         case HostError():
             code, message = HOST_ERROR, str(error)
             data = {"kind": "HostError", "subject": error.what, "problem": error.detail, "errnum": error.errnum}
@@ -196,6 +200,8 @@ def _error_of(value: Any, name: str) -> Exception:
         return Cancelled(facts[0])
     if data.get("kind") == "HandoverUnknown":
         return HandoverUnknown(*facts[:2])
+    if data.get("kind") == "GaveUp" and isinstance(data.get("reason"), str):
+        return GaveUp(facts[0], data["reason"])
     if value["code"] == BAD_INPUT:
         summary, reasons = data.get("summary"), data.get("reasons")
         if isinstance(summary, str) and isinstance(reasons, list):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pyhv import arguments
 from pyhv._native.link import PAGE_SIZE, Link, PageSet
-from pyhv.errors import BadInput, Cancelled, HandoverUnknown, HostError, Incompatible
+from pyhv.errors import BadInput, Cancelled, GaveUp, HandoverUnknown, HostError, Incompatible
 from pyhv.migration import protocol, waits
 from pyhv.migration.protocol import Answer, Cancel, Commit, Hello, Ready, Running, Sync, Synced, Type
 
@@ -206,7 +206,8 @@ class Source:
     def run(self) -> Summary:
         """Does it all; afterwards the VM is paused and belongs to the other side.
 
-        Raises Incompatible or BadInput where the other side does not take the VM, HostError where something broke,
+        Raises Incompatible or BadInput where the other side does not take the VM, GaveUp where it gave up, HostError
+        where something broke,
         BadInput if pre-copy did not come to its end: then the VM goes on running here. Raises HandoverUnknown where
         nobody knows whether the VM runs there: then it is paused here.
         """
@@ -231,7 +232,7 @@ class Source:
                 if isinstance(error, HostError) and error.errnum == errno.ECANCELED:
                     error = Cancelled(self._peer)
                 self._resume(error)
-                if isinstance(error, Cancelled):
+                if isinstance(error, Cancelled | GaveUp):
                     raise error from None
                 if isinstance(error, HostError):
                     raise (self._last_words(error) or self._about(error)) from None
@@ -261,7 +262,7 @@ class Source:
         self._out.departure.resume()
         self._vm.log_dirty(False)
         broken = isinstance(error, HostError) and error.errnum in (errno.EPIPE, errno.ETIMEDOUT, errno.EBADMSG)
-        if not broken and not isinstance(error, _Refused):
+        if not broken and not isinstance(error, _Refused | GaveUp):
             reason = protocol.reason_of(self._about(error) if isinstance(error, HostError) else error)
             self._out.departure.watch(None)
             self._link.revive()
@@ -324,7 +325,7 @@ class Source:
         if found is not None:
             self._take(None, *found)
 
-    def _last_words(self, broken: HostError) -> _Refused | None:
+    def _last_words(self, broken: HostError) -> GaveUp | None:
         """Why the other side has closed the link, if that is what broke it and it has said so before."""
         if broken.errnum == errno.EPIPE:
             self._link.set_limit(None)
@@ -333,15 +334,15 @@ class Source:
                     while (found := self._link.receive(0)) is not None:
                         if found[0] == Type.CANCEL:
                             self._take(None, *found)
-                except _Refused as refusal:
-                    return refusal
+                except GaveUp as last_words:
+                    return last_words
         return None
 
     def _take(self, cls: type[protocol.R] | None, kind: int, payload: bytes) -> protocol.R:
         wanted = protocol.name_of(cls) if cls else "nothing"
         if kind == Type.CANCEL:
             cancel = protocol.decode(Cancel, payload)
-            raise _Refused(self._peer, "gave the migration up", (protocol.shown(cancel.reason),))
+            raise GaveUp(self._peer, protocol.shown(cancel.reason))
         if cls is None or kind != protocol.type_of(cls):
             problem = f"a message {protocol.title(kind)} came where {wanted} was due"
             raise HostError(f"migration to {self._peer}", errno.EBADMSG, problem)
@@ -543,7 +544,7 @@ class Source:
             with contextlib.suppress(HostError):  # what it has said before the link broke counts
                 self._send(Commit())
             running = self._expect(Running)
-        except _Refused:
+        except GaveUp:
             # It says that it has forgotten the guest, which it can only before it has run it.
             self._committed = False
             raise

@@ -78,7 +78,7 @@ def check(migration: Migration) -> None:
         assert source is not None and (source["what"], source["runs"]) == ("HandoverUnknown", False)
         assert "was handed over and may run there, but no answer came (" in source["text"]
     else:
-        assert source is not None and source["what"] in ("HostError", "BadInput", "_Refused") and source["runs"]
+        assert source is not None and source["what"] in ("HostError", "BadInput", "GaveUp") and source["runs"]
     if proxy.killed == "destination":
         assert destination is None
     elif commit:

@@ -207,7 +207,7 @@ RECEIVERS: dict[str, tuple[Lie, str]] = {
         all_taken(say(Ready(), then=message(Type.RUNNING))), r"HandoverUnknown.*message running\.host: is cut short",
     ),
     "cancel after the commit": (
-        all_taken(say(Ready(), Cancel("oh"))), r"_Refused: the other side: gave the migration up: oh$",
+        all_taken(say(Ready(), Cancel("oh"))), r"GaveUp: the other side: gave the migration up: oh$",
     ),
 }  # fmt: skip
 
@@ -673,7 +673,7 @@ def test_a_vm_that_came_and_is_ended_before_it_ran_goes_on_at_its_source() -> No
         thread.start()
         with (
             Channel(ours.fileno(), ours.fileno(), "the other side", ours.close) as channel,
-            pytest.raises(pyhv.Incompatible, match="gave the migration up: it was ended before it ran"),
+            pytest.raises(pyhv.GaveUp, match="gave the migration up: it was ended before it ran"),
         ):
             machine.depart(channel, limits=LIMITS)
         thread.join(TIMEOUT)

@@ -104,6 +104,7 @@ ERRORS = [
     errors.NotFaithful("x", "shows", "hide", ["avx", "sse4_2"]),
     INCOMPATIBLE,
     errors.HostError("open", 13, "denied"),
+    errors.GaveUp("unix:/m", "no room"),
     errors.HandoverUnknown("unix:/m", "silence"),
     errors.Cancelled("unix:/m"),
     errors.TimedOut("unix:/m", "nobody came", "start it there"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyhv.control import jsonrpc
 from pyhv.control.jsonrpc import Param, Request, RpcError, parse_answer, parse_request
 from pyhv.control.server import METHODS
-from pyhv.errors import BadInput, HostError, Incompatible, NotAvailable
+from pyhv.errors import BadInput, GaveUp, HostError, Incompatible, NotAvailable
 
 IDS = st.integers() | st.text(max_size=5) | st.none() | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
@@ -141,6 +141,7 @@ def test_the_clients_requests_are_requests() -> None:
         (Incompatible("f", "cannot run", ["one", "two"]), Incompatible),
         (HostError("write /x", 28, "no snapshot was made", "make room"), HostError),
         (HostError("pause", 0), HostError),
+        (GaveUp("unix:m", "it was interrupted"), GaveUp),
     ],
 )
 def test_errors_arrive_as_they_left(error: Exception, kind: type[Exception]) -> None:
