@@ -676,14 +676,23 @@ class Machine:
         if self._arrival is None:
             self.vm.start(force)
             return
+        from pyhv.migration import waits
+
         with self.vm.life.turn:  # of a VM that has not run: no vCPU's thread calls this
             arrival, self._arrival = self._arrival, None
-            if arrival is not None:
-                arrival.begin()  # from here on nobody says that the VM has not run here
-            self.vm.start(force)
+            try:
+                if arrival is not None:
+                    arrival.begin()  # from here on nobody says that the VM has not run here
+                self.vm.start(force)
+            except BaseException:
+                if not self.vm.running:  # whoever starts it the next time tells its source, or close() hangs up
+                    self._arrival = arrival
+                elif arrival is not None:
+                    arrival.close()
+                raise
         if arrival is not None:
             try:
-                since = self.vm.wait_for_entry()
+                since = self.vm.wait_for_entry(waits.ENTRY.seconds())
                 self.on_arrival()
                 arrival.announce(since)
             finally:

@@ -55,6 +55,7 @@ MEMORY = Wait(
 )  # fmt: skip
 END = Wait("destination", "the rest of the state", 10, 10, "the guest is paused: its source gives up long before")
 COMMIT = Wait("destination", "commit", 10, 10, "the same")
+ENTRY = Wait("destination", "its first vCPU to be entered", 10, 0, "a thread is to begin; the source waits for running")
 RUNNING = Wait("source", "running", 10, 10, "nobody knows who has the guest: an answer is worth waiting for")
 LAST_WORD = Wait("both", "cancel to be taken", 1, 0, "the other side may be slow, or not there any more")
 SSH_REASON = Wait("source", "what ssh says of its end", 1, 0, "it is about to end, and may not have said it yet")
@@ -62,5 +63,6 @@ SSH_END = Wait("source", "ssh to end", 5, 0, "it is killed then")
 TLS_END = Wait("both", "the last bytes over TLS to be taken", 2, 0, "the connection is cut then")
 
 WAITS = (
-    CONNECT, TLS, HELLO, ANSWER, ROUND, SYNCED, MEMORY, END, COMMIT, RUNNING, LAST_WORD, SSH_REASON, SSH_END, TLS_END
+    CONNECT, TLS, HELLO, ANSWER, ROUND, SYNCED, MEMORY, END, COMMIT, ENTRY, RUNNING, LAST_WORD, SSH_REASON, SSH_END,
+    TLS_END,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -240,9 +241,13 @@ class Vm:
         for vcpu in self.vcpus[len(self._threads) :]:
             self._threads.append(_VcpuThread(vcpu, self._run_vcpu, self.life.guest_threads))
 
-    def wait_for_entry(self) -> int:
-        """Waits until the first vCPU of a VM that was started is entered; the CLOCK_MONOTONIC in ns of that."""
+    def wait_for_entry(self, within: float) -> int:
+        """Waits until the first vCPU of a VM that was started is entered; the CLOCK_MONOTONIC in ns of that. Raises
+        HostError after so many seconds."""
+        deadline = time.monotonic() + within
         while self.entered is None:
+            if time.monotonic() > deadline:
+                raise HostError("vCPU 0", errno.ETIMEDOUT, f"its thread did not begin within {within:g} seconds")
             time.sleep(0)
         return self.entered
 

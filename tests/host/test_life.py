@@ -439,6 +439,45 @@ def test_an_arrival_may_be_paused_by_who_hears_of_it() -> None:
             assert (here.state, there.state) == (life.MOVED, life.PAUSED)
 
 
+def test_an_arrival_that_could_not_be_started_is_told_of_when_it_is() -> None:
+    """Its source waits meanwhile, and hears then who has the VM."""
+    ours, theirs = socket.socketpair()
+    with new() as here:
+        here.start()
+        wait_for_rounds(here)
+        found: list[pyhv.Machine] = []
+        failures: list[pyhv.HostError] = []
+
+        def take() -> None:
+            there = pyhv.Machine.arrive(Destination(Channel(theirs.fileno(), theirs.fileno(), "s", theirs.close)))
+            found.append(there)
+            start = there.vm.start
+
+            def fail(force: bool) -> None:
+                raise pyhv.HostError("start a thread", 11)
+
+            there.vm.start = fail  # type: ignore[assignment,method-assign]
+            try:
+                there.start()
+            except pyhv.HostError as error:
+                failures.append(error)
+            there.vm.start = start  # type: ignore[method-assign]
+            there.start()
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        with Channel(ours.fileno(), ours.fileno(), "d", ours.close) as channel:
+            here.depart(channel, limits=LIMITS)
+        thread.join(TIMEOUT)
+        with found[0] as there:
+            assert failures and (here.state, there.state) == (life.MOVED, life.RUNNING)
+
+
+def test_a_vcpu_that_is_never_entered_is_not_waited_for_for_ever() -> None:
+    with new() as machine, pytest.raises(pyhv.HostError, match=r"vCPU 0: .*did not begin within 0.01 seconds"):
+        machine.vm.wait_for_entry(0.01)
+
+
 # ------------------------------------------------------------------------------------------------ dropped, and derived
 
 
