@@ -165,7 +165,7 @@ class Machine:
             from pyhv.boot import isa
 
             isa.check(self.image, self.guest)
-        self.notes = [self.choice.note] if self.choice.note else []
+        self.notes = self.choice.notes
         """What the user should know, a line each."""
         self.command_line = append
         self.uuid = _new_uuid()
@@ -250,8 +250,7 @@ class Machine:
         machine.facts = choose.GuestFacts(saved.image, saved.cpuid_sites, saved.enters_user_mode)
         machine.choice, machine.host, machine.guest = decide(saved, needs, where, strict_tsc, accel, intercept)
         machine.notes = needs.notes(machine.host)
-        if machine.choice.note:
-            machine.notes.append(machine.choice.note)
+        machine.notes += machine.choice.notes
         machine.command_line = saved.command_line
         machine.uuid = saved.uuid
         return machine

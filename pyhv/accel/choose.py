@@ -61,6 +61,13 @@ class Choice(NamedTuple):
     """With trap: the addresses to stop at; empty means every instruction is stepped."""
     note: str
     """One line for the user, or "" where there is nothing to say."""
+    reasons: tuple[str, ...] = ()
+    """What the note speaks of, a line each, where it is several things."""
+
+    @property
+    def notes(self) -> list[str]:
+        """All lines for the user."""
+        return [self.note, *self.reasons] if self.note else []
 
 
 class Decision(NamedTuple):
@@ -131,9 +138,12 @@ def decide(
         guest = make(host)
     except Incompatible as incompatible:
         if may_emulate:
-            why = f"this host's KVM cannot run this guest: {'; '.join(map(str, incompatible.reasons))}"
+            reasons = tuple(map(str, incompatible.reasons))
+            one = reasons[0] if len(reasons) == 1 else ""
+            why = f"this host's KVM cannot run this guest:{one and ' '}{one}"
             try:
-                return _on_emulator(make, facts, vcpus, intercept, whole, why)
+                decision = _on_emulator(make, facts, vcpus, intercept, whole, why)
+                return decision if one else decision._replace(choice=decision.choice._replace(reasons=reasons))
             except BadInput:
                 pass  # the guest is KVM's: what KVM says of it is what counts
         raise incompatible

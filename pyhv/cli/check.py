@@ -62,7 +62,7 @@ def _here(snapshot: file.Snapshot, accel: str, strict_tsc: bool) -> tuple[list[o
     except NotFaithful as refused:
         return [as_options(f"{refused.problem}; {refused.advice}")], []
     notes = snapshot.needs.notes(decision.host)
-    return [], [*notes, as_options(decision.choice.note)] if decision.choice.note else notes
+    return [], [*notes, *map(as_options, decision.choice.notes)]
 
 
 def _there(snapshot: file.Snapshot, path: str, strict_tsc: bool) -> tuple[list[object], list[str]]:

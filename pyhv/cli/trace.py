@@ -197,7 +197,7 @@ def _run(given: SimpleNamespace, console: Console, trace: Trace) -> tuple[RunRes
         arguments["accel"] = "kvm"
     with Machine(**arguments, on_cpuid=trace.add_record) as machine, Signals() as signals:
         if machine.choice.note:
-            complain(machine.choice.note)
+            complain(*machine.choice.notes)
         return console.run(machine, given.timeout, signals), machine.choice.intercept, 0
 
 

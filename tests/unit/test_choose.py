@@ -291,6 +291,17 @@ def test_a_guest_that_only_the_emulator_can_run(monkeypatch: pytest.MonkeyPatch)
             between(monkeypatch, FAITHFUL, make=make, **wish)  # type: ignore[arg-type]
 
 
+def test_several_reasons_for_the_emulator_are_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(host: Any) -> Any:
+        if host == "real host":
+            raise Incompatible("guest", "cannot run", ["no SSE3; at all", "no AVX"])
+        return Guest()
+
+    first, *others = between(monkeypatch, FAITHFUL, make=make).choice.notes
+    assert first.endswith("this host's KVM cannot run this guest:")
+    assert others == ["no SSE3; at all", "no AVX"]
+
+
 def test_whoever_wants_every_cpuid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert between(monkeypatch, FAITHFUL, intercept=choose.LOGGED).choice.intercept == "trap"
     assert between(monkeypatch, LEAKS_EVERYWHERE, intercept=choose.LOGGED).choice.intercept == "emulator"
