@@ -11,7 +11,8 @@ import pytest
 
 import pyhv
 from pyhv.accel import choose, kvm_state
-from pyhv.cpu import features
+from pyhv.accel.kvm import KvmVcpu
+from pyhv.cpu import features, policy
 from pyhv.cpu.arch_capabilities import CAPABILITIES, IA32_ARCH_CAPABILITIES
 from pyhv.state.records import MachineState
 
@@ -104,6 +105,18 @@ def test_arch_capabilities_are_the_guests_and_compared(saved: Path) -> None:
         assert machine.vm.capture().vcpus[0].msrs[IA32_ARCH_CAPABILITIES] == fewer
         machine.run(0.05)
         assert machine.vm.capabilities == fewer
+
+
+def test_arch_capabilities_are_set_when_a_guest_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not left as KVM offers them: there may be bits that nobody knows."""
+    monkeypatch.setattr(policy, "_NOT_HERE", {})  # as on an Intel processor
+    written: list[int] = []
+    monkeypatch.setattr(KvmVcpu, "read_capabilities", lambda vcpu: 1 << 0 | 1 << 50)
+    monkeypatch.setattr(KvmVcpu, "write_capabilities", lambda vcpu, value: written.append(value))
+    with pyhv.Machine("hello", memory="4M", accel="kvm") as machine:
+        if "arch_capabilities" not in machine.guest.visible:
+            pytest.skip("this KVM does not have IA32_ARCH_CAPABILITIES")
+        assert written == [1 << 0]
 
 
 class WithoutScaling:
