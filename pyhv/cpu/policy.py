@@ -341,6 +341,7 @@ def _entries(
     entries[EXTENDED, 0] = offered.get(EXTENDED)._replace(eax=leaves.max_extended)
     entries[0x80000001, 0] = offered.get(0x80000001)
     linear = 32 if "lm" not in visible else offered.linear_bits if "la57" in visible else 48
+    linear = min(linear, offered.linear_bits)
     entries[0x80000008, 0] = _address_leaf(offered, limits, topology, linear)
     if "topoext" in visible:  # leaf 0x8000001E is all zeros for vCPU 0: APIC id, core and node 0, one thread a core
         entries.update(_caches(_all_of(offered, 0x8000001D), topology, cores=False))

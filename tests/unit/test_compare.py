@@ -390,10 +390,16 @@ def test_any_two_tables_give_one_line_a_reason(first: CpuidTable, second: CpuidT
 
 
 BEYOND = {(0, 0): Registers(0, *cpus.INTEL), (0x80000008, 0): Registers(1, 0, 0, 0)}
+NARROW = {  # fewer linear address bits than any mode has: 24
+    (0, 0): Registers(0, *cpus.INTEL),
+    (0x80000000, 0): Registers(0x80000008, 0, 0, 0),
+    (0x80000008, 0): Registers(0x1820, 0, 0, 0),
+}
 
 
 @given(cpus.tables(), st.sampled_from([HostDescription, as_kvm_host]), st.integers(1, 8))
 @example(CpuidTable(BEYOND), HostDescription, 1)  # a leaf above the highest one
+@example(CpuidTable(NARROW), HostDescription, 1)
 @settings(max_examples=60)
 def test_a_guest_may_stay_where_it_is(raw: CpuidTable, make: type[HostDescription], vcpus: int) -> None:
     host = make(raw)
