@@ -6,6 +6,7 @@ the server of the control socket, which keeps the last of it, and to stdout, unl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -261,8 +262,8 @@ class _NamedConsole(Console):
 
     def drain(self, signals: Signals, patient: bool) -> None:
         """Once the guest has ended: waits until all that it printed is written to stdout, at most until a signal comes,
-        and not long if it was ended. Then the copy has come to its end too. Raises HostError, or BrokenPipeError, where
-        stdout did not take all."""
+        and not long if it was ended; then it says how much is lost. Then the copy has come to its end too. Raises
+        HostError, or BrokenPipeError, where stdout did not take all."""
         assert self.output is not None
         self._close_output()
         if self._tee is None:
@@ -272,6 +273,8 @@ class _NamedConsole(Console):
         poll.register(signals.descriptor, select.POLLIN)
         while self._tee.done not in dict(poll.poll(None if patient else _IMPATIENCE)):
             if not patient or any(number in ENDING for number in signals.take()):
+                if left := self._tee.left():
+                    cli.complain(f"console: stdout takes no more: up to {left} bytes of the guest's output are lost")
                 return
         if isinstance(self._tee.failure, BrokenPipeError):
             raise self._tee.failure
@@ -326,6 +329,7 @@ class _Tee:
         """Bytes that did not get there."""
         self._source = source
         self._sink = sink
+        self._writing = 0
         self.copy, self._copy_end = os.pipe()
         self._thread = threading.Thread(target=self._run, name="console-tee", daemon=True)
 
@@ -344,9 +348,20 @@ class _Tee:
                 return  # it still uses them; the process is about to end
         os.close(self.done)
 
+    def left(self) -> int:
+        """How many bytes have come, at most, that are not written yet."""
+        import fcntl
+        import termios
+
+        waiting = bytes(4)
+        with contextlib.suppress(OSError):  # it has just come to its end
+            waiting = fcntl.ioctl(self._source, termios.FIONREAD, waiting)
+        return self._writing + int.from_bytes(waiting, "little")
+
     def _run(self) -> None:
         copies = True
         while data := os.read(self._source, CHUNK):
+            self._writing = len(data)
             if copies:
                 try:
                     _write(self._copy_end, data)
@@ -355,10 +370,12 @@ class _Tee:
             if self.failure is None:
                 try:
                     _write(self._sink, data)
+                    self._writing = 0
                     continue
                 except OSError as error:
                     self.failure = error
             self.lost += len(data)
+            self._writing = 0
         os.close(self._copy_end)
         os.close(self._source)
         os.eventfd_write(self.done, 1)

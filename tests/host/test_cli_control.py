@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -42,6 +43,31 @@ pytestmark = pytest.mark.usefixtures("base")
 
 
 # -------------------------------------------------------------------------------------------------- a VM's life
+
+@pytest.mark.parametrize("end", [("stop", "t"), ("save", "t", "FILE", "--stop")], ids=["stop", "save"])
+def test_output_that_nobody_takes_is_not_lost_without_a_word(base: Path, end: tuple[str, ...], tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    run = subprocess.Popen(
+        [*COMMAND, *TICKER, "--accel", "kvm", "--name", "t", "--quiet"], stdin=subprocess.DEVNULL, stdout=writer,
+        stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    os.close(writer)
+    try:
+        wait_for(lambda: list(base.rglob("t.sock")))
+
+        def printed() -> int:
+            return int(status("t")["counters"]["port_io"])
+
+        wait_for(lambda: printed() > 4096 + 100)  # the pipe is full, and more is on its way
+        assert call(*[str(tmp_path / "f") if word == "FILE" else word for word in end]).returncode == 0
+        _, said = run.communicate(timeout=TIMEOUT)
+    finally:
+        run.kill()
+        run.wait()
+        os.close(reader)
+    words = r"^pyhv: console: stdout takes no more: up to \d+ bytes of the guest's output are lost$"
+    assert re.search(words, said, re.MULTILINE), said
 
 
 def test_a_vm_in_the_background(base: Path) -> None:
