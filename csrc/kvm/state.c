@@ -283,7 +283,8 @@ int pyhv_vcpu_get_tsc_khz(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
 int pyhv_vcpu_set_tsc_khz(struct pyhv_vcpu *vcpu, uint32_t khz, struct pyhv_error *error)
 {
     /* Not tried where the host cannot: KVM would take a higher rate all the same, and let the counter jump ahead at each
-     * entry, each vCPU's by itself (tsc_always_catchup, arch/x86/kvm/x86.c). */
+     * entry, each vCPU's by itself (tsc_always_catchup, arch/x86/kvm/x86.c). And a lower one that it refuses is from then
+     * on what it believes and says to be the vCPU's. */
     if (ioctl(vcpu->vm->kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_TSC_CONTROL) <= 0)
         return 1;
     if (ioctl(vcpu->fd, KVM_SET_TSC_KHZ, (unsigned long)khz) < 0)
