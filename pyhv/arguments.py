@@ -62,6 +62,24 @@ def number(name: str, value: object) -> int:
     return value
 
 
+def size(text: str) -> int:
+    """Bytes, for a number of digits with or without a part behind the point, and a unit: K, M, G and T are powers of
+    1024, also as KiB, MiB ...; those of 1000 are kB, MB ... The one rule for all sizes and rates. Raises ValueError."""
+    number = text.rstrip("bBiIkKmMgGtT")
+    suffix = text[len(number) :].lower()
+    power = "kmgt".find(suffix[:1]) + 1 if suffix else 0
+    if suffix and (not power or suffix[1:] not in ("", "b", "ib")):
+        raise ValueError("is not a size")
+    unit: int = (1000 if suffix[1:] == "b" else 1024) ** power
+    number, e, exponent = number.lower().partition("e")  # bytes a second may be given as 1e8
+    whole, dot, part = number.partition(".")
+    digits = [whole, *([part] if dot else []), *([exponent] if e else [])]
+    if not all(some.isascii() and some.isdigit() for some in digits) or len(exponent) > 2:
+        raise ValueError("is not a size")
+    unit *= 10 ** int(exponent or 0)
+    return int(whole[:32]) * unit + (int(part[:32]) * unit // 10 ** len(part[:32]) if dot else 0)
+
+
 def flag(name: str, value: object) -> None:
     """Raises BadInput for what is no bool: "no" and "false" would count as true."""
     if not isinstance(value, bool):

@@ -916,19 +916,10 @@ def parse_memory(memory: int | str) -> int:
     Raises BadInput."""
     advice = "give a size such as 64M or 1G"
     if isinstance(memory, str):
-        text = memory.strip()
-        number = text.rstrip("bBiIkKmMgGtT")
-        suffix = text[len(number) :].lower()
-        # The rule of pyhv migrate --bandwidth: K or KiB are of 1024, kB of 1000.
-        base = 1000 if suffix[1:] == "b" else 1024
-        power = "kmgt".find(suffix[:1]) + 1 if suffix else 0
-        if suffix and (not power or suffix[1:] not in ("", "b", "ib")):
-            raise BadInput(f"memory {memory}", "is not a size", advice)
-        unit: int = base**power
-        whole, dot, part = number.partition(".")
-        if not all(digits.isascii() and digits.isdigit() for digits in ((whole, part) if dot else (whole,))):
-            raise BadInput(f"memory {memory}", "is not a size", advice)
-        size = int(whole[:32]) * unit + (int(part[:32]) * unit // 10 ** len(part[:32]) if dot else 0)
+        try:
+            size = arguments.size(memory.strip())
+        except ValueError as error:
+            raise BadInput(f"memory {memory}", str(error), advice) from None
     else:
         size = arguments.number("memory", memory)
     if size < MIN_MEMORY:

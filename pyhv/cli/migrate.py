@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,49 +20,6 @@ TLS_OPTIONS = (
     Option("--tls-key", "its key", "FILE"),
     Option("--tls-ca", "the authority that the other side's certificate must come from", "FILE"),
 )
-
-
-# One rule for sizes and rates, here and in --mem: K, M and G are powers of 1024, also as KiB, MiB, GiB; those of 1000
-# are kB, MB, GB.
-_SIZES = {"": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9}
-for _power, _letter in enumerate("kmg", 1):
-    _SIZES[_letter] = _SIZES[f"{_letter}ib"] = float(1 << 10 * _power)
-
-_TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-
-
-def _split(text: str) -> tuple[float, str]:
-    """A number and what stands behind it. Raises ValueError."""
-    number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    return float(number), text[len(number) :].lower()
-
-
-def _rate(text: str) -> float:
-    """Bytes a second for 100M, 100MB and the like."""
-    try:
-        value, unit = _split(text.removesuffix("/s"))
-        value *= _SIZES[unit]
-    except (ValueError, KeyError):
-        value = 0.0
-    if not 0 < value < 1e15:
-        raise ValueError("is no rate; give bytes a second, such as 100M (of 1024) or 100MB (of 1000)")
-    return value
-
-
-def _time(unit: str) -> Callable[[str], float]:
-    """Option.convert: seconds, for a number with a unit (s, ms, us), or in this one."""
-
-    def convert(text: str) -> float:
-        try:
-            value, given = _split(text)
-            value *= _TIMES[given or unit]
-        except (ValueError, KeyError):
-            value = -1.0
-        if not 0 <= value < 1e9:
-            raise ValueError("is not a time that is not negative, such as 20ms or 0.5s")
-        return value
-
-    return convert
 
 
 def _factor(text: str) -> float:
@@ -89,16 +45,18 @@ COMMAND = Command(
             "how long the guest may be paused at the end: 20ms, 0.05s; a number alone is milliseconds (default: 50)",
             "TIME",
             0.05,
-            _time("ms"),
+            options.time("ms"),
         ),
         Option(
             "--bandwidth",
             "bytes a second while it runs, such as 100M (of 1024) or 100MB (of 1000) (default: no limit)",
             "RATE",
             0.0,
-            _rate,
+            options.rate,
         ),
-        Option("--timeout", "seconds that copying may take while it runs (default: no limit)", "S", 0.0, _time("s")),
+        Option(
+            "--timeout", "seconds that copying may take while it runs (default: no limit)", "S", 0.0, options.time("s")
+        ),
         Option("--rounds", "copy at most N times what the guest has written (default: 30)", "N", 30, options.number),
         Option(
             "--on-timeout",
@@ -110,7 +68,11 @@ COMMAND = Command(
         Option("--compress", "compress memory by zstd, for slow links"),
         Option("--strict-tsc", "refuse a host whose TSC runs at another rate, even if the guest was promised none"),
         Option(
-            "--silence", "the link is broken after S seconds without a sign of life (default: 1)", "S", 1.0, _time("s")
+            "--silence",
+            "the link is broken after S seconds without a sign of life (default: 1)",
+            "S",
+            1.0,
+            options.time("s"),
         ),
         Option(
             "--overrun",

@@ -214,7 +214,7 @@ def processors(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 # Locks cannot wait longer than 292 years.
 _LONGEST = 9e9
@@ -223,18 +223,49 @@ _LONGEST = 9e9
 def seconds(text: str) -> float:
     """Option.convert: a time in seconds, or with a unit (500ms, 5s, 2m, 1h), more than 0 and no longer than a wait can
     be."""
-    number = text.rstrip("msh")
-    try:
-        value = float(number) * _UNITS[text[len(number) :] or "s"]
-        if "_" in number or not number.isascii():  # which float() takes
-            value = 0.0
-    except (ValueError, KeyError):
-        value = 0.0
-    if value > _LONGEST:
-        raise ValueError(f"is too long; the most is {_LONGEST:.0f} seconds")
+    value = _time(text, "s")
     if not value > 0.0:  # as NaN is not
         raise ValueError("is not a time in seconds, more than 0, such as 5, 5s, 500ms or 2m")
     return value
+
+
+def time(unit: str) -> Callable[[str], float]:
+    """Option.convert: seconds from 0 on, for a number with a unit, or in this one."""
+
+    def convert(text: str) -> float:
+        value = _time(text, unit)
+        if not value >= 0.0:
+            raise ValueError("is not a time that is not negative, such as 20ms or 0.5s")
+        return value
+
+    return convert
+
+
+def _time(text: str, unit: str) -> float:
+    """Seconds; NaN for what is no time. Raises ValueError for one that is too long."""
+    number = text.rstrip("umsh")
+    try:
+        value = float(number) * _UNITS[text[len(number) :] or unit]
+        if "_" in number or not number.isascii():  # which float() takes
+            value = float("nan")
+    except (ValueError, KeyError):
+        value = float("nan")
+    if value > _LONGEST:
+        raise ValueError(f"is too long; the most is {_LONGEST:.0f} seconds")
+    return value
+
+
+def rate(text: str) -> float:
+    """Option.convert: bytes a second, for 100M, 100MB and the like; see arguments.size()."""
+    from pyhv import arguments
+
+    try:
+        value = arguments.size(text.removesuffix("/s"))
+    except ValueError:
+        value = 0
+    if not 0 < value < 1e15:
+        raise ValueError("is no rate; give bytes a second, such as 100M (of 1024) or 100MB (of 1000)")
+    return float(value)
 
 
 def not_empty(text: str) -> str:

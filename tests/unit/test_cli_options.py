@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyhv import arguments
 from pyhv.cli import COMMANDS, migrate, one_line
 from pyhv.cli.options import Command, Option, number, processors, seconds
 from pyhv.errors import BadInput
-from pyhv.machine import parse_memory
 
 COMMAND = Command(
     "test",
@@ -162,7 +162,7 @@ def test_what_is_no_list_of_processors(text: str) -> None:
     [("100M", 100 << 20), ("100MiB", 100 << 20), ("4096K", 4 << 20), ("0.5G", 1 << 29), ("64MB", 64_000_000)],
 )
 def test_a_rate_is_written_as_a_size_of_memory_is(text: str, size: int) -> None:
-    assert parse_memory(text) == size
+    assert arguments.size(text) == size
     assert migrate.COMMAND.parse(["t", "unix:m", "--bandwidth", text]).bandwidth == size
     assert migrate.COMMAND.parse(["t", "unix:m", "--bandwidth", f"{text}/s"]).bandwidth == size
 
@@ -178,3 +178,33 @@ def test_a_rate_is_written_as_a_size_of_memory_is(text: str, size: int) -> None:
 def test_times_of_a_migration_have_units(words: tuple[str, str], seconds: float) -> None:
     given = vars(migrate.COMMAND.parse(["t", "unix:m", *words]))
     assert given[words[0].removeprefix("--")] == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["5", "5s", "2m", "1h", "500ms", "20us", "0.5s"])
+def test_all_times_have_the_same_units(text: str) -> None:
+    given = migrate.COMMAND.parse(["t", "unix:m", "--timeout", text, "--silence", text, "--downtime", text])
+    assert given.timeout == given.silence == seconds(text)
+    assert given.downtime == (0.005 if text == "5" else seconds(text))
+
+
+@pytest.mark.parametrize("text", ["64M", "64MB", "0.5G", "1T", "4096KiB"])
+def test_all_sizes_and_rates_have_the_same_units(text: str) -> None:
+    given = migrate.COMMAND.parse(["t", "unix:m", "--bandwidth", text])
+    assert given.bandwidth == arguments.size(text)
+    assert migrate.COMMAND.parse(["t", "unix:m", "--bandwidth", f"{text}/s"]).bandwidth == given.bandwidth
+
+
+@pytest.mark.parametrize("text", ["", "M", "1_0M", "1.M", "-1", "nan", "1e", "1e1.5", "1PB", "1e999"])
+def test_what_is_no_rate(text: str) -> None:
+    with pytest.raises(BadInput, match="is no rate"):
+        migrate.COMMAND.parse(["t", "unix:m", f"--bandwidth={text}"])
+
+
+@pytest.mark.parametrize("text", ["", "s", "nan", "-1", "1_0", "5M", "1sm", "5d"])
+def test_what_is_no_time_to_migrate_in(text: str) -> None:
+    with pytest.raises(BadInput, match="is not a time"):
+        migrate.COMMAND.parse(["t", "unix:m", f"--silence={text}"])
+
+
+def test_bytes_a_second_may_have_an_exponent() -> None:
+    assert migrate.COMMAND.parse(["t", "unix:m", "--bandwidth", "1.5e8"]).bandwidth == 150e6
