@@ -58,6 +58,7 @@ class Destination:
         # or damaged.
         self._link = Link(channel.in_fd, channel.out_fd, 0, waits.HELLO.seconds())
         self._over = False  # the source knows
+        self._answered = False
         self._silence = waits.HELLO.seconds()
         self._due = waits.HELLO
         self._confirmed = False  # the VM is this side's
@@ -78,7 +79,7 @@ class Destination:
 
     def refuse(self, reasons: list[str]) -> None:
         """Tells why this host cannot run the guest."""
-        self._over = True
+        self._over = self._answered = True
         self._link.set_limit(waits.LAST_WORD.seconds())
         self._send(Answer(tuple(reasons), False))
 
@@ -97,6 +98,7 @@ class Destination:
                 zstd = True
             except HostError:
                 pass
+        self._answered = True
         self._send(Answer((), zstd))
 
     def receive(
@@ -173,15 +175,18 @@ class Destination:
             pass
 
     def close(self, error: BaseException | None = None) -> None:
-        """Ends the conversation, with a word about the error that made this side give up. Closing twice is allowed."""
+        """Ends the conversation, with a word about the error that made this side give up, which is its answer if it has
+        given none. Closing twice is allowed."""
         broken = isinstance(error, HostError) and error.errnum in (errno.EPIPE, errno.ETIMEDOUT)
         broken = broken and not isinstance(error, _Late)
         try:
             if (error is not None or self._confirmed) and not self._over and not broken:
+                answers = isinstance(error, BadInput) and self._hello is not None and not self._answered
                 self._over = True
                 self._link.set_limit(None)
                 reason = "it was ended before it ran" if error is None else protocol.reason_of(error)
-                self._link.send_last(*protocol.encode(Cancel(reason)), waits.LAST_WORD.seconds())
+                last = Answer((reason,), False) if answers else Cancel(reason)
+                self._link.send_last(*protocol.encode(last), waits.LAST_WORD.seconds())
         finally:
             self._at_the_end.close()
             self._link.close()

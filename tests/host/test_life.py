@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import itertools
 import os
 import random
@@ -185,11 +186,12 @@ def together(trial: Trial, operations: tuple[str, ...], chance: random.Random) -
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
+    gc.collect()  # what the tests before have left to it
     choose.open_accelerator().prepare()
     before, threads = descriptors(), threading.active_count()
     yield
     choose.open_accelerator().prepare()
-    assert (descriptors(), threading.active_count()) == (before, threads)
+    assert descriptors() <= before and threading.active_count() == threads
 
 
 @pytest.mark.parametrize("stage", STAGES)
