@@ -764,11 +764,11 @@ static bool refuse_control(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *ex
     return finish_event(vcpu, done, exit);
 }
 
-/* An instruction that the engine does not know, or no memory where one should be. RDPMC is one that it has not, though
- * processors have; without counters it is #GP there. */
+/* An instruction that the engine does not know, or no memory where one should be. Two that processors have are among them:
+ * RDPMC, which without counters is #GP, and INT1, which is #DB behind itself and leaves DR6 alone. */
 static bool raise_invalid_opcode(struct pyhv_emulator_vcpu *vcpu, uint32_t lent, struct pyhv_exit *exit)
 {
-    static const uint8_t rdpmc[] = {0x0f, 0x33};
+    static const uint8_t rdpmc[] = {0x0f, 0x33}, int1 = 0xf1;
     if (!lent && lend_flags(vcpu))
         return false;
     if (!save_state(vcpu, exit))
@@ -779,7 +779,13 @@ static bool raise_invalid_opcode(struct pyhv_emulator_vcpu *vcpu, uint32_t lent,
         exit->suberror = PYHV_SUBERROR_NO_CODE;
         return stop(exit, PYHV_STOP_INTERNAL_ERROR);
     }
-    const uint32_t vector = memcmp(bytes, rdpmc, sizeof rdpmc) == 0 ? PROTECTION : INVALID_OPCODE;
+    uint32_t vector = INVALID_OPCODE;
+    if (memcmp(bytes, rdpmc, sizeof rdpmc) == 0) {
+        vector = PROTECTION;
+    } else if (bytes[0] == int1) {
+        vector = DEBUG;
+        state->rip++;
+    }
     return finish_event(vcpu, emulator_deliver(vcpu, state, EVENT_FAULT, vector, 0), exit);
 }
 

@@ -35,10 +35,17 @@
         CASE    "\name", 0x08, 0x10, \flags
         .endm
 
-        /* What TCG cannot do, so that there is nothing to compare with: run with the word `alone` on the command line. */
+        /* What TCG cannot do, or does by other CPUID tables, so that there is nothing to compare with: run with the word `alone`
+         * on the command line. */
         .macro  ALONE name, flags=0x2
         .code64
         CASE    "\name", 0x08, 0x10, \flags, .alone
+        .endm
+
+        /* Of what --compat hides: run with the word `shown`. */
+        .macro  SHOWN name, flags=0x2
+        .code64
+        CASE    "\name", 0x08, 0x10, \flags, .shown
         .endm
 
         .macro  END
@@ -98,9 +105,6 @@
         END
         USER    "user: int 0x90, a gate that is not present"
         int     $0x90
-        END
-        KERNEL  "int1"
-        .byte   0xf1
         END
         KERNEL  "single step", 0x102
         nop
@@ -171,9 +175,6 @@
         cvtsi2sd %eax, %xmm0
         xorps   %xmm1, %xmm1
         divsd   %xmm1, %xmm0
-        END
-        USER    "user: alignment check", 0x2
-        mov     1(%rdi), %eax
         END
         KERNEL  "movaps, not aligned"
         movaps  1(%rsi), %xmm0
@@ -587,6 +588,43 @@
         ONE     endbr64
         ONE     nopl (%r12)
 
+        ALONE   "int1"
+        .byte   0xf1
+        END
+        ALONE   "int1, its gate not present"
+        movb    $0x0e, idt + 16 * 1 + 5
+        .byte   0xf1
+        END
+        ALONE   "int1, counted"
+        lidt    counting_pointer
+        .byte   0xf1
+        lidt    idt_pointer
+        END
+        .macro  LEAF leaf, subleaf
+        ALONE   "cpuid \leaf \subleaf"
+        mov     $\leaf, %eax
+        mov     $\subleaf, %ecx
+        cpuid
+        END
+        CASE    "user: cpuid \leaf \subleaf", 0x23, 0x1b, 0x2, .alone
+        mov     $\leaf, %eax
+        mov     $\subleaf, %ecx
+        cpuid
+        END
+        .code32
+        CASE    "32: cpuid \leaf \subleaf", 0x38, 0x10, 0x2, .alone
+        mov     $\leaf, %eax
+        mov     $\subleaf, %ecx
+        cpuid
+        END
+        .code64
+        .endm
+        .irp    leaf, 0, 2, 4, 5, 6, 7, 0xa, 0xb, 0xd, 0x14, 0x40000000, 0x40000001, 0x80000000, 0x80000001, 0x80000002, 0x80000004, 0x80000005, 0x80000007, 0x80000008
+        LEAF    \leaf, 0
+        .endr
+        LEAF    4, 1
+        LEAF    7, 1
+
 /* Control and model-specific registers. */
         ALONE   "CR0: PG without PE"
         mov     $0x80000000, %eax
@@ -904,6 +942,522 @@
         /* Its divide configuration; and nothing at all, which reads as ones on a PC, and as zeros in QEMU. */
         DEVICE  "nothing", 0x40(%r8), "nop"
 
+        /* Other widths, and strings. */
+        .macro  WIDTHS name, where, first
+        .irp    operation, decw, decq, incw, incq, notw, notq, negw, negq
+        KERNEL  "\name: \operation"
+        \first
+        \operation \where
+        mov     \where, %ebx
+        END
+        KERNEL  "\name: lock \operation"
+        \first
+        lock \operation \where
+        mov     \where, %ebx
+        END
+        .endr
+        .irp    register, %al, %ax, %rax
+        KERNEL  "\name: xchg \register"
+        \first
+        xchg    \register, \where
+        mov     \where, %ebx
+        END
+        KERNEL  "\name: lock xadd \register"
+        \first
+        lock xadd \register, \where
+        mov     \where, %ebx
+        END
+        KERNEL  "\name: add \register"
+        \first
+        add     \register, \where
+        mov     \where, %ebx
+        END
+        KERNEL  "\name: mov \register to it"
+        \first
+        mov     \register, \where
+        mov     \where, %ebx
+        END
+        KERNEL  "\name: mov \register from it"
+        \first
+        mov     \where, \register
+        END
+        .endr
+        .irp    operation, lodsb, lodsw, lodsl, lodsq
+        KERNEL  "\name: \operation"
+        \first
+        lea     \where, %rsi
+        \operation
+        END
+        .endr
+        .irp    operation, cmpsb, cmpsl, scasb, scasl, stosb, stosw
+        KERNEL  "\name: \operation"
+        \first
+        lea     \where, %rdi
+        \operation
+        END
+        .endr
+        KERNEL  "\name: rep movsl from it"
+        \first
+        lea     \where, %rsi
+        mov     $2, %ecx
+        rep movsl
+        END
+        KERNEL  "\name: rep movsb from it"
+        \first
+        lea     \where, %rsi
+        mov     $8, %ecx
+        rep movsb
+        END
+        KERNEL  "\name: rep stosl, downwards", 0x402
+        \first
+        lea     \where, %rdi
+        mov     $1, %ecx
+        mov     $0x25, %eax
+        rep stosl
+        mov     \where, %ebx
+        END
+        .irp    operation, btl, btsl, btrl
+        KERNEL  "\name: \operation 3"
+        \first
+        \operation $3, \where
+        mov     \where, %ebx
+        END
+        .endr
+        KERNEL  "\name: cmovne"
+        \first
+        test    %eax, %eax
+        cmovne  \where, %ebx
+        END
+        KERNEL  "\name: sarb, rolb"
+        \first
+        sarb    $1, \where
+        rolb    $2, \where
+        mov     \where, %ebx
+        END
+        KERNEL  "\name: imul"
+        \first
+        imul    \where, %ebx
+        END
+        KERNEL  "\name: sete"
+        \first
+        cmp     %eax, %eax
+        sete    \where
+        mov     \where, %ebx
+        END
+        KERNEL  "\name: movb of a constant"
+        \first
+        movb    $0x13, \where
+        mov     \where, %ebx
+        END
+        KERNEL  "\name: movsbl"
+        \first
+        movsbl  \where, %ebx
+        END
+        .endm
+        WIDTHS  "I/O APIC", (%r10), "movl $0x12, (%r10)"
+        WIDTHS  "nothing", 0x40(%r8), "nop"
+
+/* ----------------------------------------------------------------------- exceptions on the way to a handler */
+
+        /* The gate of `vector` gets another byte or word first. */
+        .macro  GATE name, vector, store, offset, what
+        KERNEL  "\name"
+        \store, idt + 16 * \vector + \offset
+        \what
+        END
+        .endm
+        .set    TYPE, 5
+        .set    SELECTOR, 2
+        .set    IST, 4
+
+        GATE    "ud2, its gate not present", 6, "movb $0x0e", TYPE, "ud2"
+        GATE    "int3, its gate not present", 3, "movb $0x6e", TYPE, "int3"
+        GATE    "int 3, its gate not present", 3, "movb $0x6e", TYPE, ".byte 0xcd, 3"
+        GATE    "load DS, not present, nor is #NP's gate", 11, "movb $0x0e", TYPE, "mov $0x48, %eax; mov %eax, %ds"
+        GATE    "divide error, its gate not present", 0, "movb $0x0e", TYPE, "xor %ecx, %ecx; div %ecx"
+        GATE    "page fault, its gate not present", 14, "movb $0x0e", TYPE, "mov 0x2010(%rsi), %eax"
+        GATE    "ud2, a task gate", 6, "movb $0x85", TYPE, "ud2"
+        GATE    "ud2, a call gate", 6, "movb $0x8c", TYPE, "ud2"
+        GATE    "ud2, a gate of 16 bits", 6, "movb $0x86", TYPE, "ud2"
+        GATE    "ud2, a trap gate", 6, "movb $0x8f", TYPE, "ud2"
+        GATE    "ud2, a null selector", 6, "movw $0", SELECTOR, "ud2"
+        GATE    "ud2, a selector beyond the table", 6, "movw $0xf00", SELECTOR, "ud2"
+        GATE    "ud2, a selector of data", 6, "movw $0x10", SELECTOR, "ud2"
+        GATE    "ud2, a selector of 32-bit code", 6, "movw $0x38", SELECTOR, "ud2"
+        GATE    "ud2, a selector of programs' code", 6, "movw $0x23", SELECTOR, "ud2"
+        GATE    "ud2, code that is not present", 6, "movw $0x50", SELECTOR, "ud2"
+        GATE    "int 0x91, code that is not present", 0x91, "movw $0x50", SELECTOR, "int $0x91"
+        GATE    "page fault, code that is not present", 14, "movw $0x50", SELECTOR, "mov 0x2010(%rsi), %eax"
+        GATE    "int 0x91, a handler that is not canonical", 0x91, "movl $0x8000", 8, "int $0x91"
+
+        KERNEL  "page fault, no gate in the table"
+        lidt    short_pointer
+        mov     0x2010(%rsi), %eax
+        END
+        KERNEL  "int 0x91, no gate in the table"
+        lidt    short_pointer
+        int     $0x91
+        END
+        KERNEL  "int3, the table on a page that is not present"
+        lea     0x2000(%rsi), %rax
+        movw    $0x1000, (%rsi)
+        mov     %rax, 2(%rsi)
+        lidt    (%rsi)
+        sti
+        lidt    idt_pointer
+        END
+
+        /* The stack that the handler shall have. */
+        .macro  STACK name, store
+        KERNEL  "\name"
+        movb    $2, idt + 16 * 0x91 + IST
+        \store
+        int     $0x91
+        END
+        .endm
+        STACK   "int 0x91, IST not canonical", "mov %r12, tss + 44"
+        STACK   "int 0x91, IST on a page that is not present", "lea 0x2100(%rsi), %rax; mov %rax, tss + 44"
+        STACK   "int 0x91, IST on a page that is read only", "lea 0x1100(%rsi), %rax; mov %rax, tss + 44"
+        STACK   "int 0x91, IST that is not aligned", "lea 0x10d(%rsi), %rax; mov %rax, tss + 44"
+        STACK   "int 0x91, IST across the end", "lea 0x9010(%rsi), %rax; mov %rax, tss + 44"
+        STACK   "int 0x91, IST beyond the end of the TSS", "movw $0x2b, gdt + 0x28; movb $0x89, gdt + 0x2d; mov $0x28, %eax; ltr %ax"
+        KERNEL  "ud2, IST on a page that is not present"
+        movb    $2, idt + 16 * 6 + IST
+        lea     0x2100(%rsi), %rax
+        mov     %rax, tss + 44
+        ud2
+        END
+        USER    "user: int 0x81, no IST"
+        movb    $0, idt + 16 * 0x81 + IST
+        int     $0x81
+        END
+        USER    "user: int 0x81, no IST, RSP0 not canonical"
+        movb    $0, idt + 16 * 0x81 + IST
+        mov     %r12, tss + 4
+        int     $0x81
+        END
+        USER    "user: int 0x81, no IST, RSP0 beyond a page"
+        movb    $0, idt + 16 * 0x81 + IST
+        lea     0x9010(%rsi), %rax
+        mov     %rax, tss + 4
+        int     $0x81
+        END
+        USER    "user: page fault, no IST, RSP0 beyond a page"
+        movb    $0, idt + 16 * 14 + IST
+        lea     0x9010(%rsi), %rax
+        mov     %rax, tss + 4
+        movb    $1, idt + 16 * 8 + IST
+        mov     (%rsi), %eax
+        END
+        KERNEL  "int 0x91, no IST: the same stack"
+        movb    $0, idt + 16 * 0x91 + IST
+        lea     0x808(%rsi), %rsp
+        int     $0x91
+        END
+
+/* How often a handler runs, and where it goes on. */
+        .macro  COUNT name, skip, pushes, what
+        KERNEL  "counted: \name"
+        mov     $\skip, %r14d
+        mov     $\pushes, %r13d
+        lidt    counting_pointer
+        \what
+        lidt    idt_pointer
+        END
+        .endm
+        COUNT   "ud2", 2, 0, "ud2"
+        COUNT   "ud2, three times", 2, 0, "ud2; ud2; ud2"
+        COUNT   "int3", 0, 0, "int3"
+        COUNT   "int 3", 0, 0, ".byte 0xcd, 3"
+        COUNT   "int 0x40", 0, 0, "int $0x40"
+        COUNT   "divide error", 2, 0, "xor %ebx, %ebx; div %ebx"
+        COUNT   "page fault, read", 6, 1, "mov 0x2010(%rsi), %eax"
+        COUNT   "page fault, write", 6, 1, "mov %eax, 0x2010(%rsi)"
+        COUNT   "page fault, dec", 6, 1, "decl 0x2010(%rsi)"
+        COUNT   "page fault, lock dec", 7, 1, "lock decl 0x2010(%rsi)"
+        COUNT   "page fault, push", 6, 1, "push 0x2010(%rsi)"
+        COUNT   "page fault across the end", 6, 1, "mov %eax, 0x8ffe(%rsi)"
+        COUNT   "not present", 2, 1, "mov $0x48, %eax; mov %eax, %ds"
+        COUNT   "stack not present", 2, 1, "mov $0x48, %eax; mov %eax, %ss"
+        COUNT   "protection", 3, 1, "mov (%r12), %rax; nop"
+        COUNT   "x87 while CR0.TS", 2, 0, "mov %cr0, %rax; or $8, %rax; mov %rax, %cr0; fld1"
+        COUNT   "vmcall of a guest that has none", 3, 0, ".byte 0x0f, 1, 0xc4"
+        COUNT   "wrmsr, FS base not canonical", 2, 1, "mov $0xc0000100, %ecx; mov $0x80000000, %edx; wrmsr"
+        COUNT   "MOV to CR8, too much", 4, 1, "mov $16, %eax; mov %rax, %cr8"
+        COUNT   "single steps", 0, 0, "pushf; orl $0x100, (%rsp); popf; nop; nop; nop; pushf; andl $~0x100, (%rsp); popf"
+        KERNEL  "counted: rep movsb faults in its middle, and goes on"
+        mov     $2, %r14d
+        mov     $1, %r13d
+        lea     0x8ff8(%rsi), %rdi
+        mov     $16, %ecx
+        lidt    counting_pointer
+        rep movsb
+        lidt    idt_pointer
+        END
+
+/* Debug registers, and steps. */
+        .macro  WATCH name, dr7, where, what
+        KERNEL  "\name"
+        lea     \where, %rax
+        mov     %rax, %dr0
+        mov     $\dr7, %eax
+        mov     %rax, %dr7
+        \what
+1:      nop
+        nop
+        END
+        .endm
+        WATCH   "DR7: code", 0x2, 1f(%rip), "nop"
+        WATCH   "DR7: code that is not reached", 0x2, 1f(%rip), "int $0x80; nop"
+        WATCH   "DR7: a write", 0x000d0002, 0x10(%rsi), "mov %eax, 0x10(%rsi)"
+        WATCH   "DR7: a write beside it", 0x000d0002, 0x10(%rsi), "mov %eax, 0x14(%rsi)"
+        WATCH   "DR7: a write in its middle", 0x000d0002, 0x10(%rsi), "mov %al, 0x12(%rsi)"
+        WATCH   "DR7: a read, where writes are watched", 0x000d0002, 0x10(%rsi), "mov 0x10(%rsi), %eax"
+        WATCH   "DR7: a read", 0x000f0002, 0x10(%rsi), "mov 0x10(%rsi), %eax"
+        WATCH   "DR7: push", 0x000d0002, -8(%rsp), "push %rcx"
+        WATCH   "DR7: general detect", 0x2000, 0x10(%rsi), "mov %dr0, %rbx"
+
+        KERNEL  "single step: mov ss", 0x102
+        mov     %ss, %eax
+        END
+        KERNEL  "single step: behind mov ss"
+        mov     %ss, %eax
+        pushf
+        orl     $0x100, (%rsp)
+        popf
+        mov     %eax, %ss
+        nop
+        END
+        KERNEL  "single step: rep movsb", 0x102
+        rep movsb
+        END
+        KERNEL  "single step: int 0x91", 0x102
+        int     $0x91
+        END
+        KERNEL  "single step: jmp", 0x102
+        jmp     1f
+        nop
+1:      END
+        KERNEL  "single step: ud2", 0x102
+        ud2
+        END
+        KERNEL  "single step: cpuid", 0x102
+        cpuid
+        END
+        KERNEL  "single step: out", 0x102
+        out     %al, $0x80
+        END
+        KERNEL  "single step: write to a device", 0x102
+        movl    $0x12, (%r10)
+        END
+        KERNEL  "single step: iret sets TF"
+        pushq   $0x10
+        pushq   $case_stack_top
+        pushq   $0x102
+        pushq   $0x08
+        pushq   $1f
+        iretq
+1:      nop
+        nop
+        END
+        USER    "user: single step", 0x102
+        nop
+        END
+
+/* The local APIC sends to itself; the handler is entered when the guest takes it. */
+        .macro  SEND vector
+        movl    $0x44000 + \vector, 0x300(%r9)
+        .endm
+        .macro  INTERRUPT name, flags, what
+        KERNEL  "interrupt: \name", \flags
+        \what
+        END
+        .endm
+        INTERRUPT "behind sti", 0x2, "SEND 0xa1; sti; nop; nop"
+        INTERRUPT "behind two sti", 0x2, "SEND 0xa1; sti; sti; nop; nop"
+        INTERRUPT "sti, jump", 0x2, "SEND 0xa1; sti; jmp 1f; nop; 1: nop"
+        INTERRUPT "sti, mov ss", 0x2, "mov %ss, %eax; SEND 0xa1; sti; mov %eax, %ss; nop; nop"
+        INTERRUPT "sti, ud2", 0x2, "SEND 0xa1; sti; ud2"
+        INTERRUPT "sti, rep movsb", 0x2, "SEND 0xa1; sti; rep movsb"
+        INTERRUPT "sti, hlt", 0x2, "SEND 0xa1; sti; hlt; nop"
+        INTERRUPT "sti, read of a device", 0x2, "SEND 0xa1; movl $0x12, (%r10); sti; mov (%r10), %ebx; nop"
+        INTERRUPT "popf", 0x2, "SEND 0xa1; pushq $0x202; popfq; nop; nop"
+        INTERRUPT "the higher of two", 0x2, "SEND 0x91 + 0x10; SEND 0xb1; sti; nop; nop"
+        INTERRUPT "the lower of two", 0x2, "sti; nop; nop"
+        INTERRUPT "CR8 keeps it back", 0x2, "mov $0xa, %eax; mov %rax, %cr8; SEND 0xa1; sti; nop; nop; cli; xor %eax, %eax; mov %rax, %cr8"
+        INTERRUPT "and lets it come", 0x2, "sti; nop; nop"
+        INTERRUPT "MOV to CR8 lets it come", 0x2, "mov $0xa, %eax; mov %rax, %cr8; SEND 0xa1; sti; nop; nop; xor %eax, %eax; mov %rax, %cr8; nop; nop"
+        KERNEL  "interrupt: iret to it"
+        SEND    0xa1
+        pushq   $0x10
+        pushq   $case_stack_top
+        pushq   $0x202
+        pushq   $0x08
+        pushq   $1f
+        iretq
+1:      nop
+        nop
+        END
+        KERNEL  "interrupt: iret to CPL 3"
+        SEND    0xa1
+        pushq   $0x1b
+        pushq   $case_stack_top
+        pushq   $0x202
+        pushq   $0x23
+        pushq   $1f
+        iretq
+1:      nop
+        nop
+        END
+        KERNEL  "interrupt: sysret to CPL 3"
+        SEND    0xa1
+        mov     $0xc0000081, %ecx
+        xor     %eax, %eax
+        mov     $0x00130008, %edx
+        wrmsr
+        mov     $1f, %ecx
+        mov     $0x202, %r11d
+        sysretq
+1:      nop
+        END
+        KERNEL  "interrupt: its gate is not present"
+        SEND    0x90
+        sti
+        nop
+        nop
+        END
+        KERNEL  "interrupt: while it waits"
+        SEND    0xa1
+1:      sti
+        jmp     1b
+        KERNEL  "interrupt: NMI"
+        movl    $0x400, 0x300(%r9)
+1:      jmp     1b
+        KERNEL  "interrupt: NMI, and another behind IRET"
+        xor     %r14d, %r14d
+        xor     %r13d, %r13d
+        lidt    counting_pointer
+        movl    $0x400, 0x300(%r9)
+1:      test    %r15, %r15
+        jz      1b
+        movl    $0x400, 0x300(%r9)
+1:      cmp     $2, %r15
+        jne     1b
+        lidt    idt_pointer
+        END
+        KERNEL  "interrupt: the timer wakes from hlt"
+        movl    $0xb, 0x3e0(%r9)
+        movl    $0xa1, 0x320(%r9)
+        movl    $100000, 0x380(%r9)
+        sti
+        hlt
+        nop
+        END
+        KERNEL  "interrupt: the timer, one shot"
+        mov     0x390(%r9), %ebx
+        movl    $0x10000, 0x320(%r9)
+        END
+
+/* More of transfers between privileges. */
+        .macro  IRET name, cs, ss, flags, rip=1f
+        KERNEL  "\name"
+        pushq   $\ss
+        pushq   $case_stack_top
+        pushq   $\flags
+        pushq   $\cs
+        pushq   $\rip
+        iretq
+1:      END
+        .endm
+        IRET    "iret to CPL 3", 0x23, 0x1b, 0x2
+        IRET    "iret to CPL 3, IOPL 3 and IF", 0x23, 0x1b, 0x3002
+        IRET    "iret to CPL 3, SS of the kernel", 0x23, 0x10, 0x2
+        IRET    "iret to CPL 3, SS null", 0x23, 0, 0x2
+        IRET    "iret to data", 0x10, 0x10, 0x2
+        IRET    "iret to null", 0, 0x10, 0x2
+        IRET    "iret beyond the table", 0xf00, 0x10, 0x2
+        IRET    "iret to code that is not present", 0x50, 0x10, 0x2
+        IRET    "iret to programs' code with RPL 0", 0x20, 0x18, 0x2
+        IRET    "iret to a TSS", 0x28, 0x10, 0x2
+        KERNEL  "sysretl"
+        mov     $0xc0000081, %ecx
+        xor     %eax, %eax
+        mov     $0x00330008, %edx
+        wrmsr
+        mov     $1f, %ecx
+        mov     $0x2, %r11d
+        sysretl
+        .code32
+1:      END
+        KERNEL  "sysret while EFER.SCE is 0"
+        mov     $0xc0000080, %ecx
+        mov     $0xd00, %eax
+        xor     %edx, %edx
+        wrmsr
+        sysretq
+        END
+        KERNEL  "syscall to an address that is not canonical"
+        mov     $0xc0000082, %ecx
+        xor     %eax, %eax
+        mov     $0x80000000, %edx
+        wrmsr
+        END
+        KERNEL  "alignment check at CPL 3"
+        mov     %cr0, %rax
+        or      $0x40000, %rax
+        mov     %rax, %cr0
+        pushq   $0x1b
+        pushq   $case_stack_top
+        pushq   $0x40002
+        pushq   $0x23
+        pushq   $1f
+        iretq
+1:      mov     0x3001(%rsi), %eax
+        END
+        KERNEL  "alignment check does not concern the kernel", 0x40002
+        mov     %cr0, %rax
+        or      $0x40000, %rax
+        mov     %rax, %cr0
+        mov     1(%rsi), %eax
+        END
+
+/* With what is shown to guests that are not in compatibility mode: the image is the kernel's alone then. */
+        .macro  PROTECTED name, cr4, what
+        SHOWN   "\name"
+        movb    $0x83, pd0
+        mov     %cr3, %rax
+        mov     %rax, %cr3
+        mov     $0x620 | \cr4, %eax
+        mov     %rax, %cr4
+        \what
+        END
+        .endm
+        .set    SMEP, 1 << 20
+        .set    SMAP, 1 << 21
+        PROTECTED "SMEP: run programs' page", SMEP, "lea 0x3010(%rsi), %rax; call *%rax"
+        PROTECTED "SMEP: read programs' page", SMEP, "mov 0x3010(%rsi), %rax"
+        PROTECTED "SMAP: read", SMAP, "mov 0x3010(%rsi), %rax"
+        PROTECTED "SMAP: write", SMAP, "mov %rax, 0x3010(%rsi)"
+        PROTECTED "SMAP: add", SMAP, "lock add %rax, 0x3010(%rsi)"
+        PROTECTED "SMAP: rep movsb", SMAP, "lea 0x3010(%rsi), %rdi; rep movsb"
+        PROTECTED "SMAP: push", SMAP, "lea 0x3010(%rsi), %rsp; push %rax"
+        PROTECTED "SMAP: read after stac", SMAP, "stac; mov 0x3010(%rsi), %rax; clac"
+        PROTECTED "SMAP: read after stac, clac", SMAP, "stac; clac; mov 0x3010(%rsi), %rax"
+        PROTECTED "SMAP: read only, after stac", SMAP, "stac; mov %rax, 0x4010(%rsi); clac"
+        PROTECTED "SMAP: popf lets it read", SMAP, "pushq $0x40002; popfq; mov 0x3010(%rsi), %rbx"
+        PROTECTED "SMAP: a descriptor, after stac", SMAP, "stac; movabs $0x40008200300000ff, %rbx; mov %rbx, gdt + 0x78; mov $0x78, %eax; lldt %ax; mov $0x0c, %eax; mov %eax, %es"
+        PROTECTED "SMAP: the handler's stack, after stac", SMAP, "stac; movb $2, idt + 16 * 0x91 + IST; lea 0x3100(%rsi), %rax; mov %rax, tss + 44; int $0x91"
+        PROTECTED "SMAP: int 0x91, after stac", SMAP, "stac; int $0x91"
+        PROTECTED "SMAP: invlpg", SMAP, "invlpg 0x3010(%rsi)"
+        SHOWN   "rdfsbase while CR4.FSGSBASE is 0"
+        rdfsbase %rax
+        END
+        SHOWN   "wrfsbase, not canonical"
+        mov     $0x10620, %eax
+        mov     %rax, %cr4
+        wrfsbase %r12
+        END
+
 /* Flags and numbers. */
         .macro  SHIFT operation
         .irp    count, 0, 1, 5, 31, 32, 63
@@ -1050,6 +1604,101 @@
         add     $8, %rsi
         cmp     %rsi, %rdx
         jne     1b
+        END
+
+        .macro  X87 name, what
+        KERNEL  "x87: \name"
+        \what
+        fnstsw  %ax
+        movzwl  %ax, %ebx
+        xor     %eax, %eax
+        fstpt   (%rsi)
+        END
+        .endm
+        X87     "2 * pi", "fldpi; fadd %st, %st"
+        X87     "square root of 2", "fld1; fadd %st, %st; fsqrt"
+        X87     "sine of 1", "fld1; fsin"
+        X87     "tangent of 1", "fld1; fptan; fstp %st"
+        X87     "arctangent of 1", "fld1; fld1; fpatan"
+        X87     "2^x - 1", "fldln2; f2xm1"
+        X87     "logarithm of pi", "fld1; fldpi; fyl2x"
+        X87     "remainder", "fld1; fldpi; fprem"
+        X87     "IEEE remainder", "fld1; fldpi; fprem1"
+        X87     "rounded to an integer", "fldpi; frndint"
+        X87     "scaled", "fldpi; fldpi; fscale"
+        X87     "exponent", "fldpi; fxtract"
+        X87     "0/0", "fldz; fldz; fdivp"
+        X87     "1/0", "fld1; fldz; fdivrp"
+        X87     "stack underflow", "fxch %st(1)"
+        X87     "stack overflow", "fld1; fld1; fld1; fld1; fld1; fld1; fld1; fld1; fld1"
+        X87     "compare", "fld1; fldpi; fcom"
+        X87     "unordered", "fldz; fldz; fdivp; fld1; fucom"
+        X87     "examined", "fldz; fchs; fxam"
+        X87     "a float", "flds 0x40(%rdi)"
+        X87     "a double", "fldl 0x40(%rdi)"
+        X87     "an integer", "fildll 0x40(%rdi)"
+        X87     "packed decimal", "fbld 0x40(%rdi)"
+        X87     "too large an integer", "fldl2t; fldl2t; fldl2t; fscale; fistpl 0x10(%rsi); fldz"
+        KERNEL  "x87: fcomi"
+        fld1
+        fldpi
+        fcomip
+        END
+        KERNEL  "x87: packed decimal out"
+        fldpi
+        fbstp   (%rsi)
+        END
+        KERNEL  "x87: fnstenv"
+        fldcw   fault_all
+        fld1
+        fnstenv (%rsi)
+        mov     (%rsi), %eax
+        mov     8(%rsi), %ebx
+        END
+        .macro  SSE name, what
+        KERNEL  "sse: \name"
+        movups  (%rsi), %xmm0
+        movups  0x20(%rdi), %xmm1
+        \what
+        movups  %xmm0, (%rsi)
+        END
+        .endm
+        .irp    operation, addps, subps, mulps, divps, minps, maxps, sqrtps, rcpss, addsd, mulsd, divsd, sqrtsd, minsd, maxpd, andnps, xorps, unpcklps, unpckhpd, cvtdq2pd, cvtps2pd, cvtpd2ps, cvttps2dq, cvtsd2ss, paddb, paddusw, psubsw, pmullw, pmulhuw, pmaddwd, psadbw, pavgb, pcmpeqb, pcmpgtw, packsswb, packuswb, punpcklbw, psllw, psrad, psrlq, pmaxub, pminsw
+        SSE     "\operation", "\operation %xmm1, %xmm0"
+        .endr
+        SSE     "shufps", "shufps $0x4e, %xmm1, %xmm0"
+        SSE     "pshufd", "pshufd $0x1b, %xmm1, %xmm0"
+        SSE     "pshuflw", "pshuflw $0x1b, %xmm1, %xmm0"
+        SSE     "pslldq", "pslldq $3, %xmm0"
+        SSE     "cmpltps", "cmpltps %xmm1, %xmm0"
+        SSE     "cmpunordpd", "cmpunordpd %xmm1, %xmm0"
+        SSE     "comisd", "comisd %xmm1, %xmm0"
+        SSE     "ucomiss", "ucomiss %xmm1, %xmm0"
+        SSE     "movmskps", "movmskps %xmm0, %eax"
+        SSE     "pmovmskb", "pmovmskb %xmm1, %eax"
+        SSE     "cvttsd2si", "cvttsd2si %xmm1, %rax"
+        SSE     "cvtsi2sd", "cvtsi2sd %rbx, %xmm0"
+        SSE     "cvtss2si", "cvtss2si %xmm1, %eax"
+        SSE     "pinsrw", "pinsrw $3, %ebx, %xmm0"
+        SSE     "pextrw", "pextrw $5, %xmm1, %eax"
+        SSE     "movhlps", "movhlps %xmm1, %xmm0"
+        SSE     "movss clears", "movss 0x40(%rdi), %xmm0"
+        SSE     "movsd between registers", "movsd %xmm1, %xmm0"
+        SSE     "movnti", "movnti %rax, 0x10(%rsi)"
+        SSE     "maskmovdqu", "maskmovdqu %xmm1, %xmm0"
+        SSE     "addsubps", "addsubps %xmm1, %xmm0"
+        SSE     "haddpd", "haddpd %xmm1, %xmm0"
+        SSE     "lddqu", "lddqu 7(%rdi), %xmm0"
+        SSE     "a constant of MXCSR that is reserved", "movl $0x10000, (%rsi); ldmxcsr (%rsi)"
+        KERNEL  "mmx: paddw"
+        movq    (%rsi), %mm0
+        paddw   0x40(%rdi), %mm0
+        movq    %mm0, (%rsi)
+        emms
+        END
+        KERNEL  "fxrstor, MXCSR reserved"
+        movl    $0xffff0000, 24(%rsi)
+        fxrstor (%rsi)
         END
 
 /* Interrupts. */

@@ -10,7 +10,7 @@ struct testcase {
     uint32_t cs, ss;
     uint64_t rflags;
 };
-extern const struct testcase cases[], cases_end[], alone[], alone_end[];
+extern const struct testcase cases[], cases_end[], alone[], alone_end[], shown[], shown_end[];
 
 /* As entry.S leaves it. */
 extern struct {
@@ -21,10 +21,10 @@ extern struct {
 extern void enter(const struct testcase *testcase);
 extern void load_tables(void);
 extern uint64_t gdt[], pt[];
-extern uint8_t page[], tss[], stubs[], idt[], ist_top[], gate_target[];
-extern struct {
+extern uint8_t page[], tss[], stubs[], counter[], ist_top[], gate_target[];
+extern struct gate {
     uint64_t low, high;
-} idt_entries[256] __asm__("idt");
+} idt[256], counting[256];
 
 enum { END = 0x80, IST1 = 1 };
 
@@ -35,12 +35,13 @@ static const uint64_t before[] = {
     0xfee00000,         0xfec00000,         0, UINT64_C(1) << 63,
 };
 
-static void gate(int vector, unsigned dpl, bool present)
+static struct gate gate(uint64_t handler, unsigned dpl, bool present)
 {
-    uint64_t stub = (uint64_t)stubs + 16 * (unsigned)vector;
-    idt_entries[vector].low = (stub & 0xffff) | 0x08 << 16 | (uint64_t)IST1 << 32 | UINT64_C(0xe) << 40 |
-                              (uint64_t)dpl << 45 | (uint64_t)present << 47 | (stub >> 16 & 0xffff) << 48;
-    idt_entries[vector].high = stub >> 32;
+    return (struct gate){
+        .low = (handler & 0xffff) | 0x08 << 16 | (uint64_t)IST1 << 32 | UINT64_C(0xe) << 40 | (uint64_t)dpl << 45 |
+               (uint64_t)present << 47 | (handler >> 16 & 0xffff) << 48,
+        .high = handler >> 32,
+    };
 }
 
 static void call_gate(uint64_t *entry, bool present)
@@ -51,15 +52,20 @@ static void call_gate(uint64_t *entry, bool present)
     entry[1] = target >> 32;
 }
 
+/* Before each case, which may have changed them. */
 static void make_tables(void)
 {
-    for (int vector = 0; vector < 256; vector++)
-        gate(vector, vector == 3 || vector == 4 || vector >= 0x80 ? 3 : 0, vector != 0x90);
+    for (unsigned vector = 0; vector < 256; vector++) {
+        unsigned dpl = vector == 3 || vector == 4 || vector >= 0x80 ? 3 : 0;
+        idt[vector] = gate((uint64_t)stubs + 16 * vector, dpl, vector != 0x90);
+        counting[vector] = vector == END ? idt[END] : gate((uint64_t)counter, dpl, true);
+    }
     uint64_t base = (uint64_t)tss;
     *(uint64_t *)(tss + 4) = *(uint64_t *)(tss + 36) = (uint64_t)ist_top; /* RSP0, IST1 */
     *(uint16_t *)(tss + 102) = 104; /* no ports for programs */
     gdt[5] = 103 | (base & 0xffffff) << 16 | UINT64_C(0x89) << 40 | (base >> 24 & 0xff) << 56;
     gdt[6] = base >> 32;
+    gdt[15] = UINT64_C(0x82) << 40; /* an empty LDT */
     call_gate(&gdt[11], true);
     call_gate(&gdt[13], false);
     load_tables();
@@ -147,6 +153,7 @@ static void run(const struct testcase *testcase, const struct testcase *end)
 {
     for (; testcase < end; testcase++) {
         fill();
+        make_tables();
         console_string(testcase->name); /* of a case that does not come back the name is there */
         PRINT(" ...\n");
         enter(testcase);
@@ -158,11 +165,13 @@ static void run(const struct testcase *testcase, const struct testcase *end)
 int compare_main(const uint64_t *start_info)
 {
     const char *cmdline = (const char *)start_info[3];
-    make_tables();
     PRINT("compare: begin\n");
-    run(cases, cases_end);
     if (cmdline_has(cmdline, "alone"))
         run(alone, alone_end);
+    else if (cmdline_has(cmdline, "shown"))
+        run(shown, shown_end);
+    else
+        run(cases, cases_end);
     PRINT("compare: end\n");
     return 0;
 }
