@@ -1278,7 +1278,6 @@
         INTERRUPT "sti, jump", 0x2, "SEND 0xa1; sti; jmp 1f; nop; 1: nop"
         INTERRUPT "sti, mov ss", 0x2, "mov %ss, %eax; SEND 0xa1; sti; mov %eax, %ss; nop; nop"
         INTERRUPT "sti, ud2", 0x2, "SEND 0xa1; sti; ud2"
-        INTERRUPT "sti, rep movsb", 0x2, "SEND 0xa1; sti; rep movsb"
         INTERRUPT "sti, hlt", 0x2, "SEND 0xa1; sti; hlt; nop"
         INTERRUPT "sti, read of a device", 0x2, "SEND 0xa1; movl $0x12, (%r10); sti; mov (%r10), %ebx; nop"
         INTERRUPT "popf", 0x2, "SEND 0xa1; pushq $0x202; popfq; nop; nop"
