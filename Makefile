@@ -15,6 +15,8 @@ BIN     := $(VENV)/bin
 GENERATED_FROM := pyhv/cpu/features.toml $(wildcard pyhv/cpu/profiles/*.toml) \
     $(addprefix pyhv/cpu/,generate.py feature_table.py feature_types.py compile_profile.py)
 ENGINE  := $(wildcard csrc/*.[ch] csrc/*/*.[ch]) pyhv/_native/build.py
+C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] tests/c/*.[ch] guest_images/*.[ch] guest_images/*/*.[ch] \
+    bench/*.[ch] tests/lab/guest/*.[ch] tests/lab/guest/compare/*.c)
 GUESTS  := $(shell find guest_images -type f)
 
 .PHONY: demo test check unit c-test sanitize host hops lab lab-full soak bench wheel clean install
@@ -53,6 +55,7 @@ $(VENV)/dev: $(VENV)/installed
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter-out csrc/gen/%,$(C_FILES))
 
 unit: $(VENV)/dev
 	$(BIN)/python -m pytest -q tests/unit

@@ -8,8 +8,6 @@ from pyhv.errors import BadInput
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     StrPath = str | os.PathLike[str]
 
 
@@ -28,12 +26,9 @@ def as_options(text: str) -> str:
 
     for argument, option in _OTHERWISE.items():
         text = text.replace(argument, option)
-    names = "accel|boot|cpu|cpus|initrd|intercept|overcommit|via"
-    return re.sub(rf'\b({names})=(?:True\b|"([^"]*)"|(\d+))', _option, text)
-
-
-def _option(match: Any) -> str:
-    return f"--{match[1]} {match[2] or match[3] or ''}".rstrip()
+    # No other numbers and words than errors have: a file may be called cpu=3.
+    text = re.sub(r'\b(accel|boot|cpu|initrd|intercept|via)="(\w+)"', r"--\1 \2", text)
+    return re.sub(r"\bcpus=1\b", "--cpus 1", re.sub(r"\bovercommit=True\b", "--overcommit", text))
 
 
 def path(name: str, value: object) -> str:

@@ -128,8 +128,8 @@ class Cancelled(PyhvError):
 
 
 class GaveUp(HostError):
-    """The other side of a migration gave it up: what failed is there, or somebody there wanted it. The VM goes on as if
-    nothing had been.
+    """The other side of a migration gave it up: what failed is there, or somebody there wanted it. The VM stays with
+    its source, as if nothing had been.
 
     what: the other side. reason: what it said.
     """

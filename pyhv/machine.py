@@ -242,13 +242,12 @@ class Machine:
         """A machine without a VM yet, for a guest that has run elsewhere. where: what errors call it.
 
         Raises Incompatible with every reason why this host cannot run the guest, NotFaithful."""
-
-        from pyhv.state.needs import decide
+        from pyhv.state.needs import decide, facts_of
 
         machine = cls.__new__(cls)
         machine.image = None
-        machine.facts = choose.GuestFacts(saved.image, saved.cpuid_sites, saved.enters_user_mode)
-        machine.choice, machine.host, machine.guest = decide(saved, needs, where, strict_tsc, accel, intercept)
+        machine.facts = facts_of(saved)
+        machine.choice, machine.host, machine.guest = decide(machine.facts, needs, where, strict_tsc, accel, intercept)
         machine.notes = needs.notes(machine.host)
         machine.notes += machine.choice.notes
         machine.command_line = saved.command_line

@@ -45,7 +45,7 @@ static int pic_request(const struct pyhv_pic *pic, bool is_master)
     if (pic->special_mask)
         served &= (uint8_t)~pic->imr;
     if (pic->special_fully_nested_mode && is_master)
-        served &= (uint8_t)~(1u << CASCADE_LINE);
+        served &= (uint8_t) ~(1u << CASCADE_LINE);
     return wants < pic_priority(pic, served) ? (int)((wants + pic->priority_add) & 7) : -1;
 }
 
@@ -109,7 +109,7 @@ static void pic_end(struct pyhv_pic *pic, uint8_t value)
                 return;
             line = (priority + pic->priority_add) & 7;
         }
-        pic->isr &= (uint8_t)~(1u << line);
+        pic->isr &= (uint8_t) ~(1u << line);
     }
     if (command & 4)
         pic->priority_add = (uint8_t)((line + 1) & 7);

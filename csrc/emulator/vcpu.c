@@ -129,7 +129,6 @@ static void take_flags_back(struct pyhv_emulator_vcpu *vcpu)
 static void remember_control(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state)
 {
     vcpu->control.cr0 = state->cr[0];
-    vcpu->control.cr2 = state->cr[2];
     vcpu->control.cr3 = state->cr[3];
     vcpu->control.cr4 = state->cr[4];
     vcpu->control.efer = state->efer;
@@ -659,6 +658,14 @@ static bool lend_flags(struct pyhv_emulator_vcpu *vcpu)
     return true;
 }
 
+/* A page fault that is not raised: the instruction is executed once more, and what comes then is no fault within it. */
+static void forget_fault(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *state)
+{
+    state->cr[2] = vcpu->control.cr2;
+    state->error_code = 0;
+    state->old_exception = -1;
+}
+
 /* IRET, far RET and far CALL of the guest's user: the library touches their stack as the supervisor. That is wrong for the
  * error code of a page fault, and with CR4.SMAP it is one. Then the instruction is executed once more, without SMAP. */
 static bool lend_user_stack(struct pyhv_emulator_vcpu *vcpu, uint32_t lent)
@@ -671,9 +678,7 @@ static bool lend_user_stack(struct pyhv_emulator_vcpu *vcpu, uint32_t lent)
     if (emulator_cpl(state) != 3 || state->cr[2] - sp + STACK_REACH >= 2 * STACK_REACH)
         return false;
     if ((state->hflags & HF_SMAP) && (state->error_code & FAULT_PRESENT) && !lent) {
-        state->error_code = 0;
-        state->cr[2] = vcpu->control.cr2;
-        state->old_exception = -1;
+        forget_fault(vcpu, state);
         state->hflags &= ~(uint32_t)HF_SMAP;
         vcpu->lent = HF_SMAP;
         vcpu->lent_used = false;
@@ -693,9 +698,7 @@ static bool fetched_ahead(struct pyhv_emulator_vcpu *vcpu)
     const uint64_t rip = state->segs[CS].base + state->rip, behind = (rip | (PYHV_PAGE_SIZE - 1)) + 1;
     if (vcpu->stepping || vcpu->one_by_one || state->cr[2] != behind)
         return false;
-    state->cr[2] = vcpu->control.cr2;
-    state->error_code = 0;
-    state->old_exception = -1; /* what comes now is no fault within this one */
+    forget_fault(vcpu, state);
     vcpu->one_by_one = BLOCK_MAX;
     return true;
 }

@@ -138,12 +138,12 @@ def decide(
         guest = make(host)
     except Incompatible as incompatible:
         if may_emulate:
-            reasons = tuple(map(str, incompatible.reasons))
-            one = reasons[0] if len(reasons) == 1 else ""
-            why = f"this host's KVM cannot run this guest:{one and ' '}{one}"
+            why, reasons = "this host's KVM cannot run this guest:", tuple(map(str, incompatible.reasons))
+            if len(reasons) == 1:
+                why, reasons = f"{why} {reasons[0]}", ()
             try:
                 decision = _on_emulator(make, facts, vcpus, intercept, whole, why)
-                return decision if one else decision._replace(choice=decision.choice._replace(reasons=reasons))
+                return decision._replace(choice=decision.choice._replace(reasons=reasons))
             except BadInput:
                 pass  # the guest is KVM's: what KVM says of it is what counts
         raise incompatible
@@ -270,7 +270,7 @@ def choose(accelerator: Accelerator, guest: GuestCpu, facts: GuestFacts, interce
         raise NotFaithful(
             'intercept="kernel"',
             f"{accelerator.name} on this host does not hide what the CPUID table hides: {_leak_words(leaks)}",
-            'use intercept="trap" or "auto", or a host with kvm_intel or kvm_amd',
+            'use intercept="trap" or intercept="auto", or a host with kvm_intel or kvm_amd',
             hidden,
         )
     if not facts.cpuid_sites:
@@ -311,7 +311,7 @@ def _trap(accelerator: Accelerator, facts: GuestFacts, leaks: dict[int, list[str
         raise NotFaithful(
             'intercept="trap"',
             f"guest debug of {accelerator.name} does not stop a guest on this host",
-            'use intercept="kernel" or "auto"',
+            'use intercept="kernel" or intercept="auto"',
             (),
         )
     if sites:

@@ -200,7 +200,7 @@ class Emulator:
             if path == LIBRARY and error.errnum == errno.ENOENT:
                 raise NotAvailable("the emulator", f"{LIBRARY} is not installed", _INSTALL)
             if error.errnum in (errno.EACCES, errno.EPERM):
-                raise NotAvailable("the emulator", _NO_CODE, "allow it to pyhv, or use KVM: accel=\"kvm\"")
+                raise NotAvailable("the emulator", _NO_CODE, 'allow it to pyhv, or use KVM: accel="kvm"')
             raise NotAvailable("the emulator", detail, _INSTALL)
         self.tsc_khz = int(lib.pyhv_emulator_host_tsc_khz()) or _TSC_KHZ
 

@@ -282,7 +282,7 @@ def _explained() -> Iterator[None]:
         if error.errno == errno.ENODEV:
             raise NotAvailable("tracefs", "this kernel has none", 'use via="trap"') from None
         if error.errno == errno.ENOSYS:
-            advice = "mount it (mount -t tracefs tracefs /sys/kernel/tracing), or use via=\"trap\""
+            advice = 'mount it (mount -t tracefs tracefs /sys/kernel/tracing), or use via="trap"'
             raise NotAvailable("tracefs", "is not mounted", advice) from None
         where = f"{error.filename}: " if error.filename else ""
         raise NotAvailable("tracefs", f"{where}{error.strerror}", 'use via="trap"') from None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pyhv.boot.image import Content
 
 _UNPACK = "unpack it first"
-_DISK = "pyhv has no disks: give the kernel that is on it, and its initrd by initrd=\"FILE\""
+_DISK = 'pyhv has no disks: give the kernel that is on it, and its initrd by initrd="FILE"'
 _INITRD = 'give the kernel, and this by initrd="FILE"'
 _OTHER_MACHINE = "give a kernel for x86-64"
 

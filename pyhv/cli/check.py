@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
 def _here(snapshot: file.Snapshot, accel: str, strict_tsc: bool) -> tuple[list[object], list[str]]:
     """Reasons and notes of this host, which are those of `pyhv restore`."""
     try:
-        decision = needs.decide(snapshot.state.machine, snapshot.needs, "this host", strict_tsc, accel)
+        decision = needs.decide(needs.facts_of(snapshot.state.machine), snapshot.needs, "this host", strict_tsc, accel)
     except Incompatible as incompatible:
         return list(incompatible.reasons), []
     except NotFaithful as refused:

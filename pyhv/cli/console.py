@@ -34,7 +34,7 @@ COMMAND = Command(
     ),
     f"""
 Shows the last 64 KiB that the guest has printed, and from then on all that it prints. Any number may watch; the keys go
-to the guest from the terminal that the VM was started on and from one other. Is stdin a terminal, then
+to the guest from the terminal that the VM was started on and from one other. If stdin is a terminal,
   {_HELP}
 
 example:

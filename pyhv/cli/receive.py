@@ -49,7 +49,7 @@ One VM is taken, with --forever one after the other. Whether it can run on this 
 moved; if it cannot, the source hears every reason. Until the VM runs here, any failure leaves it running there. Its
 name comes with it. One that is paused comes paused.
 
-The console is stdin and stdout. Is stdin a terminal, then
+The console is stdin and stdout. If stdin is a terminal,
   {HELP}
 
 example:

@@ -33,7 +33,7 @@ The guest's processor is compared with this host before anything else; if it can
 is read from there when it is needed (pyhv save may replace it: that leaves the VM the old one). Every restored VM is a
 clone with a UUID of its own, and without a name unless it is given one.
 
-The console is stdin and stdout. Is stdin a terminal, then
+The console is stdin and stdout. If stdin is a terminal,
   {HELP}
 
 examples:

@@ -29,7 +29,7 @@ image, or with --boot flat code for 1 MiB; guest_images/README.md tells the stat
 bundled guest:
 {{guests}}
 
-The guest's console (a serial port) is stdin and stdout. Is stdin a terminal, then each key goes to the guest, and
+The guest's console (a serial port) is stdin and stdout. If stdin is a terminal, each key goes to the guest, and
   {HELP}
 
 examples:

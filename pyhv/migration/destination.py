@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pyhv._native.link import Link, open_zstd
-from pyhv.errors import BadInput, HostError
+from pyhv.errors import BadInput, GaveUp, HostError
 from pyhv.migration import protocol, waits
 from pyhv.migration.protocol import Answer, Cancel, Commit, End, Hello, Ready, Running, Sync, Synced, Type, Vcpu
 
@@ -47,8 +47,8 @@ class Destination:
     """One migration to here, over an open channel: greet(), then accept() or refuse(), receive(), confirm(), begin()
     right before the VM runs, and announce() when it does. Close it in any case.
 
-    Every call raises HostError where the link breaks or what comes is no message, BadInput for what makes no sense or
-    where the source gives up. The VM must then be forgotten, except after confirm().
+    Every call raises HostError where the link breaks or what comes is no message, GaveUp where the source gives up,
+    BadInput for what makes no sense. The VM must then be forgotten, except after confirm().
     """
 
     def __init__(self, channel: Channel) -> None:
@@ -232,7 +232,7 @@ class Destination:
         if kind == Type.CANCEL:
             self._over = True
             reason = protocol.shown(protocol.decode(Cancel, payload).reason)
-            raise BadInput(f"migration from {self._peer}", f"the source gave it up: {reason}")
+            raise GaveUp(f"migration from {self._peer}: the source", reason)
         if kind != protocol.type_of(cls):
             problem = f"a message {protocol.title(kind)} came where {protocol.name_of(cls)} was due"
             raise HostError(f"migration from {self._peer}", errno.EBADMSG, problem)

@@ -67,8 +67,13 @@ class Needs(NamedTuple):
         return policy.GuestCpu(self.profile, topology, hides, table, visible, (), (), ())
 
 
+def facts_of(saved: MachineRecord) -> choose.GuestFacts:
+    """What a saved machine says of its image."""
+    return choose.GuestFacts(saved.image, saved.cpuid_sites, saved.enters_user_mode)
+
+
 def decide(
-    saved: MachineRecord,
+    facts: choose.GuestFacts,
     needs: Needs,
     where: str,
     strict_tsc: bool = False,
@@ -85,7 +90,6 @@ def decide(
         needs.check(host, where, strict_tsc)
         return needs.guest_cpu(host)
 
-    facts = choose.GuestFacts(saved.image, saved.cpuid_sites, saved.enters_user_mode)
     return choose.decide(make, facts, len(needs.tables), accel, intercept, whole=True)
 
 

@@ -695,7 +695,7 @@ static uint32_t wrapped_in(uc_engine *engine, uint32_t port, int size, void *opa
 {
     const struct wrapped *own = opaque;
     happen(engine, 0);
-    uint32_t value = ((uint32_t (*)(uc_engine *, uint32_t, int, void *))own->callback)(engine, port, size, own->opaque);
+    uint32_t value = ((uint32_t(*)(uc_engine *, uint32_t, int, void *))own->callback)(engine, port, size, own->opaque);
     happen(engine, 1);
     return value;
 }
@@ -713,7 +713,7 @@ static uint64_t wrapped_mmio_read(uc_engine *engine, uint64_t offset, unsigned s
     const struct wrapped *own = opaque;
     happen(engine, 0);
     uint64_t value =
-        ((uint64_t (*)(uc_engine *, uint64_t, unsigned, void *))own->callback)(engine, offset, size, own->opaque);
+        ((uint64_t(*)(uc_engine *, uint64_t, unsigned, void *))own->callback)(engine, offset, size, own->opaque);
     happen(engine, 1);
     return value;
 }
@@ -1431,16 +1431,16 @@ static void what_cannot_be_is_named(void)
     CHECK_EQUAL(pyhv_emulator_vcpu_set_events(machine.vcpu, &events, &error), -1);
     destroy(&machine);
     static const uint8_t fault[] = {0x0f, 0x0b};
-    for (int virtual = 0; virtual < 2; virtual++) {
+    for (int in_v86 = 0; in_v86 < 2; in_v86++) {
         struct pyhv_exit exit;
         build(&machine, fault, sizeof fault, 0);
-        sregs = protected(&machine, virtual ? 3 : 0, 0);
+        sregs = protected(&machine, in_v86 ? 3 : 0, 0);
         put64(&machine, IDT + 6 * 8, (uint64_t)TSS_SELECTOR << 16 | UINT64_C(0x8500) << 32); /* a task gate */
-        start_at(&machine, &sregs, ENTRY, STACK, virtual ? 0x20002 : 2);
+        start_at(&machine, &sregs, ENTRY, STACK, in_v86 ? 0x20002 : 2);
         CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_INTERNAL_ERROR);
         CHECK_EQUAL(exit.suberror, PYHV_SUBERROR_NO_EVENT);
-        CHECK(strstr(exit.error.detail, virtual ? "cannot do an exception or interrupt in virtual-8086 mode"
-                                                : "cannot do a task gate in the IDT"));
+        CHECK(strstr(exit.error.detail, in_v86 ? "cannot do an exception or interrupt in virtual-8086 mode"
+                                               : "cannot do a task gate in the IDT"));
         destroy(&machine);
     }
     CHECK_EQUAL(pyhv_emulator_open("/no/such/library", &error), 0); /* it is open already */

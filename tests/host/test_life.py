@@ -191,7 +191,7 @@ def nothing_left() -> Iterator[None]:
     before, threads = descriptors(), threading.active_count()
     yield
     choose.open_accelerator().prepare()
-    assert descriptors() <= before and threading.active_count() == threads
+    assert (descriptors(), threading.active_count()) == (before, threads)
 
 
 @pytest.mark.parametrize("stage", STAGES)

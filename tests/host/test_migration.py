@@ -325,7 +325,7 @@ def test_a_side_without_zstd(monkeypatch: pytest.MonkeyPatch) -> None:
         failed = try_hop(machine, limits=LIMITS._replace(compress=True))
         assert isinstance(failed, Failed)
         assert "has no zstd library; install libzstd there, or migrate without compression" in str(failed.here)
-        assert "the source gave it up: the destination: has no zstd library" in str(failed.there)
+        assert "the source: gave the migration up: the destination: has no zstd library" in str(failed.there)
         assert machine.vm.running
         wait_for_rounds(machine)
 
@@ -392,7 +392,7 @@ def test_a_guest_that_writes_faster_than_the_link(limit: dict[str, Any]) -> None
         assert isinstance(failed, Failed)
         assert "writes its memory too fast to be migrated" in str(failed.here)
         assert 'allow a longer downtime, or choose "stop" as on_timeout' in str(failed.here)
-        assert "the source gave it up: the guest: writes its memory too fast" in str(failed.there)
+        assert "the source: gave the migration up: the guest: writes its memory too fast" in str(failed.there)
         assert machine.vm.running
         wait_for_rounds(machine)
         there, summary = hop(machine, limits=slow._replace(on_timeout="stop"), look=check_equal, link=slow_link)
@@ -460,7 +460,7 @@ def test_whoever_waits_for_progress_may_give_up() -> None:
         failed = try_hop(machine, limits=LIMITS._replace(bandwidth=2e6), progress=progress)
         assert isinstance(failed, Failed)
         assert str(failed.here) == "the user: has enough"
-        assert "the source gave it up: the user: has enough" in str(failed.there)
+        assert "the source: gave the migration up: the user: has enough" in str(failed.there)
         assert machine.vm.running and machine.handed_over == ""
         wait_for_rounds(machine)
         first, last = seen[0], seen[-1]
@@ -479,7 +479,7 @@ def test_a_guest_that_ends_meanwhile() -> None:
         failed = try_hop(machine, limits=LIMITS._replace(bandwidth=1e6))
         assert isinstance(failed, Failed)
         assert "the guest: came to its end during the migration" in str(failed.here)
-        assert "the source gave it up: the guest: came to its end" in str(failed.there)
+        assert "the source: gave the migration up: the guest: came to its end" in str(failed.there)
         result = machine.result(machine.vm.wait(TIMEOUT))
         assert (result.cause, result.status) == ("guest-exit", 0)
 
@@ -687,7 +687,7 @@ def test_cancelling(stage: Stage, from_outside: bool, monkeypatch: pytest.Monkey
             return
         assert isinstance(done, Failed), done
         assert str(done.here) == "migration to the destination: it was cancelled; the VM stays here"
-        assert "the source gave it up: migration to the destination: it was cancelled" in str(done.there)
+        assert "the source: gave the migration up: migration to the destination: it was cancelled" in str(done.there)
         assert machine.vm.running and not machine.handed_over and not machine.cancel_migration()
         wait_for_rounds(machine)
         monkeypatch.setattr(Source, "_enter", enter)

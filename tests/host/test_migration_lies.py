@@ -586,7 +586,8 @@ SOURCES: dict[str, tuple[Callable[[Messages], Messages], str]] = {
     "no commit": (without(Type.COMMIT), "the other side has closed the link"),
     "nothing": (lambda m: [], "the other side has closed the link"),
     "a cancel that drives terminals": (
-        insert(Type.COMMIT, protocol.encode(Cancel("\x1b[2J" + "x" * 1000))), r"gave it up:  \[2Jx{400,}\.\.\.$",
+        insert(Type.COMMIT, protocol.encode(Cancel("\x1b[2J" + "x" * 1000))),
+        r"gave the migration up:  \[2Jx{400,}\.\.\.$",
     ),
 }  # fmt: skip
 

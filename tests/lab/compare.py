@@ -7,35 +7,32 @@ import re
 import subprocess
 from pathlib import Path
 
+from guest_images import build
+
 from . import cache
 from .errors import LabError
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "guest" / "compare"
-COMMON = HERE.parents[1] / "guest_images" / "common"
-FLAGS = [
-    "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{COMMON}", "-ffreestanding", "-nostdlib", "-static",
-    "-fno-pic", "-no-pie", "-mgeneral-regs-only", "-mno-red-zone", "-fno-stack-protector", "-fcf-protection=none",
-    "-fno-asynchronous-unwind-tables", "-fno-tree-loop-distribute-patterns", "-ffunction-sections",
-    "-Wl,--gc-sections", "-Wl,--build-id=none", "-Wl,-z,noexecstack",
-    "-Wl,-z,max-page-size=4096", f"-Wl,-T,{SOURCE / 'compare.ld'}",
-]  # fmt: skip
+#: Beside the guest's own: the console, the command line, and the note that says where PVH enters.
+SHARED = tuple(build.HERE / name for name in ("common/console.c", "common/cmdline.c", "pvh/note.S"))
 
 
 def guest() -> Path:
     """The image. Raises LabError."""
-    sources = [*sorted(SOURCE.iterdir()), COMMON / "console.c", COMMON / "cmdline.c"]
+    sources = [*sorted(SOURCE.iterdir()), *SHARED]
 
-    def build(folder: Path) -> None:
+    def compile_it(folder: Path) -> None:
         code = [str(source) for source in sources if source.suffix in (".c", ".S")]
-        command = ["gcc", *FLAGS, "-o", str(folder / "compare.elf"), *code]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        command = ["gcc", *build.FLAGS, "-m64", f"-Wl,-T,{SOURCE / 'compare.ld'}", "-o", str(folder / "compare.elf")]
+        done = subprocess.run([*command, *code], capture_output=True, text=True, timeout=120)
         if done.returncode != 0:
             raise LabError(f"the comparing guest: {done.stderr.strip()}")
 
-    inputs = {source.name: cache.file_digest(source) for source in [*sources, COMMON / "guest.h"]}
+    files = [*sources, build.COMMON / "guest.h", build.HERE / "build.py"]
+    inputs = {file.name: cache.file_digest(file) for file in files}
     inputs["recipe"] = cache.file_digest(Path(__file__))
-    return cache.artefact("compare-guest", inputs, build) / "compare.elf"
+    return cache.artefact("compare-guest", inputs, compile_it) / "compare.elf"
 
 
 def lines(console: str) -> dict[str, str]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.lab import code
+from tests.lab.host import Host
 from tests.lab.lab import Lab
 
 
@@ -20,6 +22,18 @@ def lab() -> Iterator[Lab]:
 def of_vendor(vendor: str) -> list[str]:
     """The kinds of hosts that are to be tested, of one vendor, in the order given."""
     return [name for name in os.environ.get("PYHV_LAB_KINDS", "").split(",") if name.startswith(vendor)]
+
+
+def newest(vendor: str) -> Iterator[Host]:
+    """A host of the newest wanted kind of this vendor, with pyhv in it; for a fixture to yield from. The test is
+    skipped where none is wanted."""
+    kinds = of_vendor(vendor)
+    if not kinds:
+        pytest.skip(f"needs an {vendor} host (--kinds)")
+    with Lab() as lab:
+        (one,) = lab.start(kinds[-1])
+        one.put({"site": code.pyhv() / "site"}, code.INSIDE)
+        yield one
 
 
 @pytest.fixture

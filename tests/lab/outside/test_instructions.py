@@ -15,9 +15,8 @@ import pytest
 import pyhv
 from tests.lab import code, compare, packages
 from tests.lab.host import Host
-from tests.lab.lab import Lab
 
-from .conftest import of_vendor
+from .conftest import newest
 
 LIMIT = 60
 
@@ -238,12 +237,7 @@ def test_cpuid_is_the_tables_in_every_mode() -> None:
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
-    kinds = of_vendor("amd")
-    if not kinds:
-        pytest.skip("needs an amd host (--kinds)")
-    with Lab() as lab:
-        (one,) = lab.start(kinds[-1])
-        one.put({"site": code.pyhv() / "site"}, code.INSIDE)
+    for one in newest("amd"):
         one.put({"compare.elf": compare.guest()}, "/tmp")
         yield one
 

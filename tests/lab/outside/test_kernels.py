@@ -15,9 +15,8 @@ import pytest
 
 from tests.lab import code, debian, image
 from tests.lab.host import Host
-from tests.lab.lab import Lab
 
-from .conftest import of_vendor
+from .conftest import newest
 
 FOLDER = "/tmp/kernels"
 SOURCE = Path(__file__).resolve().parents[1] / "guest" / "init32.S"
@@ -25,13 +24,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "guest" / "init32.S"
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
-    kinds = of_vendor("amd")
-    if not kinds:
-        pytest.skip("needs an amd host (--kinds)")
-    with Lab() as lab:
-        (one,) = lab.start(kinds[-1])
-        one.put({"site": code.pyhv() / "site"}, code.INSIDE)
-        yield one
+    yield from newest("amd")
 
 
 def boot(host: Host, files: dict[str, bytes], name: str, *options: str) -> Any:

@@ -13,9 +13,8 @@ import pytest
 
 from tests.lab import code, linux
 from tests.lab.host import Host
-from tests.lab.lab import Lab
 
-from .conftest import of_vendor
+from .conftest import newest
 from .test_generations import SHOWN
 from .test_linux_ride import HIDDEN
 
@@ -25,13 +24,8 @@ LINE = "console=ttyS0 quiet panic=-1 noxsave"
 
 
 def started(vendor: str, *images: str) -> Iterator[Host]:
-    """A host of the newest wanted kind of this vendor, with pyhv and the Linux guest."""
-    kinds = of_vendor(vendor)
-    if not kinds:
-        pytest.skip(f"needs an {vendor} host (--kinds)")
-    with Lab() as lab:
-        (one,) = lab.start(kinds[-1])
-        one.put({"site": code.pyhv() / "site"}, code.INSIDE)
+    """The newest host, and the Linux guest in it."""
+    for one in newest(vendor):
         one.put({name: linux.guest() / name for name in (*images, "initrd")}, FOLDER)
         yield one
 

@@ -31,8 +31,8 @@ enum { END = 0x80, IST1 = 1 };
 static const char *const names[] = {"rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "r8",
                                     "r9",  "r10", "r11", "r12", "r13", "r14", "r15"};
 static const uint64_t before[] = {
-    0x8877665544332211, 0x0102030405060708, 3, 0x99, 0x40000000, 0x40000100, 0x40000200, 0xd0000000,
-    0xfee00000,         0xfec00000,         0, UINT64_C(1) << 63,
+    0x8877665544332211, 0x0102030405060708, 3,          0x99,       0x40000000, 0x40000100,
+    0x40000200,         0xd0000000,         0xfee00000, 0xfec00000, 0,          UINT64_C(1) << 63,
 };
 
 static struct gate gate(uint64_t handler, unsigned dpl, bool present)
@@ -62,7 +62,7 @@ static void make_tables(void)
     }
     uint64_t base = (uint64_t)tss;
     *(uint64_t *)(tss + 4) = *(uint64_t *)(tss + 36) = (uint64_t)ist_top; /* RSP0, IST1 */
-    *(uint16_t *)(tss + 102) = 104; /* no ports for programs */
+    *(uint16_t *)(tss + 102) = 104;                                       /* no ports for programs */
     gdt[5] = 103 | (base & 0xffffff) << 16 | UINT64_C(0x89) << 40 | (base >> 24 & 0xff) << 56;
     gdt[6] = base >> 32;
     gdt[15] = UINT64_C(0x82) << 40; /* an empty LDT */

@@ -9,14 +9,6 @@
  */
         .file   "entry.S"
 
-        .section .note.Xen, "a", @note
-        .balign 4
-        .long   2f - 1f, 4f - 3f, 18
-1:      .asciz  "Xen"
-2:      .balign 4
-3:      .long   _start
-4:
-
         .section .text.start, "ax"
         .code32
         .globl  _start
