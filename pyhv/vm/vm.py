@@ -181,7 +181,8 @@ class Vm:
 
     @property
     def tsc_khz(self) -> int:
-        """Rate of the TSC, of a VM that runs or has run. A running vCPU cannot be asked: it answers when it stands."""
+        """Rate of the guest's TSC, of a VM that runs, has run or came from elsewhere: the one that it began with. On a
+        host that does not scale rates it may count at another, which is not the guest's when it goes on elsewhere."""
         return self._tsc_khz
 
     def tell_capabilities(self, moving: bool) -> None:
@@ -232,7 +233,6 @@ class Vm:
 
     def rest(self) -> None:
         """Makes a VM that came from elsewhere, and was paused there, a paused one here, for whoever holds the turn."""
-        self._tsc_khz = self._tsc_khz or self.vcpus[0].read_tsc_khz()
         self.left = time.monotonic_ns()
         self.life.at = life.PAUSED
 
@@ -417,7 +417,8 @@ class Vm:
     def capture_raw(self) -> RawState:
         """The same as capture(), in a quarter of the time."""
         assert self._vm is not None and not self.running
-        return self._vm.capture(self.vcpus, self.tables)
+        state = self._vm.capture(self.vcpus, self.tables)
+        return state._replace(tsc_khz=self._tsc_khz or state.tsc_khz)
 
     def apply(self, state: ProcessorsState) -> None:
         """Puts a state into a VM that has never run and whose memory is complete. Raises HostError, and OverflowError,
@@ -432,6 +433,7 @@ class Vm:
         if (bool(state.irqchip), state.pit) != (self.irqchip, self.pit):
             raise ValueError("it has other interrupt controllers or timers than the VM")
         self._vm.apply(self.vcpus, self.tables, state, elapsed)
+        self._tsc_khz = state.tsc_khz
         self.life.at = life.PAUSED
 
     def interrupt(self) -> None:

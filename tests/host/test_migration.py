@@ -30,7 +30,8 @@ from .migration import APPEND, MEMORY, TIMEOUT, check_console, descriptors, stam
 from .test_snapshot_state import TSC, differences
 
 TICKER: dict[str, Any] = {"append": APPEND, "memory": MEMORY}
-LIMITS = Limits(downtime=10.0, rounds=1)  # one that always suffices
+# One that always suffices. In the lab's slow hosts a look at both sides takes longer than a silence usually is.
+LIMITS = Limits(downtime=10.0, rounds=1, silence=10.0)
 Look = Callable[[pyhv.Machine, pyhv.Machine], None]
 
 
@@ -432,7 +433,7 @@ def test_after_a_round_that_halved_what_is_left_comes_another(
 ) -> None:
     with running(memory="10M") as machine:
         seem_to_write(machine, pages, monkeypatch)
-        there, summary = hop(machine, limits=Limits(downtime=10.0), look=check_equal, link=slow_link)
+        there, summary = hop(machine, limits=LIMITS._replace(rounds=30), look=check_equal, link=slow_link)
         there.close()
         assert (summary.rounds > 1) == halved
 
@@ -441,7 +442,7 @@ def test_a_round_that_need_not_be_does_not_make_it_late(monkeypatch: pytest.Monk
     with running(memory="10M") as machine:
         seem_to_write(machine, 256, monkeypatch)
         monkeypatch.setattr(Source, "_is_late", lambda source: source._round > 1)
-        there, summary = hop(machine, limits=Limits(downtime=10.0), look=check_equal, link=slow_link)
+        there, summary = hop(machine, limits=LIMITS._replace(rounds=30), look=check_equal, link=slow_link)
         there.close()
         assert summary.rounds == 2
 

@@ -119,6 +119,19 @@ def test_arch_capabilities_are_set_when_a_guest_is_made(monkeypatch: pytest.Monk
         assert written == [1 << 0]
 
 
+def test_the_rate_that_the_guest_began_with_stays_its_own(saved: Path) -> None:
+    """Whatever this host counts at: another may have, or make, that rate."""
+
+    def change(state: MachineState) -> MachineState:
+        return state._replace(platform=state.platform._replace(tsc_khz=state.platform.tsc_khz + 1))
+
+    forge(saved, saved.with_name("other"), change)
+    with pyhv.Machine.restore(str(saved.with_name("other")), accel="kvm") as machine:
+        khz = machine.vm.capture().tsc_khz
+        machine.run(0.05)
+        assert khz == machine.vm.tsc_khz == machine.vm.capture().tsc_khz != machine.host.tsc_khz
+
+
 class WithoutScaling:
     """The engine on a host that says that it scales TSC rates, and does not."""
 
