@@ -471,7 +471,7 @@ struct pyhv_counters {
     uint64_t port_io, mmio, interrupted, traps, cpuid_answered, step_gaps;
 };
 
-/* ---------------------------------------------------------------------------------------------------- KVM -- */
+/* ----------------------------------------------------------------------------------------- the accelerators -- */
 
 /* The system descriptor: /dev/kvm, its API version checked. Returns the descriptor, or -1. */
 int pyhv_kvm_open(const char *path, struct pyhv_error *error);
@@ -485,55 +485,81 @@ int pyhv_kvm_msr_list(int kvm_fd, int features, uint32_t *indices, size_t capaci
 int pyhv_kvm_feature_msr(int kvm_fd, uint32_t index, uint64_t *value, struct pyhv_error *error);
 
 struct pyhv_vm_config {
-    uint32_t irqchip; /* 1: LAPICs, I/O APIC and PICs in the kernel */
-    uint32_t pit;     /* 1: the 8254 too. To take it down again may cost 15 ms (measured on Linux 6.18) */
-    uint32_t late;    /* 1: make them after the memory. The kernel waits for a grace period once: with 0 when memory is
-                       * mapped (6.5 ms), with 1 when the VM is destroyed (15 ms); but then the VM starts at once */
+    uint32_t irqchip; /* 1: LAPICs, I/O APIC and PICs behind the contract */
+    uint32_t pit;     /* 1: the 8254 too. To take KVM's down again may cost 15 ms (measured on Linux 6.18) */
+    uint32_t late;    /* KVM only. 1: make them after the memory. The kernel waits for a grace period once: with 0 when
+                       * memory is mapped (6.5 ms), with 1 when the VM is destroyed (15 ms); but then the VM starts at once */
+    uint32_t tsc_khz; /* the emulator only: the rate of its time-stamp counter */
 };
+
 struct pyhv_vm;
-/* The devices on `bus` (NULL: none) raise their interrupts in the VM's irqchip, if it has one. */
-struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, struct pyhv_bus *bus,
-                               struct pyhv_error *error);
-/* Connects the bus of a VM that was created without one; before its first vCPU is created. */
-void pyhv_vm_set_bus(struct pyhv_vm *vm, struct pyhv_bus *bus);
-/* Gives a VM that was created with an irqchip and neither `pit` nor `late` a PIT; before its first vCPU is created. */
-int pyhv_vm_add_pit(struct pyhv_vm *vm, struct pyhv_error *error);
+/* A VM of KVM's. The devices on `bus` (NULL: none) raise their interrupts in the VM's irqchip, if it has one. */
+struct pyhv_vm *pyhv_kvm_vm_create(int kvm_fd, const struct pyhv_vm_config *config, struct pyhv_bus *bus,
+                                   struct pyhv_error *error);
+/* Connects the bus of one that was created without, and if `pit` and it was created with an irqchip, and neither `pit` nor
+ * `late`, gives it a PIT. Before its first vCPU is created. */
+int pyhv_kvm_vm_adopt(struct pyhv_vm *vm, struct pyhv_bus *bus, int pit, struct pyhv_error *error);
+
+/* The software accelerator: the CPU emulator library (Unicorn 2.1.4), opened at run time. Opens the library at `path` (a
+ * file, or a name for dlopen) and checks that it is the version whose CPU state is known, by its number, its size and by
+ * markers; once a process, later calls find it open. Any thread. */
+int pyhv_emulator_open(const char *path, struct pyhv_error *error);
+/* The rate of this host's time-stamp counter in kHz, 0 where the kernel does not tell. */
+uint32_t pyhv_emulator_host_tsc_khz(void);
+/* The MSRs that make up a vCPU's state: returns how many. */
+size_t pyhv_emulator_msr_list(uint32_t *indices, size_t capacity);
+/* A VM of the emulator's. It has one vCPU, index 0. */
+struct pyhv_vm *pyhv_emulator_vm_create(const struct pyhv_vm_config *config, struct pyhv_bus *bus,
+                                        struct pyhv_error *error);
+
+/* --------------------------------------------------------------------------------- VMs of every accelerator -- */
+
+/* From here on an operation is the same whoever executes the guest; where the two differ it is said. */
 void pyhv_vm_destroy(struct pyhv_vm *vm); /* after its vCPUs and before its bus, which stays the caller's */
-int pyhv_vm_fd(const struct pyhv_vm *vm);
 
-/* What a pause owes the guest, to be done before its vCPUs, of which none runs, run on: its watchdogs are told that it was
- * stopped (KVM_KVMCLOCK_CTRL), and ticks of the PIT that it slept through are one, not a storm of them. */
-int pyhv_vm_resume(struct pyhv_vm *vm, struct pyhv_error *error);
-
-/* Gives `size` bytes of host memory to the guest at `gpa`. Before the first vCPU is created it costs least. */
+/* Gives `size` bytes of host memory to the guest at `gpa`; both and `host` are multiples of a page. In ascending order of
+ * gpa, and before the first vCPU is created: KVM takes it later too, at a higher price. */
 #define PYHV_VM_MAX_SLOTS 16
 int pyhv_vm_map(struct pyhv_vm *vm, uint64_t gpa, uint64_t size, void *host, struct pyhv_error *error);
 
-/* Begins (on = 1) or ends logging which pages of its memory the VM's vCPUs write, and KVM on their behalf. After all
- * memory is mapped; every piece of it but the last must be a multiple of 64 pages. On failure it is as it was. */
+/* Begins (on = 1) or ends logging which pages of its memory the VM's vCPUs write, and the accelerator on their behalf. After
+ * all memory is mapped. KVM: every piece of it but the last must be a multiple of 64 pages. The emulator, where the kernel
+ * has no PAGEMAP_SCAN (before Linux 6.7): a system call that writes guest memory on the process's behalf fails while this
+ * is on. On failure it is as it was. */
 int pyhv_vm_log_dirty(struct pyhv_vm *vm, int on, struct pyhv_error *error);
-/* KVM_GET_DIRTY_LOG: sets the bits of the pages that were written since logging began or since the last call; the
- * others stay as they are. A bit a page, in the order in which memory was mapped. */
+/* Sets the bits of the pages that were written since logging began or since the last call; the others stay as they are. A
+ * bit a page, in the order in which memory was mapped. */
 int pyhv_vm_take_dirty(struct pyhv_vm *vm, uint64_t *bitmap, struct pyhv_error *error);
+
+/* What a pause owes the guest, to be done before its vCPUs, of which none runs, run on: its watchdogs are told that it was
+ * stopped (KVM_KVMCLOCK_CTRL), and ticks of its timers that it slept through are one, not a storm of them. */
+int pyhv_vm_resume(struct pyhv_vm *vm, struct pyhv_error *error);
 
 struct pyhv_vcpu;
 struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct pyhv_error *error);
 void pyhv_vcpu_destroy(struct pyhv_vcpu *vcpu); /* not while it runs */
 
-/* KVM_SET_CPUID2; once, before the first run. */
+/* What CPUID answers, and with the emulator which instructions there are. Once, before the first run. */
 int pyhv_vcpu_set_cpuid(struct pyhv_vcpu *vcpu, const struct pyhv_cpuid_entry *entries, size_t count,
                         struct pyhv_error *error);
-/* KVM_GET_CPUID2: returns the number of entries written. */
+/* What the accelerator says that it answers: returns the number of entries written. */
 int pyhv_vcpu_get_cpuid(struct pyhv_vcpu *vcpu, struct pyhv_cpuid_entry *entries, size_t capacity,
                         struct pyhv_error *error);
 
 int pyhv_vcpu_get_regs(struct pyhv_vcpu *vcpu, struct pyhv_regs *regs, struct pyhv_error *error);
 int pyhv_vcpu_set_regs(struct pyhv_vcpu *vcpu, const struct pyhv_regs *regs, struct pyhv_error *error);
 int pyhv_vcpu_get_sregs(struct pyhv_vcpu *vcpu, struct pyhv_sregs *sregs, struct pyhv_error *error);
+/* Fails with ERANGE, naming the field, for a number that a vCPU cannot have. */
 int pyhv_vcpu_set_sregs(struct pyhv_vcpu *vcpu, const struct pyhv_sregs *sregs, struct pyhv_error *error);
-/* KVM_GET_MP_STATE: KVM_MP_STATE_* or -1. */
-int pyhv_vcpu_get_mp_state(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
-/* KVM_GET_TSC_KHZ: kHz, or -1. */
+
+/* Reading and writing MSRs: return how many, from the first on, were taken: less than `count` where one of them does not
+ * exist here or refuses its value. */
+int pyhv_vcpu_get_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, uint64_t *values, size_t count,
+                       struct pyhv_error *error);
+int pyhv_vcpu_set_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, const uint64_t *values, size_t count,
+                       struct pyhv_error *error);
+
+/* The rate of its time-stamp counter: kHz, or -1. */
 int pyhv_vcpu_get_tsc_khz(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
 const struct pyhv_counters *pyhv_vcpu_counters(const struct pyhv_vcpu *vcpu);
 
@@ -554,7 +580,7 @@ int pyhv_vcpu_waits_for_ever(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
 /* Executes one instruction and stops with PYHV_STOP_DEBUG (or what else the instruction caused). */
 void pyhv_vcpu_step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit);
 
-/* ------------------------------------------------------------------------- the rest of a vCPU's state -- */
+/* --------------------------------------------------------------------------- the state of a VM's processors -- */
 
 /* Exceptions, interrupts and modes on their way (api.rst, KVM_GET_VCPU_EVENTS). */
 struct pyhv_events {
@@ -567,61 +593,55 @@ struct pyhv_events {
     uint32_t smm, smi_pending, smm_inside_nmi, latched_init;
     uint32_t triple_fault_pending, reserved;
 };
-int pyhv_vcpu_get_events(struct pyhv_vcpu *vcpu, struct pyhv_events *events, struct pyhv_error *error);
-/* Fails with ERANGE, naming the field, for a number that a vCPU cannot have; so do pyhv_vcpu_set_sregs() and
- * pyhv_vm_set_irqchip(). */
-int pyhv_vcpu_set_events(struct pyhv_vcpu *vcpu, const struct pyhv_events *events, struct pyhv_error *error);
 
 struct pyhv_debugregs {
     uint64_t db[4];
     uint64_t dr6, dr7;
 };
-int pyhv_vcpu_get_debugregs(struct pyhv_vcpu *vcpu, struct pyhv_debugregs *regs, struct pyhv_error *error);
-int pyhv_vcpu_set_debugregs(struct pyhv_vcpu *vcpu, const struct pyhv_debugregs *regs, struct pyhv_error *error);
 
-int pyhv_vcpu_set_mp_state(struct pyhv_vcpu *vcpu, uint32_t state, struct pyhv_error *error);
+/* How an MSR is handled that a vCPU may have. */
+enum {
+    PYHV_MSR_UNUSUAL = 1,  /* it is in a state only if it holds something else than `usual` */
+    PYHV_MSR_ABSENT = 2,   /* this host does not have it: it is not read */
+    PYHV_MSR_UNSURE = 4,   /* KVM does not list it, so that only reading tells whether this host has it */
+    PYHV_MSR_NEEDLESS = 8, /* a host that refuses it needs none */
+};
+struct pyhv_msr_rule {
+    uint32_t index;
+    uint32_t flags;
+    uint64_t usual;
+    char name[40];
+};
 
-/* XCR0. On a host without XSAVE it reads as 1 (x87), and only 1 can be written. */
-int pyhv_vcpu_get_xcr0(struct pyhv_vcpu *vcpu, uint64_t *value, struct pyhv_error *error);
-int pyhv_vcpu_set_xcr0(struct pyhv_vcpu *vcpu, uint64_t value, struct pyhv_error *error);
+/* Not an MSR: the shadow-stack pointer (CET), which is in a state under the number that KVM keeps for it and gives no guest
+ * (MSR_KVM_INTERNAL_GUEST_SSP). KVM has had a call for it since Linux 6.18. */
+#define PYHV_MSR_SSP 1263947263
 
-/* The XSAVE area in its standard format: legacy region, header, components. There is room for as many bytes as the VM's
- * has (KVM_CAP_XSAVE2), at most PYHV_XSAVE_MAX. Returns how many there are before all that is zero, at least those of
- * region and header. To write, the area may be shorter: what is missing is zero. */
+/* What a vCPU's state can have, by its CPUID table: nothing else is saved or loaded. rules: in ascending order of index;
+ * components: those of the XSAVE area, a bit each. Before the first pyhv_vm_save_state() or pyhv_vm_load_state(). */
+int pyhv_vcpu_grant(struct pyhv_vcpu *vcpu, const struct pyhv_msr_rule *rules, size_t count, uint64_t components,
+                    struct pyhv_error *error);
+
 #define PYHV_XSAVE_MAX 16384
-int64_t pyhv_vcpu_get_xsave(struct pyhv_vcpu *vcpu, uint8_t *area, size_t capacity, struct pyhv_error *error);
-int pyhv_vcpu_set_xsave(struct pyhv_vcpu *vcpu, const uint8_t *area, size_t size, struct pyhv_error *error);
-
-/* The LAPIC's registers as its MMIO page shows them. */
 #define PYHV_LAPIC_SIZE 1024
-int pyhv_vcpu_get_lapic(struct pyhv_vcpu *vcpu, uint8_t *page, struct pyhv_error *error);
-int pyhv_vcpu_set_lapic(struct pyhv_vcpu *vcpu, const uint8_t *page, struct pyhv_error *error);
+#define PYHV_STATE_MSRS_MAX 512
 
-/* KVM_GET_MSRS, KVM_SET_MSRS: return how many MSRs, from the first on, KVM took: less than `count` where one of them
- * does not exist here or refuses its value. */
-int pyhv_vcpu_get_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, uint64_t *values, size_t count,
-                       struct pyhv_error *error);
-int pyhv_vcpu_set_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, const uint64_t *values, size_t count,
-                       struct pyhv_error *error);
-
-/* The shadow-stack pointer (CET), for which there is no MSR (KVM_REG_GUEST_SSP, since Linux 6.18). Returns 0 and sets it,
- * or 1 where this KVM or the vCPU's CPUID table has none. */
-int pyhv_vcpu_get_ssp(struct pyhv_vcpu *vcpu, uint64_t *value, struct pyhv_error *error);
-int pyhv_vcpu_set_ssp(struct pyhv_vcpu *vcpu, uint64_t value, struct pyhv_error *error);
-
-/* What is added to the host's (scaled) counter to give the guest's (KVM_VCPU_TSC_OFFSET, since Linux 5.16). Returns 0
- * and sets it, or 1 where this kernel cannot. */
-int pyhv_vcpu_get_tsc_offset(struct pyhv_vcpu *vcpu, uint64_t *offset, struct pyhv_error *error);
-int pyhv_vcpu_set_tsc_offset(struct pyhv_vcpu *vcpu, uint64_t offset, struct pyhv_error *error);
-
-/* KVM_SET_TSC_KHZ: another rate than the host's needs hardware that scales. Returns 1, with nothing changed, on a host
- * that does not. */
-int pyhv_vcpu_set_tsc_khz(struct pyhv_vcpu *vcpu, uint32_t khz, struct pyhv_error *error);
-
-/* KVM_KVMCLOCK_CTRL: tells a guest with kvmclock that it was stopped, so that its watchdogs forgive. */
-int pyhv_vcpu_clock_paused(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
-
-/* ------------------------------------------------------------------ the state of the irqchip and the clock -- */
+/* One vCPU, between two instructions and with no port or memory access pending. */
+struct pyhv_vcpu_state {
+    struct pyhv_regs regs;
+    struct pyhv_sregs sregs;
+    struct pyhv_events events;
+    struct pyhv_debugregs debugregs;
+    uint64_t xcr0;
+    uint32_t mp_state; /* KVM_MP_STATE_* */
+    uint32_t msr_count;
+    uint32_t xsave_size;
+    uint32_t lapic_size; /* PYHV_LAPIC_SIZE, or 0 without an irqchip */
+    uint32_t msr_indices[PYHV_STATE_MSRS_MAX];
+    uint64_t msr_values[PYHV_STATE_MSRS_MAX];
+    uint8_t lapic[PYHV_LAPIC_SIZE]; /* its registers as its MMIO page shows them */
+    uint8_t xsave[PYHV_XSAVE_MAX];  /* in the standard format, without the zeros at its end */
+};
 
 struct pyhv_pic { /* one 8259A (api.rst, KVM_GET_IRQCHIP; the fields are those of struct kvm_pic_state) */
     uint8_t last_irr, irr, imr, isr, priority_add, irq_base, read_reg_select, poll;
@@ -644,26 +664,36 @@ struct pyhv_irqchip {
     struct pyhv_pit_channel pit[3]; /* zeros without a PIT */
     uint32_t pit_flags, reserved;
 };
-int pyhv_vm_get_irqchip(struct pyhv_vm *vm, struct pyhv_irqchip *irqchip, struct pyhv_error *error);
-int pyhv_vm_set_irqchip(struct pyhv_vm *vm, const struct pyhv_irqchip *irqchip, struct pyhv_error *error);
 
-struct pyhv_clock {
-    uint64_t ns;       /* kvmclock: what the guest reads */
-    uint64_t realtime; /* CLOCK_REALTIME in ns at that moment, 0 where KVM does not tell */
-    uint64_t host_tsc; /* likewise */
+struct pyhv_state {
+    uint64_t clock;   /* the guest's monotonic time in ns: kvmclock */
+    uint32_t tsc_khz; /* the rate of its time-stamp counters */
+    uint32_t has_irqchip;
+    uint32_t has_pit;
+    uint32_t vcpu_count;
+    struct pyhv_vcpu_state *vcpus; /* the caller's, who says how many: those that the VM has, by their index */
+    struct pyhv_irqchip irqchip;
 };
-int pyhv_vm_get_clock(struct pyhv_vm *vm, struct pyhv_clock *clock, struct pyhv_error *error);
-/* Sets kvmclock to clock->ns; the rest is not looked at. */
-int pyhv_vm_set_clock(struct pyhv_vm *vm, const struct pyhv_clock *clock, struct pyhv_error *error);
+
+/* The state of a VM whose vCPUs are all stopped. */
+int pyhv_vm_save_state(struct pyhv_vm *vm, struct pyhv_state *state, struct pyhv_error *error);
+
+/* Puts a state into a VM whose vCPUs have their CPUID tables, whose memory is mapped and which has never run. Its clocks go
+ * on as if the state had been taken `elapsed_ns` before the call. On failure the VM is good for nothing but to be destroyed.
+ * errnum: EPERM for an MSR that was not granted; ERANGE for what no vCPU can have; ENOTSUP for what the emulator cannot
+ * have, though KVM can; another where the host refuses. */
+int pyhv_vm_load_state(struct pyhv_vm *vm, const struct pyhv_state *state, uint64_t elapsed_ns,
+                       struct pyhv_error *error);
 
 /* ------------------------------------------------------------------------- trap: CPUID without the kernel -- */
 
 #define PYHV_TRAP_MAX_SITES 4
 
-/* Answers the vCPU's CPUID instructions from `table` instead of the kernel, through guest debug. With `site_count` 0
- * every instruction is stepped; otherwise only the linear addresses in `sites`, which must be all the CPUID
- * instructions that run, through hardware breakpoints. `table` must outlive the vCPU. With `log_capacity` > 0
- * each answer is recorded; a full log stops the run. Before the first run. */
+/* KVM: answers the vCPU's CPUID instructions from `table` instead of the kernel, through guest debug. With `site_count` 0
+ * every instruction is stepped; otherwise only the linear addresses in `sites`, which must be all the CPUID instructions
+ * that run, through hardware breakpoints. `table` must outlive the vCPU. With `log_capacity` > 0 each answer is recorded; a
+ * full log stops the run. The emulator answers every CPUID from its table anyway: what is left is the log. Before the first
+ * run. */
 struct pyhv_trap_config {
     const struct pyhv_cpuid_table *table;
     uint32_t site_count;
@@ -674,92 +704,5 @@ int pyhv_vcpu_trap(struct pyhv_vcpu *vcpu, const struct pyhv_trap_config *config
 
 /* Moves up to `capacity` records out of the log, oldest first; returns how many. Not while the vCPU runs. */
 size_t pyhv_vcpu_trap_log(struct pyhv_vcpu *vcpu, struct pyhv_cpuid_record *records, size_t capacity);
-
-/* ---------------------------------------------------------------------------------------------- the emulator -- */
-
-/* The software accelerator: the CPU emulator library (Unicorn 2.1.4), opened at run time. What is called as above does
- * the same; the differences are said here. A VM has one vCPU, index 0. */
-
-/* Opens the library at `path` (a file, or a name for dlopen) and checks that it is the version whose CPU state is known,
- * by its number, its size and by markers; once a process, later calls find it open. Any thread. */
-int pyhv_emulator_open(const char *path, struct pyhv_error *error);
-
-/* The rate of this host's time-stamp counter in kHz, 0 where the kernel does not tell. */
-uint32_t pyhv_emulator_host_tsc_khz(void);
-
-/* The MSRs that make up a vCPU's state: returns how many. */
-size_t pyhv_emulator_msr_list(uint32_t *indices, size_t capacity);
-
-struct pyhv_emulator_vm;
-/* config->late has no effect. */
-struct pyhv_emulator_vm *pyhv_emulator_vm_create(const struct pyhv_vm_config *config, struct pyhv_bus *bus,
-                                                 struct pyhv_error *error);
-void pyhv_emulator_vm_destroy(struct pyhv_emulator_vm *vm);
-/* In ascending order of gpa, and before the vCPU. */
-int pyhv_emulator_vm_map(struct pyhv_emulator_vm *vm, uint64_t gpa, uint64_t size, void *host,
-                         struct pyhv_error *error);
-/* Of any size: memory need not be a multiple of 64 pages. Where the kernel has no PAGEMAP_SCAN (before Linux 6.7) a
- * system call that writes guest memory on the process's behalf fails while this is on. */
-int pyhv_emulator_vm_log_dirty(struct pyhv_emulator_vm *vm, int on, struct pyhv_error *error);
-int pyhv_emulator_vm_take_dirty(struct pyhv_emulator_vm *vm, uint64_t *bitmap, struct pyhv_error *error);
-
-struct pyhv_emulator_vcpu;
-/* tsc_khz: the rate of its time-stamp counter. */
-struct pyhv_emulator_vcpu *pyhv_emulator_vcpu_create(struct pyhv_emulator_vm *vm, uint32_t index, uint32_t tsc_khz,
-                                                     struct pyhv_error *error);
-void pyhv_emulator_vcpu_destroy(struct pyhv_emulator_vcpu *vcpu);
-/* The table answers CPUID, and its features are the instructions that there are. */
-int pyhv_emulator_vcpu_set_cpuid(struct pyhv_emulator_vcpu *vcpu, const struct pyhv_cpuid_entry *entries, size_t count,
-                                 struct pyhv_error *error);
-int pyhv_emulator_vcpu_get_cpuid(struct pyhv_emulator_vcpu *vcpu, struct pyhv_cpuid_entry *entries, size_t capacity,
-                                 struct pyhv_error *error);
-/* Keeps a record of each CPUID; a run stops with PYHV_STOP_TRAP_LOG_FULL soon after there are `capacity` (0: no log). */
-int pyhv_emulator_vcpu_log_cpuid(struct pyhv_emulator_vcpu *vcpu, uint32_t capacity, struct pyhv_error *error);
-size_t pyhv_emulator_vcpu_cpuid_log(struct pyhv_emulator_vcpu *vcpu, struct pyhv_cpuid_record *records,
-                                    size_t capacity);
-const struct pyhv_counters *pyhv_emulator_vcpu_counters(const struct pyhv_emulator_vcpu *vcpu);
-void pyhv_emulator_vcpu_run(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit);
-int pyhv_emulator_vcpu_kick(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error);
-int pyhv_emulator_vcpu_waits_for_ever(struct pyhv_emulator_vcpu *vcpu);
-void pyhv_emulator_vcpu_step(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit);
-
-int pyhv_emulator_vcpu_get_regs(struct pyhv_emulator_vcpu *vcpu, struct pyhv_regs *regs, struct pyhv_error *error);
-int pyhv_emulator_vcpu_set_regs(struct pyhv_emulator_vcpu *vcpu, const struct pyhv_regs *regs,
-                                struct pyhv_error *error);
-int pyhv_emulator_vcpu_get_sregs(struct pyhv_emulator_vcpu *vcpu, struct pyhv_sregs *sregs, struct pyhv_error *error);
-int pyhv_emulator_vcpu_set_sregs(struct pyhv_emulator_vcpu *vcpu, const struct pyhv_sregs *sregs,
-                                 struct pyhv_error *error);
-int pyhv_emulator_vcpu_get_events(struct pyhv_emulator_vcpu *vcpu, struct pyhv_events *events,
-                                  struct pyhv_error *error);
-/* After all other state: what is on its way is delivered at once. */
-int pyhv_emulator_vcpu_set_events(struct pyhv_emulator_vcpu *vcpu, const struct pyhv_events *events,
-                                  struct pyhv_error *error);
-int pyhv_emulator_vcpu_get_debugregs(struct pyhv_emulator_vcpu *vcpu, struct pyhv_debugregs *regs,
-                                     struct pyhv_error *error);
-int pyhv_emulator_vcpu_set_debugregs(struct pyhv_emulator_vcpu *vcpu, const struct pyhv_debugregs *regs,
-                                     struct pyhv_error *error);
-int64_t pyhv_emulator_vcpu_get_xsave(struct pyhv_emulator_vcpu *vcpu, uint8_t *area, size_t capacity,
-                                     struct pyhv_error *error);
-int pyhv_emulator_vcpu_set_xsave(struct pyhv_emulator_vcpu *vcpu, const uint8_t *area, size_t size,
-                                 struct pyhv_error *error);
-int pyhv_emulator_vcpu_get_msrs(struct pyhv_emulator_vcpu *vcpu, const uint32_t *indices, uint64_t *values,
-                                size_t count, struct pyhv_error *error);
-int pyhv_emulator_vcpu_set_msrs(struct pyhv_emulator_vcpu *vcpu, const uint32_t *indices, const uint64_t *values,
-                                size_t count, struct pyhv_error *error);
-int pyhv_emulator_vcpu_get_mp_state(const struct pyhv_emulator_vcpu *vcpu);
-int pyhv_emulator_vcpu_set_mp_state(struct pyhv_emulator_vcpu *vcpu, uint32_t state, struct pyhv_error *error);
-int pyhv_emulator_vcpu_get_tsc_khz(struct pyhv_emulator_vcpu *vcpu);
-/* Any rate. */
-void pyhv_emulator_vcpu_set_tsc_khz(struct pyhv_emulator_vcpu *vcpu, uint32_t khz);
-
-void pyhv_emulator_vm_get_irqchip(struct pyhv_emulator_vm *vm, struct pyhv_irqchip *irqchip);
-int pyhv_emulator_vm_set_irqchip(struct pyhv_emulator_vm *vm, const struct pyhv_irqchip *irqchip,
-                                 struct pyhv_error *error);
-/* PYHV_LAPIC_SIZE bytes: the vCPU's. */
-void pyhv_emulator_vm_get_lapic(struct pyhv_emulator_vm *vm, uint8_t *page);
-void pyhv_emulator_vm_set_lapic(struct pyhv_emulator_vm *vm, const uint8_t *page);
-/* The guest's monotonic time in ns. */
-uint64_t pyhv_emulator_vm_get_clock(const struct pyhv_emulator_vm *vm);
-void pyhv_emulator_vm_set_clock(struct pyhv_emulator_vm *vm, uint64_t ns);
 
 #endif

@@ -44,7 +44,7 @@ struct scan {
 };
 #define SCAN_IOCTL _IOWR('f', 16, struct scan)
 
-static uint64_t slot_pages(const struct emulator_slot *slot)
+static uint64_t slot_pages(const struct pyhv_slot *slot)
 {
     return slot->size / PYHV_PAGE_SIZE;
 }
@@ -52,8 +52,8 @@ static uint64_t slot_pages(const struct emulator_slot *slot)
 static uint64_t all_pages(const struct pyhv_emulator_vm *vm)
 {
     uint64_t pages = 0;
-    for (uint32_t i = 0; i < vm->slot_count; i++)
-        pages += slot_pages(&vm->slots[i]);
+    for (uint32_t i = 0; i < vm->base.slot_count; i++)
+        pages += slot_pages(&vm->base.slots[i]);
     return pages;
 }
 
@@ -70,8 +70,8 @@ static int scan_slots(struct pyhv_emulator_vm *vm, uint64_t *bitmap, struct pyhv
 {
     struct scan_region regions[256];
     uint64_t first_page = 0;
-    for (uint32_t i = 0; i < vm->slot_count; i++) {
-        uint64_t begin = (uintptr_t)vm->slots[i].host, end = begin + vm->slots[i].size;
+    for (uint32_t i = 0; i < vm->base.slot_count; i++) {
+        uint64_t begin = (uintptr_t)vm->base.slots[i].host, end = begin + vm->base.slots[i].size;
         struct scan scan = {
             .size = sizeof scan,
             .flags = SCAN_PROTECT | SCAN_CHECK_ASYNC,
@@ -95,7 +95,7 @@ static int scan_slots(struct pyhv_emulator_vm *vm, uint64_t *bitmap, struct pyhv
                          first_page + (regions[n].end - begin) / PYHV_PAGE_SIZE);
             scan.start = scan.walk_end;
         } while (scan.start < end);
-        first_page += slot_pages(&vm->slots[i]);
+        first_page += slot_pages(&vm->base.slots[i]);
     }
     return 0;
 }
@@ -125,9 +125,9 @@ static int begin_scan(struct pyhv_emulator_vm *vm, struct pyhv_error *error)
     if (ioctl(vm->dirty.userfault, UFFDIO_API, &api) < 0)
         goto fail;
     what = "UFFDIO_REGISTER";
-    for (uint32_t i = 0; i < vm->slot_count; i++) {
+    for (uint32_t i = 0; i < vm->base.slot_count; i++) {
         struct uffdio_register range = {
-            .range = {.start = (uintptr_t)vm->slots[i].host, .len = vm->slots[i].size},
+            .range = {.start = (uintptr_t)vm->base.slots[i].host, .len = vm->base.slots[i].size},
             .mode = UFFDIO_REGISTER_MODE_WP,
         };
         if (ioctl(vm->dirty.userfault, UFFDIO_REGISTER, &range) < 0)
@@ -161,8 +161,8 @@ static bool note_fault(const uint8_t *address)
     for (int i = 0; i < MAX_WATCHED; i++) {
         struct pyhv_emulator_vm *vm = atomic_load(&watched[i]);
         uint64_t first_page = 0;
-        for (uint32_t n = 0; vm && n < vm->slot_count; n++) {
-            const struct emulator_slot *slot = &vm->slots[n];
+        for (uint32_t n = 0; vm && n < vm->base.slot_count; n++) {
+            const struct pyhv_slot *slot = &vm->base.slots[n];
             if (address >= slot->host && address < slot->host + slot->size) {
                 uint64_t page = (uint64_t)(address - slot->host) / PYHV_PAGE_SIZE;
                 uint64_t bit = first_page + page;
@@ -193,8 +193,8 @@ PYHV_FAULT(write_fault, SIGSEGV, let_write);
 
 static int protect(const struct pyhv_emulator_vm *vm, int rights, struct pyhv_error *error)
 {
-    for (uint32_t i = 0; i < vm->slot_count; i++)
-        if (mprotect(vm->slots[i].host, vm->slots[i].size, rights) < 0)
+    for (uint32_t i = 0; i < vm->base.slot_count; i++)
+        if (mprotect(vm->base.slots[i].host, vm->base.slots[i].size, rights) < 0)
             return pyhv_fail_errno(error, "mprotect");
     return 0;
 }
@@ -215,14 +215,14 @@ static int watch(struct pyhv_emulator_vm *vm, struct pyhv_error *error)
 {
     vm->dirty.written = calloc((size_t)(all_pages(vm) + 63) / 64, sizeof *vm->dirty.written);
     if (!vm->dirty.written)
-        return pyhv_fail(error, ENOMEM, "pyhv_emulator_vm_log_dirty", NULL);
+        return pyhv_fail(error, ENOMEM, "pyhv_vm_log_dirty", NULL);
     for (int i = 0; i < MAX_WATCHED; i++) {
         struct pyhv_emulator_vm *none = NULL;
         if (atomic_compare_exchange_strong(&watched[i], &none, vm))
             return 0;
     }
     unwatch(vm);
-    return pyhv_fail(error, ENOSPC, "pyhv_emulator_vm_log_dirty", "%d VMs are being logged", MAX_WATCHED);
+    return pyhv_fail(error, ENOSPC, "pyhv_vm_log_dirty", "%d VMs are being logged", MAX_WATCHED);
 }
 
 static void end_faults(struct pyhv_emulator_vm *vm)
@@ -245,8 +245,8 @@ static int begin_faults(struct pyhv_emulator_vm *vm, struct pyhv_error *error)
 static int take_faults(struct pyhv_emulator_vm *vm, uint64_t *bitmap, struct pyhv_error *error)
 {
     uint64_t first_page = 0;
-    for (uint32_t i = 0; i < vm->slot_count; i++) {
-        const struct emulator_slot *slot = &vm->slots[i];
+    for (uint32_t i = 0; i < vm->base.slot_count; i++) {
+        const struct pyhv_slot *slot = &vm->base.slots[i];
         uint64_t pages = slot_pages(slot);
         for (uint64_t page = 0; page < pages;) {
             uint64_t bit = first_page + page;
@@ -277,8 +277,9 @@ static void stop_logging(struct pyhv_emulator_vm *vm)
     vm->dirty.how = DIRTY_OFF;
 }
 
-int pyhv_emulator_vm_log_dirty(struct pyhv_emulator_vm *vm, int on, struct pyhv_error *error)
+int emulator_log_dirty(struct pyhv_vm *base, bool on, struct pyhv_error *error)
 {
+    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
     if (!on) {
         stop_logging(vm);
         return 0;
@@ -297,15 +298,16 @@ int pyhv_emulator_vm_log_dirty(struct pyhv_emulator_vm *vm, int on, struct pyhv_
     return 0;
 }
 
-int pyhv_emulator_vm_take_dirty(struct pyhv_emulator_vm *vm, uint64_t *bitmap, struct pyhv_error *error)
+int emulator_take_dirty(struct pyhv_vm *base, uint64_t *bitmap, struct pyhv_error *error)
 {
+    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
     switch (vm->dirty.how) {
     case DIRTY_BY_SCAN:
         return scan_slots(vm, bitmap, error);
     case DIRTY_BY_FAULT:
         return take_faults(vm, bitmap, error);
     default:
-        return pyhv_fail(error, EINVAL, "pyhv_emulator_vm_take_dirty", "writes to memory are not being logged");
+        return pyhv_fail(error, EINVAL, "pyhv_vm_take_dirty", "writes to memory are not being logged");
     }
 }
 

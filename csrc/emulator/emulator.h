@@ -14,17 +14,10 @@
 #include <stdbool.h>
 #include <time.h>
 
+#include "accel.h"
 #include "emulator/irqchip.h"
 #include "emulator/library.h"
-#include "error.h"
 #include "kick.h"
-#include "pyhv.h"
-
-struct emulator_slot {
-    uint64_t gpa;
-    uint64_t size;
-    uint8_t *host;
-};
 
 /* Which pages were written; see dirty.c. */
 struct emulator_dirty {
@@ -37,12 +30,9 @@ struct emulator_dirty {
 struct pyhv_emulator_vcpu;
 
 struct pyhv_emulator_vm {
-    bool irqchip; /* wanted */
-    bool pit;     /* wanted with it */
-    struct pyhv_bus *bus;
+    struct pyhv_vm base;
+    uint32_t tsc_khz;
     struct pyhv_emulator_vcpu *vcpu; /* the only one, once it is there */
-    uint32_t slot_count;
-    struct emulator_slot slots[PYHV_VM_MAX_SLOTS];
     struct emulator_dirty dirty;
 
     /* `lock` covers what follows: devices raise interrupts from any thread. */
@@ -60,17 +50,14 @@ struct emulator_hole {
 };
 
 struct pyhv_emulator_vcpu {
-    struct pyhv_emulator_vm *vm;
+    struct pyhv_vcpu base;
     struct emulator_hole holes[PYHV_VM_MAX_SLOTS + 1];
     uc_engine *engine;
     struct cpu_context *context; /* to look at the state, and to change it, between two runs of the engine */
-    struct pyhv_counters counters;
 
     struct pyhv_cpuid_table table;
     struct pyhv_cpuid_entry cpuid[PYHV_CPUID_MAX_ENTRIES]; /* as it was set */
     uint32_t cpuid_count;
-    struct pyhv_cpuid_record *log;
-    uint32_t log_capacity, log_count;
 
     /* The guest's time-stamp counter: tsc_base at the moment tsc_since (CLOCK_MONOTONIC, ns), at tsc_khz. */
     uint64_t tsc_base;
@@ -133,8 +120,22 @@ struct pyhv_emulator_vcpu {
     _Atomic(int64_t) alarm; /* when it rings, CLOCK_MONOTONIC ns; NO_DEADLINE: it has rung, or was not set */
 };
 
-/* Nanoseconds of CLOCK_MONOTONIC. */
-int64_t emulator_now(void);
+static inline struct pyhv_emulator_vm *emulator_vm_of(struct pyhv_vm *vm)
+{
+    return (struct pyhv_emulator_vm *)vm;
+}
+
+static inline struct pyhv_emulator_vcpu *emulator_of(struct pyhv_vcpu *vcpu)
+{
+    return (struct pyhv_emulator_vcpu *)vcpu;
+}
+
+static inline struct pyhv_emulator_vm *emulator_vm(const struct pyhv_emulator_vcpu *vcpu)
+{
+    return emulator_vm_of(vcpu->base.vm);
+}
+
+struct pyhv_vcpu *emulator_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct pyhv_error *error);
 
 /* The guest's time-stamp counter now. */
 uint64_t emulator_tsc(const struct pyhv_emulator_vcpu *vcpu);
@@ -208,7 +209,7 @@ int emulator_load(struct pyhv_emulator_vcpu *vcpu, struct cpu_context *context, 
 /* The bits of hflags that follow from other registers. */
 void emulator_update_hflags(struct cpu_state *state);
 
-/* The state of a processor after reset, but for RDX: pyhv_emulator_vcpu_set_cpuid(). */
+/* The state of a processor after reset, but for RDX: emulator_set_cpuid(). */
 void emulator_reset(struct cpu_state *state);
 
 /* What the CPUID table says of control registers. */
@@ -220,8 +221,46 @@ static inline unsigned emulator_cpl(const struct cpu_state *state)
     return state->hflags & HF_CPL;
 }
 
+int emulator_set_cpuid(struct pyhv_vcpu *vcpu, const struct pyhv_cpuid_entry *entries, size_t count,
+                       struct pyhv_error *error);
+int emulator_get_cpuid(struct pyhv_vcpu *vcpu, struct pyhv_cpuid_entry *entries, size_t capacity,
+                       struct pyhv_error *error);
+int emulator_get_regs(struct pyhv_vcpu *vcpu, struct pyhv_regs *regs, struct pyhv_error *error);
+int emulator_set_regs(struct pyhv_vcpu *vcpu, const struct pyhv_regs *regs, struct pyhv_error *error);
+int emulator_get_sregs(struct pyhv_vcpu *vcpu, struct pyhv_sregs *sregs, struct pyhv_error *error);
+int emulator_set_sregs(struct pyhv_vcpu *vcpu, const struct pyhv_sregs *sregs, struct pyhv_error *error);
+int emulator_get_events(struct pyhv_vcpu *vcpu, struct pyhv_events *events, struct pyhv_error *error);
+/* After all other state: what is on its way is delivered at once. */
+int emulator_set_events(struct pyhv_vcpu *vcpu, const struct pyhv_events *events, struct pyhv_error *error);
+int emulator_get_debugregs(struct pyhv_vcpu *vcpu, struct pyhv_debugregs *regs, struct pyhv_error *error);
+int emulator_set_debugregs(struct pyhv_vcpu *vcpu, const struct pyhv_debugregs *regs, struct pyhv_error *error);
+int64_t emulator_get_xsave(struct pyhv_vcpu *vcpu, uint8_t *area, size_t capacity, struct pyhv_error *error);
+int emulator_set_xsave(struct pyhv_vcpu *vcpu, const uint8_t *area, size_t size, struct pyhv_error *error);
+int emulator_get_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, uint64_t *values, size_t count,
+                      struct pyhv_error *error);
+int emulator_set_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, const uint64_t *values, size_t count,
+                      struct pyhv_error *error);
+bool emulator_has_msr(uint32_t index);
+int emulator_get_mp_state(struct pyhv_vcpu *vcpu);
+int emulator_set_mp_state(struct pyhv_vcpu *vcpu, uint32_t state, struct pyhv_error *error);
+int emulator_get_tsc_khz(struct pyhv_vcpu *vcpu, struct pyhv_error *error);
+/* Any rate. */
+void emulator_set_tsc_khz(struct pyhv_vcpu *vcpu, uint32_t khz);
+
+void emulator_get_irqchip(struct pyhv_vm *vm, struct pyhv_irqchip *irqchip);
+int emulator_set_irqchip(struct pyhv_vm *vm, const struct pyhv_irqchip *irqchip, struct pyhv_error *error);
+/* PYHV_LAPIC_SIZE bytes: the vCPU's. */
+void emulator_get_lapic(struct pyhv_vm *vm, uint8_t *page);
+void emulator_set_lapic(struct pyhv_vm *vm, const uint8_t *page);
+
+int emulator_save_state(struct pyhv_vm *vm, struct pyhv_state *state, struct pyhv_error *error);
+int emulator_load_state(struct pyhv_vm *vm, const struct pyhv_state *state, uint64_t elapsed_ns,
+                        struct pyhv_error *error);
+
 /* ------------------------------------------------------------------------------------------- dirty pages -- */
 
+int emulator_log_dirty(struct pyhv_vm *vm, bool on, struct pyhv_error *error);
+int emulator_take_dirty(struct pyhv_vm *vm, uint64_t *bitmap, struct pyhv_error *error);
 void emulator_dirty_close(struct pyhv_emulator_vm *vm);
 
 #endif

@@ -10,8 +10,8 @@ static _Thread_local struct pyhv_emulator_vcpu *current;
 
 static bool is_guest_memory(const struct pyhv_emulator_vm *vm, const uint8_t *address)
 {
-    for (uint32_t i = 0; i < vm->slot_count; i++)
-        if (address >= vm->slots[i].host && address < vm->slots[i].host + vm->slots[i].size)
+    for (uint32_t i = 0; i < vm->base.slot_count; i++)
+        if (address >= vm->base.slots[i].host && address < vm->base.slots[i].host + vm->base.slots[i].size)
             return true;
     return false;
 }
@@ -19,7 +19,7 @@ static bool is_guest_memory(const struct pyhv_emulator_vm *vm, const uint8_t *ad
 static bool end_run(const siginfo_t *info)
 {
     struct pyhv_emulator_vcpu *vcpu = current;
-    if (vcpu && info->si_code == BUS_ADRERR && is_guest_memory(vcpu->vm, info->si_addr)) {
+    if (vcpu && info->si_code == BUS_ADRERR && is_guest_memory(emulator_vm(vcpu), info->si_addr)) {
         vcpu->happened = HAPPENED_LOST_MEMORY;
         if (vcpu->executing) /* as the library itself leaves an instruction that faults */
             pyhv_library_leave(vcpu->engine);

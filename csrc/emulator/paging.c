@@ -31,8 +31,8 @@
 
 uint8_t *emulator_host(const struct pyhv_emulator_vm *vm, uint64_t gpa, uint64_t size)
 {
-    for (uint32_t i = 0; i < vm->slot_count; i++) {
-        const struct emulator_slot *slot = &vm->slots[i];
+    for (uint32_t i = 0; i < vm->base.slot_count; i++) {
+        const struct pyhv_slot *slot = &vm->base.slots[i];
         if (gpa >= slot->gpa && gpa - slot->gpa < slot->size && size <= slot->size - (gpa - slot->gpa))
             return slot->host + (gpa - slot->gpa);
     }
@@ -88,7 +88,7 @@ static int translate(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *st
     for (int level = walk.levels;; level--) {
         unsigned shift = 12 + walk.bits * (unsigned)(level - 1);
         uint64_t index = linear >> shift & ((1u << walk.bits) - 1);
-        uint8_t *place = emulator_host(vcpu->vm, table + index * walk.entry_size, walk.entry_size);
+        uint8_t *place = emulator_host(emulator_vm(vcpu), table + index * walk.entry_size, walk.entry_size);
         uint64_t entry = 0;
         if (place)
             memcpy(&entry, place, walk.entry_size);
@@ -139,7 +139,7 @@ int emulator_copy(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *state
         uint64_t gpa;
         if (translate(vcpu, state, linear, access, &gpa, fault) < 0)
             return -1;
-        uint8_t *host = emulator_host(vcpu->vm, gpa, part);
+        uint8_t *host = emulator_host(emulator_vm(vcpu), gpa, part);
         if (!(access & ACCESS_WRITE)) {
             if (host)
                 memcpy(bytes, host, part);
@@ -166,7 +166,7 @@ size_t emulator_peek(struct pyhv_emulator_vcpu *vcpu, const struct cpu_state *st
         size_t part = size - done < room ? size - done : room;
         if (translate(vcpu, state, linear + done, ACCESS_PEEK, &gpa, &fault) < 0)
             break;
-        const uint8_t *host = emulator_host(vcpu->vm, gpa, part);
+        const uint8_t *host = emulator_host(emulator_vm(vcpu), gpa, part);
         /* A file behind the memory may have been cut short: then this is an error, and no signal. */
         if (!host || pyhv_memory_read(host, (uint8_t *)buffer + done, part, NULL) < 0)
             break;

@@ -47,8 +47,7 @@ enum { FAULT_PRESENT = 1, FAULT_USER = 4 };
 
 /* A block of the engine's is at most so many instructions. */
 enum { BLOCK_MAX = 512 };
-/* They run on after the log is full. */
-enum { LOG_SPARE = BLOCK_MAX };
+_Static_assert(PYHV_CPUID_LOG_SPARE >= BLOCK_MAX, "it runs on after the log is full, to the end of the block");
 
 /* ------------------------------------------------------------------------------------------- attention, kick -- */
 
@@ -94,15 +93,16 @@ static int signal_thread(struct pyhv_emulator_vcpu *vcpu)
 void emulator_attention(struct pyhv_emulator_vcpu *vcpu)
 {
     ask_for_attention(vcpu);
-    pthread_cond_broadcast(&vcpu->vm->wake);
+    pthread_cond_broadcast(&emulator_vm(vcpu)->wake);
 }
 
-int pyhv_emulator_vcpu_kick(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
+static int kick(struct pyhv_vcpu *base, struct pyhv_error *error)
 {
+    struct pyhv_emulator_vcpu *vcpu = emulator_of(base);
     atomic_store(&vcpu->kicked, 1);
-    pthread_mutex_lock(&vcpu->vm->lock);
+    pthread_mutex_lock(&emulator_vm(vcpu)->lock);
     emulator_attention(vcpu);
-    pthread_mutex_unlock(&vcpu->vm->lock);
+    pthread_mutex_unlock(&emulator_vm(vcpu)->lock);
     int errnum = signal_thread(vcpu);
     return errnum ? pyhv_fail(error, errnum, "pthread_kill", "SIGURG to the thread of the vCPU") : 0;
 }
@@ -179,7 +179,7 @@ static bool must_leave(void *opaque)
 
 uint64_t emulator_tsc(const struct pyhv_emulator_vcpu *vcpu)
 {
-    uint64_t ns = (uint64_t)(emulator_now() - vcpu->tsc_since);
+    uint64_t ns = (uint64_t)(pyhv_now() - vcpu->tsc_since);
     return vcpu->tsc_base + (uint64_t)((unsigned __int128)ns * vcpu->tsc_khz / 1000000);
 }
 
@@ -202,9 +202,10 @@ static int on_rdtscp(uc_engine *engine, void *opaque)
 
 static void record_cpuid(struct pyhv_emulator_vcpu *vcpu, uint32_t leaf, uint32_t subleaf, const uint32_t answer[4])
 {
-    if (vcpu->log_count == vcpu->log_capacity + LOG_SPARE)
+    struct pyhv_cpuid_log *log = &vcpu->base.log;
+    if (log->count == log->capacity + PYHV_CPUID_LOG_SPARE)
         return;
-    struct pyhv_cpuid_record *record = &vcpu->log[vcpu->log_count++];
+    struct pyhv_cpuid_record *record = &log->records[log->count++];
     const struct cpu_state *state = pyhv_library_state(vcpu->engine);
     *record = (struct pyhv_cpuid_record){
         .rip = state->segs[CS].base + state->rip,
@@ -214,7 +215,7 @@ static void record_cpuid(struct pyhv_emulator_vcpu *vcpu, uint32_t leaf, uint32_
     };
     memcpy(record->guest, answer, sizeof record->guest);
     pyhv_cpuid_host(leaf, subleaf, record->hardware);
-    if (vcpu->log_count >= vcpu->log_capacity) {
+    if (log->count >= log->capacity) {
         vcpu->log_full = true;
         ask_for_attention(vcpu);
     }
@@ -234,8 +235,8 @@ static int on_cpuid(uc_engine *engine, void *opaque)
     uc.reg_write(engine, UC_X86_REG_RBX, (value = answer[1], &value));
     uc.reg_write(engine, UC_X86_REG_RCX, (value = answer[2], &value));
     uc.reg_write(engine, UC_X86_REG_RDX, (value = answer[3], &value));
-    vcpu->counters.cpuid_answered++;
-    if (vcpu->log)
+    vcpu->base.counters.cpuid_answered++;
+    if (vcpu->base.log.records)
         record_cpuid(vcpu, (uint32_t)rax, (uint32_t)rcx, answer);
     return 1;
 }
@@ -264,12 +265,12 @@ static uint32_t on_in(uc_engine *engine, uint32_t port, int size, void *opaque)
 {
     (void)engine;
     struct pyhv_emulator_vcpu *vcpu = opaque;
-    struct pyhv_emulator_vm *vm = vcpu->vm;
+    struct pyhv_emulator_vm *vm = emulator_vm(vcpu);
     uint32_t value = UINT32_MAX;
     check_port(vcpu, port, size);
-    vcpu->counters.port_io++;
-    if (vm->irqchip && irqchip_owns_port(&vm->chips, port)) {
-        int64_t now = emulator_now();
+    vcpu->base.counters.port_io++;
+    if (vm->base.irqchip && irqchip_owns_port(&vm->chips, port)) {
+        int64_t now = pyhv_now();
         pthread_mutex_lock(&vm->lock);
         for (int i = 0; i < size; i++) {
             uint32_t byte = 0xff;
@@ -278,8 +279,8 @@ static uint32_t on_in(uc_engine *engine, uint32_t port, int size, void *opaque)
             value = (value & ~(0xffu << 8 * i)) | byte << 8 * i;
         }
         pthread_mutex_unlock(&vm->lock);
-    } else if (vm->bus) {
-        pyhv_bus_port_io(vm->bus, (uint16_t)port, 0, (uint32_t)size, 1, &value);
+    } else if (vm->base.bus) {
+        pyhv_bus_port_io(vm->base.bus, (uint16_t)port, 0, (uint32_t)size, 1, &value);
     }
     return value;
 }
@@ -311,7 +312,7 @@ static uint32_t take_string(struct pyhv_emulator_vcpu *vcpu, uint16_t port, int 
     uint8_t bytes[PYHV_PAGE_SIZE];
     if (state->df != 1 || count < 2 || emulator_peek(vcpu, state, from, bytes, count) != count)
         return 0;
-    *action = pyhv_bus_port_io(vcpu->vm->bus, port, 1, 1, count, bytes);
+    *action = pyhv_bus_port_io(emulator_vm(vcpu)->base.bus, port, 1, 1, count, bytes);
     left -= count - 1; /* the engine counts the last one itself */
     from += count - 1;
     uc.reg_write(vcpu->engine, UC_X86_REG_RCX, &left);
@@ -322,12 +323,12 @@ static uint32_t take_string(struct pyhv_emulator_vcpu *vcpu, uint16_t port, int 
 static void on_out(uc_engine *engine, uint32_t port, int size, uint32_t value, void *opaque)
 {
     struct pyhv_emulator_vcpu *vcpu = opaque;
-    struct pyhv_emulator_vm *vm = vcpu->vm;
+    struct pyhv_emulator_vm *vm = emulator_vm(vcpu);
     int action = PYHV_ACTION_NONE;
     check_port(vcpu, port, size);
-    vcpu->counters.port_io++;
-    if (vm->irqchip && irqchip_owns_port(&vm->chips, port)) {
-        int64_t now = emulator_now();
+    vcpu->base.counters.port_io++;
+    if (vm->base.irqchip && irqchip_owns_port(&vm->chips, port)) {
+        int64_t now = pyhv_now();
         pthread_mutex_lock(&vm->lock);
         for (int i = 0; i < size; i++)
             if (irqchip_owns_port(&vm->chips, port + (uint32_t)i))
@@ -336,10 +337,10 @@ static void on_out(uc_engine *engine, uint32_t port, int size, uint32_t value, v
         pthread_mutex_unlock(&vm->lock);
         return;
     }
-    if (!vm->bus)
+    if (!vm->base.bus)
         return;
     if (size != 1 || take_string(vcpu, (uint16_t)port, &action) == 0)
-        action = pyhv_bus_port_io(vm->bus, (uint16_t)port, 1, (uint32_t)size, 1, &value);
+        action = pyhv_bus_port_io(vm->base.bus, (uint16_t)port, 1, (uint32_t)size, 1, &value);
     if (action != PYHV_ACTION_NONE) {
         vcpu->happened = HAPPENED_ACTION;
         vcpu->action = action;
@@ -353,12 +354,12 @@ static uint64_t on_mmio_read(uc_engine *engine, uint64_t offset, unsigned size, 
 {
     (void)engine;
     const struct emulator_hole *hole = opaque;
-    struct pyhv_emulator_vm *vm = hole->vcpu->vm;
+    struct pyhv_emulator_vm *vm = emulator_vm(hole->vcpu);
     uint64_t gpa = hole->gpa + offset, value = UINT64_MAX;
-    hole->vcpu->counters.mmio++;
-    if (vm->irqchip && irqchip_owns_memory(gpa) && gpa % 4 + size <= 4) {
+    hole->vcpu->base.counters.mmio++;
+    if (vm->base.irqchip && irqchip_owns_memory(gpa) && gpa % 4 + size <= 4) {
         pthread_mutex_lock(&vm->lock);
-        value = irqchip_read_memory(&vm->chips, gpa & ~UINT64_C(3), emulator_now()) >> 8 * (gpa % 4);
+        value = irqchip_read_memory(&vm->chips, gpa & ~UINT64_C(3), pyhv_now()) >> 8 * (gpa % 4);
         pthread_mutex_unlock(&vm->lock);
     }
     return size < 8 ? value & ((UINT64_C(1) << 8 * size) - 1) : value;
@@ -368,16 +369,16 @@ static void on_mmio_write(uc_engine *engine, uint64_t offset, unsigned size, uin
 {
     (void)engine;
     const struct emulator_hole *hole = opaque;
-    struct pyhv_emulator_vm *vm = hole->vcpu->vm;
+    struct pyhv_emulator_vm *vm = emulator_vm(hole->vcpu);
     uint64_t gpa = hole->gpa + offset;
-    hole->vcpu->counters.mmio++;
+    hole->vcpu->base.counters.mmio++;
     /* The controllers' registers are 32 bits wide (SDM Vol. 3, "Local APIC"), but that which selects one of the I/O APIC's:
      * 8 bits of it are, and it takes them alone too. */
-    if (!vm->irqchip || !irqchip_owns_memory(gpa) || gpa % 4 || (size != 4 && (gpa != IOAPIC_BASE || size > 4)))
+    if (!vm->base.irqchip || !irqchip_owns_memory(gpa) || gpa % 4 || (size != 4 && (gpa != IOAPIC_BASE || size > 4)))
         return;
     pthread_mutex_lock(&vm->lock);
     uint8_t priority = irqchip_cr8(&vm->chips);
-    irqchip_write_memory(&vm->chips, gpa, (uint32_t)value, emulator_now());
+    irqchip_write_memory(&vm->chips, gpa, (uint32_t)value, pyhv_now());
     if (irqchip_cr8(&vm->chips) != priority)
         hole->vcpu->priority_written = true;
     ask_for_attention(hole->vcpu);
@@ -399,9 +400,9 @@ static int map_hole(struct pyhv_emulator_vcpu *vcpu, struct emulator_hole *hole,
 static int map_memory(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
 {
     uint64_t end = 0;
-    const struct pyhv_emulator_vm *vm = vcpu->vm;
-    for (uint32_t i = 0; i < vm->slot_count; i++) {
-        const struct emulator_slot *slot = &vm->slots[i];
+    const struct pyhv_emulator_vm *vm = emulator_vm(vcpu);
+    for (uint32_t i = 0; i < vm->base.slot_count; i++) {
+        const struct pyhv_slot *slot = &vm->base.slots[i];
         int code = map_hole(vcpu, &vcpu->holes[i], end, slot->gpa);
         if (code == UC_ERR_OK)
             code = uc.mem_map_ptr(vcpu->engine, slot->gpa, slot->size, UC_PROT_ALL, slot->host);
@@ -409,7 +410,7 @@ static int map_memory(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
             return pyhv_library_fail(error, "uc_mem_map_ptr", code);
         end = slot->gpa + slot->size;
     }
-    int code = map_hole(vcpu, &vcpu->holes[vm->slot_count], end, ADDRESS_END);
+    int code = map_hole(vcpu, &vcpu->holes[vm->base.slot_count], end, ADDRESS_END);
     return code == UC_ERR_OK ? 0 : pyhv_library_fail(error, "uc_mmio_map", code);
 }
 
@@ -466,21 +467,38 @@ static int add_hooks(struct pyhv_emulator_vcpu *vcpu, struct pyhv_error *error)
     return 0;
 }
 
-struct pyhv_emulator_vcpu *pyhv_emulator_vcpu_create(struct pyhv_emulator_vm *vm, uint32_t index, uint32_t tsc_khz,
-                                                     struct pyhv_error *error)
+static void destroy(struct pyhv_vcpu *base)
 {
+    struct pyhv_emulator_vcpu *vcpu = emulator_of(base);
+    struct pyhv_emulator_vm *vm = emulator_vm(vcpu);
+    pthread_mutex_lock(&vm->lock);
+    if (vm->vcpu == vcpu)
+        vm->vcpu = NULL;
+    pthread_mutex_unlock(&vm->lock);
+    if (vcpu->engine)
+        uc.close(vcpu->engine);
+    pyhv_kick_destroy(&vcpu->kick);
+    free(vcpu->context);
+    free(vcpu);
+}
+
+static const struct pyhv_vcpu_ops operations;
+
+struct pyhv_vcpu *emulator_vcpu_create(struct pyhv_vm *base, uint32_t index, struct pyhv_error *error)
+{
+    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
     if (index != 0 || vm->vcpu) {
-        pyhv_fail(error, ENOTSUP, "pyhv_emulator_vcpu_create", "vCPU %u: the emulator runs one", index);
+        pyhv_fail(error, ENOTSUP, "pyhv_vcpu_create", "vCPU %u: the emulator runs one", index);
         return NULL;
     }
     struct pyhv_emulator_vcpu *vcpu = calloc(1, sizeof *vcpu);
     if (!vcpu) {
-        pyhv_fail(error, ENOMEM, "pyhv_emulator_vcpu_create", NULL);
+        pyhv_fail(error, ENOMEM, "pyhv_vcpu_create", NULL);
         return NULL;
     }
-    vcpu->vm = vm;
-    vcpu->tsc_khz = tsc_khz;
-    vcpu->tsc_since = emulator_now();
+    pyhv_vcpu_init(&vcpu->base, &operations, base, index);
+    vcpu->tsc_khz = vm->tsc_khz;
+    vcpu->tsc_since = pyhv_now();
     vcpu->alarm_fd = -1;
     pyhv_kick_init(&vcpu->kick);
     if (pyhv_library_engine(&vcpu->engine, &vcpu->context, error) < 0 || map_memory(vcpu, error) < 0 ||
@@ -494,55 +512,20 @@ struct pyhv_emulator_vcpu *pyhv_emulator_vcpu_create(struct pyhv_emulator_vm *vm
     pthread_mutex_lock(&vm->lock);
     vm->vcpu = vcpu;
     pthread_mutex_unlock(&vm->lock);
-    return vcpu;
+    return &vcpu->base;
 
 fail:
-    pyhv_emulator_vcpu_destroy(vcpu);
+    destroy(&vcpu->base);
     return NULL;
 }
 
-void pyhv_emulator_vcpu_destroy(struct pyhv_emulator_vcpu *vcpu)
+/* Every CPUID is answered by us anyway, at every address and privilege level; what remains is the log. */
+static int trap(struct pyhv_vcpu *vcpu, const struct pyhv_trap_config *config, struct pyhv_error *error)
 {
-    if (!vcpu)
-        return;
-    pthread_mutex_lock(&vcpu->vm->lock);
-    if (vcpu->vm->vcpu == vcpu)
-        vcpu->vm->vcpu = NULL;
-    pthread_mutex_unlock(&vcpu->vm->lock);
-    if (vcpu->engine)
-        uc.close(vcpu->engine);
-    pyhv_kick_destroy(&vcpu->kick);
-    free(vcpu->context);
-    free(vcpu->log);
-    free(vcpu);
-}
-
-const struct pyhv_counters *pyhv_emulator_vcpu_counters(const struct pyhv_emulator_vcpu *vcpu)
-{
-    return &vcpu->counters;
-}
-
-int pyhv_emulator_vcpu_log_cpuid(struct pyhv_emulator_vcpu *vcpu, uint32_t capacity, struct pyhv_error *error)
-{
-    free(vcpu->log);
-    vcpu->log = NULL;
-    vcpu->log_capacity = capacity;
-    vcpu->log_count = 0;
-    if (capacity == 0)
-        return 0;
-    vcpu->log = calloc((size_t)capacity + LOG_SPARE, sizeof *vcpu->log);
-    return vcpu->log ? 0 : pyhv_fail(error, ENOMEM, "pyhv_emulator_vcpu_log_cpuid", "%u records", capacity);
-}
-
-size_t pyhv_emulator_vcpu_cpuid_log(struct pyhv_emulator_vcpu *vcpu, struct pyhv_cpuid_record *records, size_t capacity)
-{
-    size_t count = vcpu->log_count < capacity ? vcpu->log_count : capacity;
-    if (count == 0)
-        return 0;
-    memcpy(records, vcpu->log, count * sizeof *records);
-    memmove(vcpu->log, vcpu->log + count, (vcpu->log_count - count) * sizeof *records);
-    vcpu->log_count -= (uint32_t)count;
-    return count;
+    (void)vcpu;
+    (void)config;
+    (void)error;
+    return 0;
 }
 
 /* ------------------------------------------------------------------------------------------------ the run loop -- */
@@ -582,7 +565,7 @@ static bool stop_for_action(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *e
         return stop(exit, PYHV_STOP_FAILED);
     switch (vcpu->action) {
     case PYHV_ACTION_GUEST_EXIT:
-        exit->status = pyhv_bus_exit_status(vcpu->vm->bus);
+        exit->status = pyhv_bus_exit_status(emulator_vm(vcpu)->base.bus);
         return stop(exit, PYHV_STOP_GUEST_EXIT);
     case PYHV_ACTION_RESET:
         return stop(exit, PYHV_STOP_RESET);
@@ -796,7 +779,7 @@ static bool raise_invalid_opcode(struct pyhv_emulator_vcpu *vcpu, uint32_t lent,
  * With vm->lock held. */
 static bool join_priority(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *state)
 {
-    struct irqchip *chips = &vcpu->vm->chips;
+    struct irqchip *chips = &emulator_vm(vcpu)->chips;
     bool differ = (state->task_priority & 0xf) != irqchip_cr8(chips), changed = differ && vcpu->priority_written;
     if (changed)
         state->task_priority = irqchip_cr8(chips);
@@ -810,9 +793,9 @@ static bool join_priority(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *sta
  * vector, or NO_INTERRUPT, and then must_leave() knows what to watch for. `changed`: the state was. */
 static int next_event(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *state, bool *changed)
 {
-    struct irqchip *chips = &vcpu->vm->chips;
+    struct irqchip *chips = &emulator_vm(vcpu)->chips;
     int vector = NO_INTERRUPT;
-    pthread_mutex_lock(&vcpu->vm->lock);
+    pthread_mutex_lock(&emulator_vm(vcpu)->lock);
     *changed |= join_priority(vcpu, state);
     vcpu->waiting.nmi = chips->nmi_pending;
     vcpu->waiting.interrupt = irqchip_waiting(chips);
@@ -827,7 +810,7 @@ static int next_event(struct pyhv_emulator_vcpu *vcpu, struct cpu_state *state, 
             vector = irqchip_acknowledge(chips);
         }
     }
-    pthread_mutex_unlock(&vcpu->vm->lock);
+    pthread_mutex_unlock(&emulator_vm(vcpu)->lock);
     return vector;
 }
 
@@ -852,7 +835,7 @@ static bool take_events(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
 /* Waits in HLT for something to look at. */
 static void sleep_in_hlt(struct pyhv_emulator_vcpu *vcpu, int64_t deadline)
 {
-    struct pyhv_emulator_vm *vm = vcpu->vm;
+    struct pyhv_emulator_vm *vm = emulator_vm(vcpu);
     struct timespec until = {.tv_sec = deadline / 1000000000, .tv_nsec = deadline % 1000000000};
     pthread_mutex_lock(&vm->lock);
     vm->asleep = true;
@@ -866,9 +849,11 @@ static void sleep_in_hlt(struct pyhv_emulator_vcpu *vcpu, int64_t deadline)
     pthread_mutex_unlock(&vm->lock);
 }
 
-int pyhv_emulator_vcpu_waits_for_ever(struct pyhv_emulator_vcpu *vcpu)
+static int waits_for_ever(struct pyhv_vcpu *base, struct pyhv_error *error)
 {
-    struct pyhv_emulator_vm *vm = vcpu->vm;
+    (void)error;
+    struct pyhv_emulator_vcpu *vcpu = emulator_of(base);
+    struct pyhv_emulator_vm *vm = emulator_vm(vcpu);
     pthread_mutex_lock(&vm->lock);
     bool waits = vm->asleep;
     if (!waits) { /* or nobody runs it */
@@ -930,7 +915,7 @@ static bool run_engine(struct pyhv_emulator_vcpu *vcpu, size_t count, struct pyh
 /* One turn: what wants attention, then the engine. True if the run ends. */
 static bool turn(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
 {
-    struct pyhv_emulator_vm *vm = vcpu->vm;
+    struct pyhv_emulator_vm *vm = emulator_vm(vcpu);
     int64_t deadline = NO_DEADLINE;
     bool waiting = false;
     atomic_store(&vcpu->attention, false);
@@ -940,9 +925,9 @@ static bool turn(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
         vcpu->log_full = false;
         return stop(exit, PYHV_STOP_TRAP_LOG_FULL);
     }
-    if (vm->irqchip) {
+    if (vm->base.irqchip) {
         pthread_mutex_lock(&vm->lock);
-        deadline = irqchip_update(&vm->chips, emulator_now());
+        deadline = irqchip_update(&vm->chips, pyhv_now());
         waiting = irqchip_waiting(&vm->chips);
         pthread_mutex_unlock(&vm->lock);
     }
@@ -950,7 +935,7 @@ static bool turn(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
     if ((waiting || vcpu->priority_written) && take_events(vcpu, exit))
         return true;
     if (vcpu->halted) {
-        if (!vm->irqchip) { /* to wait is the caller's business, who lets it run on */
+        if (!vm->base.irqchip) { /* to wait is the caller's business, who lets it run on */
             vcpu->halted = false;
             return stop(exit, PYHV_STOP_HALTED);
         }
@@ -968,9 +953,9 @@ static void describe(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
     if (emulator_save(vcpu, vcpu->context, NULL) < 0)
         return;
     struct cpu_state *state = &vcpu->context->state;
-    pthread_mutex_lock(&vcpu->vm->lock);
+    pthread_mutex_lock(&emulator_vm(vcpu)->lock);
     bool changed = join_priority(vcpu, state);
-    pthread_mutex_unlock(&vcpu->vm->lock);
+    pthread_mutex_unlock(&emulator_vm(vcpu)->lock);
     if (changed)
         (void)emulator_load(vcpu, vcpu->context, false, NULL);
     exit->rip = state->segs[CS].base + state->rip;
@@ -1045,16 +1030,16 @@ static void leave_thread(struct pyhv_emulator_vcpu *vcpu)
     emulator_watch_memory(NULL);
 }
 
-void pyhv_emulator_vcpu_run(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+static void run(struct pyhv_vcpu *base, struct pyhv_exit *exit)
 {
-    *exit = (struct pyhv_exit){0};
+    struct pyhv_emulator_vcpu *vcpu = emulator_of(base);
     vcpu->cannot = NULL;
     if (enter_thread(vcpu, &exit->error) < 0) {
         stop(exit, PYHV_STOP_FAILED);
         return;
     }
-    if (vcpu->vm->bus) /* console bytes that the last pause kept from getting out */
-        pyhv_bus_flush(vcpu->vm->bus);
+    if (emulator_vm(vcpu)->base.bus) /* console bytes that the last pause kept from getting out */
+        pyhv_bus_flush(emulator_vm(vcpu)->base.bus);
     if (sigsetjmp(vcpu->lost_memory, 0))
         stop_for_lost_memory(exit);
     else
@@ -1064,9 +1049,9 @@ void pyhv_emulator_vcpu_run(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *e
     leave_thread(vcpu);
 }
 
-void pyhv_emulator_vcpu_step(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *exit)
+static void step(struct pyhv_vcpu *base, struct pyhv_exit *exit)
 {
-    *exit = (struct pyhv_exit){0};
+    struct pyhv_emulator_vcpu *vcpu = emulator_of(base);
     vcpu->cannot = NULL;
     if (enter_thread(vcpu, &exit->error) < 0) {
         stop(exit, PYHV_STOP_FAILED);
@@ -1085,3 +1070,21 @@ void pyhv_emulator_vcpu_step(struct pyhv_emulator_vcpu *vcpu, struct pyhv_exit *
     describe(vcpu, exit);
     leave_thread(vcpu);
 }
+
+static const struct pyhv_vcpu_ops operations = {
+    .destroy = destroy,
+    .set_cpuid = emulator_set_cpuid,
+    .get_cpuid = emulator_get_cpuid,
+    .get_regs = emulator_get_regs,
+    .set_regs = emulator_set_regs,
+    .get_sregs = emulator_get_sregs,
+    .set_sregs = emulator_set_sregs,
+    .get_msrs = emulator_get_msrs,
+    .set_msrs = emulator_set_msrs,
+    .get_tsc_khz = emulator_get_tsc_khz,
+    .trap = trap,
+    .run = run,
+    .step = step,
+    .kick = kick,
+    .waits_for_ever = waits_for_ever,
+};

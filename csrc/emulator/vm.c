@@ -14,13 +14,6 @@
 
 enum { PIT_FLAGS_SPEAKER = 2 }; /* KVM_PIT_FLAGS_SPEAKER_DATA_ON, which old headers lack */
 
-int64_t emulator_now(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
-
 uint32_t pyhv_emulator_host_tsc_khz(void)
 {
     /* The kernel tells every owner of a perf event how TSC cycles become nanoseconds (perf_event_open(2), time_mult):
@@ -52,71 +45,91 @@ static void raise_irq(void *opaque, uint32_t gsi, int32_t level)
     pthread_mutex_unlock(&vm->lock);
 }
 
-struct pyhv_emulator_vm *pyhv_emulator_vm_create(const struct pyhv_vm_config *config, struct pyhv_bus *bus,
-                                                 struct pyhv_error *error)
+static const struct pyhv_vm_ops operations;
+
+struct pyhv_vm *pyhv_emulator_vm_create(const struct pyhv_vm_config *config, struct pyhv_bus *bus,
+                                        struct pyhv_error *error)
 {
     struct pyhv_emulator_vm *vm = calloc(1, sizeof *vm);
     if (!vm) {
         pyhv_fail(error, ENOMEM, "pyhv_emulator_vm_create", NULL);
         return NULL;
     }
-    vm->irqchip = config->irqchip != 0;
-    vm->pit = vm->irqchip && config->pit;
+    vm->base.ops = &operations;
+    vm->base.irqchip = config->irqchip != 0;
+    vm->base.pit = vm->base.irqchip && config->pit;
+    vm->tsc_khz = config->tsc_khz;
     pthread_mutex_init(&vm->lock, NULL);
     pthread_condattr_t clock;
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
     pthread_cond_init(&vm->wake, &clock);
     pthread_condattr_destroy(&clock);
-    vm->clock_zero = emulator_now();
-    irqchip_reset(&vm->chips, vm->pit, vm->clock_zero);
-    vm->bus = bus;
-    if (bus && vm->irqchip)
+    vm->clock_zero = pyhv_now();
+    irqchip_reset(&vm->chips, vm->base.pit, vm->clock_zero);
+    vm->base.bus = bus;
+    if (bus && vm->base.irqchip)
         pyhv_bus_set_irq_sink(bus, (struct pyhv_irq_sink){.raise = raise_irq, .opaque = vm});
-    return vm;
+    return &vm->base;
 }
 
-void pyhv_emulator_vm_destroy(struct pyhv_emulator_vm *vm)
+static void destroy(struct pyhv_vm *base)
 {
-    if (!vm)
-        return;
-    if (vm->bus) /* console input may still come, on its own thread, and must not raise an interrupt in here any more */
-        pyhv_bus_set_irq_sink(vm->bus, (struct pyhv_irq_sink){0});
+    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
     emulator_dirty_close(vm);
     pthread_cond_destroy(&vm->wake);
     pthread_mutex_destroy(&vm->lock);
     free(vm);
 }
 
-int pyhv_emulator_vm_map(struct pyhv_emulator_vm *vm, uint64_t gpa, uint64_t size, void *host, struct pyhv_error *error)
+static int map(struct pyhv_vm *base, const struct pyhv_slot *slot, struct pyhv_error *error)
 {
-    if (vm->slot_count == PYHV_VM_MAX_SLOTS)
-        return pyhv_fail(error, ENOSPC, "pyhv_emulator_vm_map", "more than %d pieces of memory", PYHV_VM_MAX_SLOTS);
+    const struct pyhv_emulator_vm *vm = emulator_vm_of(base);
     if (vm->vcpu || vm->dirty.how != DIRTY_OFF || vm->dirty.written)
-        return pyhv_fail(error, EBUSY, "pyhv_emulator_vm_map", "memory comes before the vCPU");
+        return pyhv_fail(error, EBUSY, "pyhv_vm_map", "memory comes before the vCPU");
     /* What is no memory is mapped too, in between: see map_memory() in vcpu.c. */
-    if (size == 0 || gpa % PYHV_PAGE_SIZE || size % PYHV_PAGE_SIZE || (uintptr_t)host % PYHV_PAGE_SIZE)
-        return pyhv_fail(error, EINVAL, "pyhv_emulator_vm_map", "0x%llx bytes at gpa 0x%llx are no pages",
-                         (unsigned long long)size, (unsigned long long)gpa);
-    if (vm->slot_count > 0) {
-        const struct emulator_slot *last = &vm->slots[vm->slot_count - 1];
-        if (gpa < last->gpa + last->size)
-            return pyhv_fail(error, EINVAL, "pyhv_emulator_vm_map", "gpa 0x%llx is not behind the last piece",
-                             (unsigned long long)gpa);
+    if (slot->size == 0 || slot->gpa % PYHV_PAGE_SIZE || slot->size % PYHV_PAGE_SIZE ||
+        (uintptr_t)slot->host % PYHV_PAGE_SIZE)
+        return pyhv_fail(error, EINVAL, "pyhv_vm_map", "0x%llx bytes at gpa 0x%llx are no pages",
+                         (unsigned long long)slot->size, (unsigned long long)slot->gpa);
+    if (base->slot_count > 0) {
+        const struct pyhv_slot *last = &base->slots[base->slot_count - 1];
+        if (slot->gpa < last->gpa + last->size)
+            return pyhv_fail(error, EINVAL, "pyhv_vm_map", "gpa 0x%llx is not behind the last piece",
+                             (unsigned long long)slot->gpa);
     }
-    vm->slots[vm->slot_count++] = (struct emulator_slot){.gpa = gpa, .size = size, .host = host};
     return 0;
 }
 
+/* Nothing is owed: its timers count what they miss as one tick anyway, and it has no clock that could tell the guest. */
+static int resume(struct pyhv_vm *vm, struct pyhv_error *error)
+{
+    (void)vm;
+    (void)error;
+    return 0;
+}
+
+static const struct pyhv_vm_ops operations = {
+    .destroy = destroy,
+    .map = map,
+    .log_dirty = emulator_log_dirty,
+    .take_dirty = emulator_take_dirty,
+    .resume = resume,
+    .save_state = emulator_save_state,
+    .load_state = emulator_load_state,
+    .create_vcpu = emulator_vcpu_create,
+};
+
 /* ------------------------------------------------------------------------------------------------- state -- */
 
-void pyhv_emulator_vm_get_irqchip(struct pyhv_emulator_vm *vm, struct pyhv_irqchip *irqchip)
+void emulator_get_irqchip(struct pyhv_vm *base, struct pyhv_irqchip *irqchip)
 {
+    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
     pthread_mutex_lock(&vm->lock);
-    (void)irqchip_update(&vm->chips, emulator_now());
+    (void)irqchip_update(&vm->chips, pyhv_now());
     *irqchip = (struct pyhv_irqchip){.ioapic = vm->chips.ioapic};
     memcpy(irqchip->pic, vm->chips.pic, sizeof irqchip->pic);
-    if (vm->pit) {
+    if (vm->base.pit) {
         memcpy(irqchip->pit, vm->chips.pit, sizeof irqchip->pit);
         irqchip->pit_flags = vm->chips.speaker ? PIT_FLAGS_SPEAKER : 0;
         for (int i = 0; i < 3; i++)
@@ -125,9 +138,9 @@ void pyhv_emulator_vm_get_irqchip(struct pyhv_emulator_vm *vm, struct pyhv_irqch
     pthread_mutex_unlock(&vm->lock);
 }
 
-int pyhv_emulator_vm_set_irqchip(struct pyhv_emulator_vm *vm, const struct pyhv_irqchip *irqchip,
-                                 struct pyhv_error *error)
+int emulator_set_irqchip(struct pyhv_vm *base, const struct pyhv_irqchip *irqchip, struct pyhv_error *error)
 {
+    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
     if (irqchip->ioapic.base_address != IOAPIC_BASE)
         return pyhv_fail(error, EINVAL, "I/O APIC", "at 0x%llx; the emulator has it at 0x%llx",
                          (unsigned long long)irqchip->ioapic.base_address, (unsigned long long)IOAPIC_BASE);
@@ -135,11 +148,11 @@ int pyhv_emulator_vm_set_irqchip(struct pyhv_emulator_vm *vm, const struct pyhv_
         if (irqchip->pit[i].initial_count > 0x10000 || irqchip->pit[i].mode > 5)
             return pyhv_fail(error, EINVAL, "PIT", "channel %d: count %u, mode %u", i, irqchip->pit[i].initial_count,
                              irqchip->pit[i].mode);
-    int64_t now = emulator_now();
+    int64_t now = pyhv_now();
     pthread_mutex_lock(&vm->lock);
     memcpy(vm->chips.pic, irqchip->pic, sizeof vm->chips.pic);
     vm->chips.ioapic = irqchip->ioapic;
-    if (vm->pit) {
+    if (vm->base.pit) {
         memcpy(vm->chips.pit, irqchip->pit, sizeof vm->chips.pit);
         vm->chips.speaker = irqchip->pit_flags & PIT_FLAGS_SPEAKER;
         for (int i = 0; i < 3; i++)
@@ -150,26 +163,18 @@ int pyhv_emulator_vm_set_irqchip(struct pyhv_emulator_vm *vm, const struct pyhv_
     return 0;
 }
 
-void pyhv_emulator_vm_get_lapic(struct pyhv_emulator_vm *vm, uint8_t *page)
+void emulator_get_lapic(struct pyhv_vm *base, uint8_t *page)
 {
+    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
     pthread_mutex_lock(&vm->lock);
-    irqchip_save_lapic(&vm->chips, page, emulator_now());
+    irqchip_save_lapic(&vm->chips, page, pyhv_now());
     pthread_mutex_unlock(&vm->lock);
 }
 
-void pyhv_emulator_vm_set_lapic(struct pyhv_emulator_vm *vm, const uint8_t *page)
+void emulator_set_lapic(struct pyhv_vm *base, const uint8_t *page)
 {
+    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
     pthread_mutex_lock(&vm->lock);
-    irqchip_load_lapic(&vm->chips, page, emulator_now());
+    irqchip_load_lapic(&vm->chips, page, pyhv_now());
     pthread_mutex_unlock(&vm->lock);
-}
-
-uint64_t pyhv_emulator_vm_get_clock(const struct pyhv_emulator_vm *vm)
-{
-    return (uint64_t)(emulator_now() - vm->clock_zero);
-}
-
-void pyhv_emulator_vm_set_clock(struct pyhv_emulator_vm *vm, uint64_t ns)
-{
-    vm->clock_zero = (int64_t)((uint64_t)emulator_now() - ns);
 }

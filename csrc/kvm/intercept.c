@@ -16,7 +16,6 @@
  * higher priority may come in between, and its handler would run unseen.
  */
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 
@@ -29,46 +28,21 @@
 #define DR7_FIXED         0x400u
 #define DR7_GLOBAL_BIT(n) (2u << (2 * (n)))
 
-int pyhv_vcpu_trap(struct pyhv_vcpu *vcpu, const struct pyhv_trap_config *config, struct pyhv_error *error)
+int kvm_trap(struct pyhv_vcpu *base, const struct pyhv_trap_config *config, struct pyhv_error *error)
 {
-    if (config->site_count > PYHV_TRAP_MAX_SITES)
-        return pyhv_fail(error, EINVAL, "pyhv_vcpu_trap", "%u addresses, the processor has %d breakpoints",
-                         config->site_count, PYHV_TRAP_MAX_SITES);
-    struct pyhv_cpuid_record *log = NULL;
-    if (config->log_capacity > 0) {
-        log = calloc(config->log_capacity, sizeof *log);
-        if (!log)
-            return pyhv_fail(error, ENOMEM, "pyhv_vcpu_trap", "a log of %u records", config->log_capacity);
-    }
-    free(vcpu->trap.log);
-    vcpu->trap = (struct pyhv_trap){
-        .table = config->table,
-        .site_count = config->site_count,
-        .log = log,
-        .log_capacity = config->log_capacity,
-    };
+    struct pyhv_kvm_vcpu *vcpu = kvm_of(base);
+    (void)error;
+    vcpu->trap = (struct pyhv_trap){.table = config->table, .site_count = config->site_count};
     memcpy(vcpu->trap.sites, config->sites, sizeof vcpu->trap.sites);
 #ifdef KVM_GUESTDBG_BLOCKIRQ
     /* The capability's value is the set of flags that KVM_SET_GUEST_DEBUG takes. */
-    int flags = ioctl(vcpu->vm->kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_SET_GUEST_DEBUG2);
+    int flags = ioctl(kvm_vm(vcpu)->kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_SET_GUEST_DEBUG2);
     vcpu->trap.block_irq = flags > 0 && (flags & KVM_GUESTDBG_BLOCKIRQ);
 #endif
     return 0;
 }
 
-size_t pyhv_vcpu_trap_log(struct pyhv_vcpu *vcpu, struct pyhv_cpuid_record *records, size_t capacity)
-{
-    struct pyhv_trap *trap = &vcpu->trap;
-    size_t count = trap->log_count < capacity ? trap->log_count : capacity;
-    if (count == 0)
-        return 0;
-    memcpy(records, trap->log, count * sizeof *records);
-    memmove(trap->log, trap->log + count, (trap->log_count - count) * sizeof *records);
-    trap->log_count -= (uint32_t)count;
-    return count;
-}
-
-static int set_guest_debug(struct pyhv_vcpu *vcpu, const struct kvm_guest_debug *debug, struct pyhv_error *error)
+static int set_guest_debug(struct pyhv_kvm_vcpu *vcpu, const struct kvm_guest_debug *debug, struct pyhv_error *error)
 {
     if (ioctl(vcpu->fd, KVM_SET_GUEST_DEBUG, debug) < 0)
         return pyhv_fail_errno(error, "KVM_SET_GUEST_DEBUG");
@@ -76,7 +50,7 @@ static int set_guest_debug(struct pyhv_vcpu *vcpu, const struct kvm_guest_debug 
     return 0;
 }
 
-int pyhv_trap_arm(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
+int kvm_trap_arm(struct pyhv_kvm_vcpu *vcpu, struct pyhv_error *error)
 {
     const struct pyhv_trap *trap = &vcpu->trap;
     if (!trap->table) {
@@ -116,33 +90,33 @@ static unsigned highest_class(const uint8_t *lapic)
 }
 
 /* Whether one of the 8259As has an interrupt for the processor: KVM keeps that to itself, so by their registers. */
-static int pic_waits(const struct pyhv_vcpu *vcpu, struct pyhv_error *error)
+static int pic_waits(const struct pyhv_kvm_vcpu *vcpu, struct pyhv_error *error)
 {
     struct kvm_irqchip chip = {.chip_id = KVM_IRQCHIP_PIC_MASTER};
-    if (ioctl(vcpu->vm->fd, KVM_GET_IRQCHIP, &chip) < 0)
+    if (ioctl(kvm_vm(vcpu)->fd, KVM_GET_IRQCHIP, &chip) < 0)
         return pyhv_fail(error, errno, "KVM_GET_IRQCHIP", "the 8259A");
     const struct kvm_pic_state *pic = &chip.chip.pic;
     return pic->init_state == 0 && pic->irr & ~pic->imr && !pic->isr;
 }
 
-int pyhv_trap_event_waits(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
+int kvm_trap_event_waits(struct pyhv_kvm_vcpu *vcpu, struct pyhv_error *error)
 {
     uint8_t lapic[PYHV_LAPIC_SIZE];
     struct pyhv_regs regs;
     struct pyhv_events events;
-    if (!vcpu->vm->irqchip)
+    if (!vcpu->base.vm->irqchip)
         return 0;
-    if (pyhv_vcpu_get_events(vcpu, &events, error) < 0)
+    if (kvm_get_events(&vcpu->base, &events, error) < 0)
         return -1;
     if (events.nmi_pending && !events.nmi_masked)
         return 1;
     if (events.interrupt_shadow)
         return 0;
-    if (pyhv_vcpu_get_regs(vcpu, &regs, error) < 0)
+    if (kvm_get_regs(&vcpu->base, &regs, error) < 0)
         return -1;
     if (!(regs.rflags & RFLAGS_IF))
         return 0;
-    if (pyhv_vcpu_get_lapic(vcpu, lapic, error) < 0)
+    if (kvm_get_lapic(&vcpu->base, lapic, error) < 0)
         return -1;
     if (lapic_register(lapic, LAPIC_SVR) & SVR_ENABLED &&
         highest_class(lapic) > (lapic_register(lapic, LAPIC_PPR) >> 4 & 0xf))
@@ -151,7 +125,7 @@ int pyhv_trap_event_waits(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
     return lint0 & LVT_MASKED || (lint0 >> 8 & 7) != MODE_EXTINT ? 0 : pic_waits(vcpu, error);
 }
 
-int pyhv_trap_arm_step(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
+int kvm_trap_arm_step(struct pyhv_kvm_vcpu *vcpu, struct pyhv_error *error)
 {
     struct kvm_guest_debug debug = {.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP};
 #ifdef KVM_GUESTDBG_BLOCKIRQ
@@ -196,44 +170,45 @@ static bool is_software_event(const uint8_t *bytes, size_t count)
     }
 }
 
-enum pyhv_trap_result pyhv_trap_answer(struct pyhv_vcpu *vcpu, uint64_t linear, struct pyhv_error *error)
+enum kvm_trap_result kvm_trap_answer(struct pyhv_kvm_vcpu *vcpu, uint64_t linear, struct pyhv_error *error)
 {
-    struct pyhv_trap *trap = &vcpu->trap;
+    const struct pyhv_trap *trap = &vcpu->trap;
+    struct pyhv_cpuid_log *log = &vcpu->base.log;
     uint8_t bytes[15]; /* no instruction is longer */
-    size_t count = pyhv_vcpu_read_linear(vcpu, linear, bytes, sizeof bytes);
+    size_t count = kvm_read_linear(vcpu, linear, bytes, sizeof bytes);
     struct pyhv_sregs sregs;
     struct pyhv_regs regs;
-    if (pyhv_vcpu_get_sregs(vcpu, &sregs, error) < 0)
-        return PYHV_TRAP_FAILED;
+    if (kvm_get_sregs(&vcpu->base, &sregs, error) < 0)
+        return TRAP_FAILED;
     unsigned length = cpuid_length(bytes, count, sregs.cs.attributes >> 13 & 1);
     if (length == 0) {
         if (is_software_event(bytes, count))
-            vcpu->counters.step_gaps++;
-        return PYHV_TRAP_NOT_CPUID;
+            vcpu->base.counters.step_gaps++;
+        return TRAP_NOT_CPUID;
     }
-    if (trap->log && trap->log_count == trap->log_capacity)
-        return PYHV_TRAP_LOG_FULL;
-    if (pyhv_vcpu_get_regs(vcpu, &regs, error) < 0)
-        return PYHV_TRAP_FAILED;
+    if (log->records && log->count == log->capacity)
+        return TRAP_LOG_FULL;
+    if (kvm_get_regs(&vcpu->base, &regs, error) < 0)
+        return TRAP_FAILED;
 
     struct pyhv_cpuid_record record = {
         .rip = linear,
         .leaf = (uint32_t)regs.rax,
         .subleaf = (uint32_t)regs.rcx,
         .cpl = sregs.ss.attributes >> 5 & 3, /* SS's DPL is the CPL (SDM Vol. 3, "Guest Register State") */
-        .vcpu = vcpu->index,
+        .vcpu = vcpu->base.index,
     };
     struct pyhv_cpuid_dynamic dynamic = {.cr4 = sregs.cr4, .apic_base = sregs.apic_base, .xcr0 = 1};
     if (record.leaf == 0xd || record.leaf > trap->table->max_basic) { /* the highest leaf, repeated, may be 0xD */
         const uint32_t xss = MSR_IA32_XSS;
-        if (pyhv_vcpu_get_xcr0(vcpu, &dynamic.xcr0, error) < 0)
-            return PYHV_TRAP_FAILED;
-        (void)pyhv_vcpu_get_msrs(vcpu, &xss, &dynamic.xss, 1, NULL); /* stays 0 where the processor has none */
+        if (kvm_get_xcr0(&vcpu->base, &dynamic.xcr0, error) < 0)
+            return TRAP_FAILED;
+        (void)kvm_get_msrs(&vcpu->base, &xss, &dynamic.xss, 1, NULL); /* stays 0 where the processor has none */
     }
     pyhv_cpuid_answer(trap->table, &dynamic, record.leaf, record.subleaf, record.guest);
-    if (trap->log) {
+    if (log->records) {
         pyhv_cpuid_host(record.leaf, record.subleaf, record.hardware);
-        trap->log[trap->log_count++] = record;
+        log->records[log->count++] = record;
     }
 
     regs.rax = record.guest[0]; /* 32-bit results clear the upper halves */
@@ -241,8 +216,8 @@ enum pyhv_trap_result pyhv_trap_answer(struct pyhv_vcpu *vcpu, uint64_t linear, 
     regs.rcx = record.guest[2];
     regs.rdx = record.guest[3];
     regs.rip += length;
-    if (pyhv_vcpu_set_regs(vcpu, &regs, error) < 0)
-        return PYHV_TRAP_FAILED;
-    vcpu->counters.cpuid_answered++;
-    return trap->log && trap->log_count == trap->log_capacity ? PYHV_TRAP_LOG_FULL : PYHV_TRAP_ANSWERED;
+    if (kvm_set_regs(&vcpu->base, &regs, error) < 0)
+        return TRAP_FAILED;
+    vcpu->base.counters.cpuid_answered++;
+    return log->records && log->count == log->capacity ? TRAP_LOG_FULL : TRAP_ANSWERED;
 }

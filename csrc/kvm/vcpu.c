@@ -16,7 +16,7 @@
 
 /* Before the CPUID table is set: from then on a paravirtual MSR whose feature the table hides is a #GP for the guest, and
  * a hypercall whose feature it hides fails. Without it KVM answers them all. */
-static int enforce_pv_cpuid(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
+static int enforce_pv_cpuid(struct pyhv_kvm_vcpu *vcpu, struct pyhv_error *error)
 {
     struct kvm_enable_cap enforce = {.cap = KVM_CAP_ENFORCE_PV_FEATURE_CPUID, .args[0] = 1};
     if (ioctl(vcpu->fd, KVM_ENABLE_CAP, &enforce) < 0)
@@ -33,22 +33,34 @@ static void init_condition(pthread_cond_t *condition)
     pthread_condattr_destroy(&monotonic);
 }
 
-struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct pyhv_error *error)
+static void destroy(struct pyhv_vcpu *base)
 {
-    if (pyhv_vm_complete(vm, error) < 0)
+    struct pyhv_kvm_vcpu *vcpu = kvm_of(base);
+    munmap(vcpu->run, vcpu->run_size);
+    close(vcpu->fd);
+    pthread_cond_destroy(&vcpu->looked);
+    pyhv_kick_destroy(&vcpu->kick);
+    free(vcpu);
+}
+
+static const struct pyhv_vcpu_ops operations;
+
+struct pyhv_vcpu *kvm_vcpu_create(struct pyhv_vm *base, uint32_t index, struct pyhv_error *error)
+{
+    struct pyhv_kvm_vm *vm = kvm_vm_of(base);
+    if (kvm_vm_complete(vm, error) < 0)
         return NULL;
     int run_size = ioctl(vm->kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0);
     if (run_size < 0) {
         pyhv_fail_errno(error, "KVM_GET_VCPU_MMAP_SIZE");
         return NULL;
     }
-    struct pyhv_vcpu *vcpu = calloc(1, sizeof *vcpu);
+    struct pyhv_kvm_vcpu *vcpu = calloc(1, sizeof *vcpu);
     if (!vcpu) {
         pyhv_fail(error, ENOMEM, "pyhv_vcpu_create", NULL);
         return NULL;
     }
-    vcpu->vm = vm;
-    vcpu->index = index;
+    pyhv_vcpu_init(&vcpu->base, &operations, base, index);
     vcpu->run_size = (size_t)run_size;
     pyhv_kick_init(&vcpu->kick);
     init_condition(&vcpu->looked);
@@ -64,12 +76,10 @@ struct pyhv_vcpu *pyhv_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct py
         goto fail;
     }
     if (enforce_pv_cpuid(vcpu, error) < 0) {
-        pyhv_vcpu_destroy(vcpu);
+        destroy(&vcpu->base);
         return NULL;
     }
-    vcpu->next = vm->vcpus;
-    vm->vcpus = vcpu;
-    return vcpu;
+    return &vcpu->base;
 
 fail:
     pthread_cond_destroy(&vcpu->looked);
@@ -78,41 +88,21 @@ fail:
     return NULL;
 }
 
-void pyhv_vcpu_destroy(struct pyhv_vcpu *vcpu)
+static int kick(struct pyhv_vcpu *base, struct pyhv_error *error)
 {
-    if (!vcpu)
-        return;
-    struct pyhv_vcpu **place = &vcpu->vm->vcpus;
-    while (*place != vcpu)
-        place = &(*place)->next;
-    *place = vcpu->next;
-    munmap(vcpu->run, vcpu->run_size);
-    close(vcpu->fd);
-    pthread_cond_destroy(&vcpu->looked);
-    pyhv_kick_destroy(&vcpu->kick);
-    free(vcpu->trap.log);
-    free(vcpu);
-}
-
-const struct pyhv_counters *pyhv_vcpu_counters(const struct pyhv_vcpu *vcpu)
-{
-    return &vcpu->counters;
-}
-
-int pyhv_vcpu_kick(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
-{
+    struct pyhv_kvm_vcpu *vcpu = kvm_of(base);
     pthread_mutex_lock(&vcpu->kick.lock);
     atomic_store(&vcpu->kicked, 1);
     /* Covers the time before KVM_RUN, when a signal would be lost; the signal covers the time inside it. */
     vcpu->run->immediate_exit = 1;
     int errnum = pyhv_kick_send(&vcpu->kick);
     pthread_mutex_unlock(&vcpu->kick.lock);
-    return errnum ? pyhv_fail(error, errnum, "pthread_kill", "SIGURG to the thread of vCPU %u", vcpu->index) : 0;
+    return errnum ? pyhv_fail(error, errnum, "pthread_kill", "SIGURG to the thread of vCPU %u", base->index) : 0;
 }
 
 /* Does what the vCPU was interrupted for, outside of KVM_RUN and with no I/O pending. Takes a kick back: true if there
  * was one. */
-static bool attend(struct pyhv_vcpu *vcpu)
+static bool attend(struct pyhv_kvm_vcpu *vcpu)
 {
     pthread_mutex_lock(&vcpu->kick.lock);
     bool kicked = atomic_exchange(&vcpu->kicked, 0) != 0;
@@ -120,11 +110,11 @@ static bool attend(struct pyhv_vcpu *vcpu)
     vcpu->run->immediate_exit = 0;
     pthread_mutex_unlock(&vcpu->kick.lock);
     if (look)
-        pyhv_vcpu_look(vcpu);
+        kvm_look(vcpu);
     return kicked;
 }
 
-size_t pyhv_vcpu_read_linear(struct pyhv_vcpu *vcpu, uint64_t linear, void *buffer, size_t size)
+size_t kvm_read_linear(struct pyhv_kvm_vcpu *vcpu, uint64_t linear, void *buffer, size_t size)
 {
     size_t done = 0;
     while (done < size) {
@@ -132,18 +122,18 @@ size_t pyhv_vcpu_read_linear(struct pyhv_vcpu *vcpu, uint64_t linear, void *buff
         size_t room = 4096 - ((linear + done) & 4095);
         size_t part = size - done < room ? size - done : room;
         if (ioctl(vcpu->fd, KVM_TRANSLATE, &page) < 0 || !page.valid ||
-            !pyhv_vm_read(vcpu->vm, page.physical_address, (char *)buffer + done, part))
+            !kvm_read(vcpu->base.vm, page.physical_address, (char *)buffer + done, part))
             break;
         done += part;
     }
     return done;
 }
 
-int pyhv_vcpu_linear_rip(struct pyhv_vcpu *vcpu, uint64_t *linear, struct pyhv_error *error)
+static int linear_rip(struct pyhv_kvm_vcpu *vcpu, uint64_t *linear, struct pyhv_error *error)
 {
     struct pyhv_regs regs;
     struct pyhv_sregs sregs;
-    if (pyhv_vcpu_get_regs(vcpu, &regs, error) < 0 || pyhv_vcpu_get_sregs(vcpu, &sregs, error) < 0)
+    if (kvm_get_regs(&vcpu->base, &regs, error) < 0 || kvm_get_sregs(&vcpu->base, &sregs, error) < 0)
         return -1;
     /* In 64-bit mode the base of CS is zero whatever its descriptor says, and KVM reports it as zero. */
     *linear = sregs.cs.base + regs.rip;
@@ -155,13 +145,13 @@ static void stop(struct pyhv_exit *exit, enum pyhv_stop why)
     exit->stop = why;
 }
 
-static bool stop_for_action(struct pyhv_vcpu *vcpu, int action, struct pyhv_exit *exit)
+static bool stop_for_action(struct pyhv_kvm_vcpu *vcpu, int action, struct pyhv_exit *exit)
 {
     switch (action) {
     case PYHV_ACTION_NONE:
         return false;
     case PYHV_ACTION_GUEST_EXIT:
-        exit->status = pyhv_bus_exit_status(vcpu->vm->bus);
+        exit->status = pyhv_bus_exit_status(vcpu->base.vm->bus);
         stop(exit, PYHV_STOP_GUEST_EXIT);
         return true;
     case PYHV_ACTION_RESET:
@@ -176,33 +166,33 @@ static bool stop_for_action(struct pyhv_vcpu *vcpu, int action, struct pyhv_exit
     }
 }
 
-static bool handle_port_io(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+static bool handle_port_io(struct pyhv_kvm_vcpu *vcpu, struct pyhv_exit *exit)
 {
     struct kvm_run *run = vcpu->run;
     void *data = (char *)run + run->io.data_offset;
     bool is_write = run->io.direction == KVM_EXIT_IO_OUT;
-    vcpu->counters.port_io++;
+    vcpu->base.counters.port_io++;
     vcpu->io_pending = true;
-    if (!vcpu->vm->bus) {
+    if (!vcpu->base.vm->bus) {
         if (!is_write)
             memset(data, 0xff, (size_t)run->io.size * run->io.count);
         return false;
     }
-    int action = pyhv_bus_port_io(vcpu->vm->bus, run->io.port, is_write, run->io.size, run->io.count, data);
+    int action = pyhv_bus_port_io(vcpu->base.vm->bus, run->io.port, is_write, run->io.size, run->io.count, data);
     return stop_for_action(vcpu, action, exit);
 }
 
-static bool handle_mmio(struct pyhv_vcpu *vcpu)
+static bool handle_mmio(struct pyhv_kvm_vcpu *vcpu)
 {
     struct kvm_run *run = vcpu->run;
-    vcpu->counters.mmio++;
+    vcpu->base.counters.mmio++;
     vcpu->io_pending = true;
     if (!run->mmio.is_write) /* nothing is mapped outside RAM: a bus without a listener reads all-ones */
         memset(run->mmio.data, 0xff, sizeof run->mmio.data);
     return false;
 }
 
-static bool handle_system_event(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+static bool handle_system_event(struct pyhv_kvm_vcpu *vcpu, struct pyhv_exit *exit)
 {
     switch (vcpu->run->system_event.type) {
     case KVM_SYSTEM_EVENT_SHUTDOWN:
@@ -218,7 +208,7 @@ static bool handle_system_event(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
     return true;
 }
 
-static bool handle_internal_error(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+static bool handle_internal_error(struct pyhv_kvm_vcpu *vcpu, struct pyhv_exit *exit)
 {
     const struct kvm_run *run = vcpu->run;
     const uint32_t most = sizeof exit->data / sizeof exit->data[0];
@@ -230,23 +220,23 @@ static bool handle_internal_error(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit
 }
 
 /* A debug exit that is none of the run loop's own steps: with traps on declared addresses, one of them. */
-static bool handle_debug(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+static bool handle_debug(struct pyhv_kvm_vcpu *vcpu, struct pyhv_exit *exit)
 {
     if (!vcpu->trap.table || vcpu->trap.site_count == 0) {
         stop(exit, PYHV_STOP_DEBUG);
         return true;
     }
-    vcpu->counters.traps++;
-    switch (pyhv_trap_answer(vcpu, vcpu->run->debug.arch.pc, &exit->error)) {
-    case PYHV_TRAP_ANSWERED:
+    vcpu->base.counters.traps++;
+    switch (kvm_trap_answer(vcpu, vcpu->run->debug.arch.pc, &exit->error)) {
+    case TRAP_ANSWERED:
         return false;
-    case PYHV_TRAP_NOT_CPUID:
+    case TRAP_NOT_CPUID:
         stop(exit, PYHV_STOP_TRAP_LOST);
         return true;
-    case PYHV_TRAP_LOG_FULL:
+    case TRAP_LOG_FULL:
         stop(exit, PYHV_STOP_TRAP_LOG_FULL);
         return true;
-    case PYHV_TRAP_FAILED:
+    case TRAP_FAILED:
         break;
     }
     stop(exit, PYHV_STOP_FAILED);
@@ -254,7 +244,7 @@ static bool handle_debug(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
 }
 
 /* Acts on the exit in vcpu->run. Returns true if it ends the run, with `exit` saying why. */
-static bool dispatch(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+static bool dispatch(struct pyhv_kvm_vcpu *vcpu, struct pyhv_exit *exit)
 {
     const struct kvm_run *run = vcpu->run;
     exit->exit_reason = run->exit_reason;
@@ -294,7 +284,7 @@ static bool dispatch(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
 }
 
 /* One KVM_RUN and what follows from it. Returns true if the run ends. */
-static bool enter(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+static bool enter(struct pyhv_kvm_vcpu *vcpu, struct pyhv_exit *exit)
 {
     vcpu->io_pending = false; /* this entry finishes it */
     if (ioctl(vcpu->fd, KVM_RUN, 0) == 0)
@@ -306,7 +296,7 @@ static bool enter(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
         stop(exit, PYHV_STOP_FAILED);
         return true;
     }
-    vcpu->counters.interrupted++;
+    vcpu->base.counters.interrupted++;
     if (!attend(vcpu))
         return false;
     stop(exit, PYHV_STOP_KICKED);
@@ -315,7 +305,7 @@ static bool enter(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
 
 /* Finishes the last port or memory access without executing another instruction. Returns true if the run
  * ends. */
-static bool finish_io(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+static bool finish_io(struct pyhv_kvm_vcpu *vcpu, struct pyhv_exit *exit)
 {
     while (vcpu->io_pending) { /* a repeated string instruction may exit again */
         vcpu->io_pending = false;
@@ -343,15 +333,15 @@ static bool finish_io(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
 enum { LOOK_FOR_EVENTS = 16 };
 
 /* Executes one instruction; CPUID from the trap's table if there is one. Returns true if the run ends. */
-static bool step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+static bool step_once(struct pyhv_kvm_vcpu *vcpu, struct pyhv_exit *exit)
 {
     uint64_t before;
     if (finish_io(vcpu, exit))
         return true;
-    if (pyhv_vcpu_linear_rip(vcpu, &before, &exit->error) < 0)
+    if (linear_rip(vcpu, &before, &exit->error) < 0)
         goto failed;
     if (vcpu->trap.table && (vcpu->run->if_flag || vcpu->trap.steps++ % LOOK_FOR_EVENTS == 0)) {
-        int waits = pyhv_trap_event_waits(vcpu, &exit->error);
+        int waits = kvm_trap_event_waits(vcpu, &exit->error);
         if (waits < 0)
             goto failed;
         if (waits) {
@@ -360,25 +350,25 @@ static bool step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
         }
     }
     if (vcpu->trap.table) {
-        switch (pyhv_trap_answer(vcpu, before, &exit->error)) {
-        case PYHV_TRAP_ANSWERED:
+        switch (kvm_trap_answer(vcpu, before, &exit->error)) {
+        case TRAP_ANSWERED:
             return false;
-        case PYHV_TRAP_NOT_CPUID:
+        case TRAP_NOT_CPUID:
             break;
-        case PYHV_TRAP_LOG_FULL:
+        case TRAP_LOG_FULL:
             stop(exit, PYHV_STOP_TRAP_LOG_FULL);
             return true;
-        case PYHV_TRAP_FAILED:
+        case TRAP_FAILED:
             goto failed;
         }
     }
-    if (pyhv_trap_arm_step(vcpu, &exit->error) < 0)
+    if (kvm_trap_arm_step(vcpu, &exit->error) < 0)
         goto failed;
     for (;;) {
         vcpu->io_pending = false;
         if (ioctl(vcpu->fd, KVM_RUN, 0) == 0) {
             if (vcpu->run->exit_reason == KVM_EXIT_DEBUG) {
-                vcpu->counters.traps++;
+                vcpu->base.counters.traps++;
                 return false;
             }
             if (dispatch(vcpu, exit))
@@ -386,7 +376,7 @@ static bool step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
             if (vcpu->io_pending)
                 return finish_io(vcpu, exit);
         } else if (errno == EINTR) {
-            vcpu->counters.interrupted++;
+            vcpu->base.counters.interrupted++;
             if (attend(vcpu)) {
                 stop(exit, PYHV_STOP_KICKED);
                 return true;
@@ -405,19 +395,19 @@ failed:
 }
 
 /* Adds where the vCPU stands, for whoever reads the exit. */
-static void describe(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+static void describe(struct pyhv_kvm_vcpu *vcpu, struct pyhv_exit *exit)
 {
-    if (pyhv_vcpu_linear_rip(vcpu, &exit->rip, NULL) == 0)
-        exit->bytes_count = (uint32_t)pyhv_vcpu_read_linear(vcpu, exit->rip, exit->bytes, sizeof exit->bytes);
+    if (linear_rip(vcpu, &exit->rip, NULL) == 0)
+        exit->bytes_count = (uint32_t)kvm_read_linear(vcpu, exit->rip, exit->bytes, sizeof exit->bytes);
 }
 
-static void enter_thread(struct pyhv_vcpu *vcpu)
+static void enter_thread(struct pyhv_kvm_vcpu *vcpu)
 {
     pyhv_kick_enter(&vcpu->kick, NULL, NULL);
     pyhv_cancel = &vcpu->kicked;
 }
 
-static void leave_thread(struct pyhv_vcpu *vcpu)
+static void leave_thread(struct pyhv_kvm_vcpu *vcpu)
 {
     pyhv_cancel = NULL;
     pyhv_kick_leave(&vcpu->kick);
@@ -426,7 +416,7 @@ static void leave_thread(struct pyhv_vcpu *vcpu)
 
 /* Steps, until the run ends. An instruction that is answered instead of executed enters no KVM_RUN, which would notice
  * a kick. */
-static void step_on(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+static void step_on(struct pyhv_kvm_vcpu *vcpu, struct pyhv_exit *exit)
 {
     do {
         if (!atomic_load(&vcpu->kicked))
@@ -437,18 +427,18 @@ static void step_on(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
             stop(exit, PYHV_STOP_KICKED);
             return;
         }
-    } while (!step(vcpu, exit));
+    } while (!step_once(vcpu, exit));
 }
 
-void pyhv_vcpu_run(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+static void run(struct pyhv_vcpu *base, struct pyhv_exit *exit)
 {
-    *exit = (struct pyhv_exit){0};
+    struct pyhv_kvm_vcpu *vcpu = kvm_of(base);
     enter_thread(vcpu);
-    if (vcpu->vm->bus) /* console bytes that the last pause kept from getting out */
-        pyhv_bus_flush(vcpu->vm->bus);
+    if (vcpu->base.vm->bus) /* console bytes that the last pause kept from getting out */
+        pyhv_bus_flush(vcpu->base.vm->bus);
     if (vcpu->trap.table && vcpu->trap.site_count == 0) {
         step_on(vcpu, exit);
-    } else if (pyhv_trap_arm(vcpu, &exit->error) < 0) {
+    } else if (kvm_trap_arm(vcpu, &exit->error) < 0) {
         stop(exit, PYHV_STOP_FAILED);
     } else {
         while (!enter(vcpu, exit))
@@ -458,12 +448,30 @@ void pyhv_vcpu_run(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
     leave_thread(vcpu);
 }
 
-void pyhv_vcpu_step(struct pyhv_vcpu *vcpu, struct pyhv_exit *exit)
+static void step(struct pyhv_vcpu *base, struct pyhv_exit *exit)
 {
-    *exit = (struct pyhv_exit){0};
+    struct pyhv_kvm_vcpu *vcpu = kvm_of(base);
     enter_thread(vcpu);
-    if (!step(vcpu, exit) && !finish_io(vcpu, exit))
+    if (!step_once(vcpu, exit) && !finish_io(vcpu, exit))
         stop(exit, PYHV_STOP_DEBUG);
     describe(vcpu, exit);
     leave_thread(vcpu);
 }
+
+static const struct pyhv_vcpu_ops operations = {
+    .destroy = destroy,
+    .set_cpuid = kvm_set_cpuid,
+    .get_cpuid = kvm_get_cpuid,
+    .get_regs = kvm_get_regs,
+    .set_regs = kvm_set_regs,
+    .get_sregs = kvm_get_sregs,
+    .set_sregs = kvm_set_sregs,
+    .get_msrs = kvm_get_msrs,
+    .set_msrs = kvm_set_msrs,
+    .get_tsc_khz = kvm_get_tsc_khz,
+    .trap = kvm_trap,
+    .run = run,
+    .step = step,
+    .kick = kick,
+    .waits_for_ever = kvm_waits_for_ever,
+};

@@ -67,25 +67,36 @@ int pyhv_kvm_feature_msr(int kvm_fd, uint32_t index, uint64_t *value, struct pyh
     return 0;
 }
 
+static const struct pyhv_vm_ops operations;
+
 static void raise_irq(void *opaque, uint32_t gsi, int32_t level)
 {
-    struct pyhv_vm *vm = opaque;
+    struct pyhv_kvm_vm *vm = opaque;
     struct kvm_irq_level line = {.irq = gsi, .level = (uint32_t)level};
     /* Fails only for a line that the irqchip does not have; devices are built with ISA lines, 0 to 15. */
     (void)ioctl(vm->fd, KVM_IRQ_LINE, &line);
 }
 
-struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, struct pyhv_bus *bus,
-                               struct pyhv_error *error)
+/* Lets the devices on `bus` raise their interrupts in the VM's irqchip, if it has one. */
+static void set_bus(struct pyhv_kvm_vm *vm, struct pyhv_bus *bus)
 {
-    struct pyhv_vm *vm = calloc(1, sizeof *vm);
+    vm->base.bus = bus;
+    if (vm->base.irqchip)
+        pyhv_bus_set_irq_sink(bus, (struct pyhv_irq_sink){.raise = raise_irq, .opaque = vm});
+}
+
+struct pyhv_vm *pyhv_kvm_vm_create(int kvm_fd, const struct pyhv_vm_config *config, struct pyhv_bus *bus,
+                                   struct pyhv_error *error)
+{
+    struct pyhv_kvm_vm *vm = calloc(1, sizeof *vm);
     if (!vm) {
-        pyhv_fail(error, ENOMEM, "pyhv_vm_create", NULL);
+        pyhv_fail(error, ENOMEM, "pyhv_kvm_vm_create", NULL);
         return NULL;
     }
+    vm->base.ops = &operations;
     vm->kvm_fd = kvm_fd;
-    vm->irqchip = config->irqchip != 0;
-    vm->pit = vm->irqchip && config->pit;
+    vm->base.irqchip = config->irqchip != 0;
+    vm->base.pit = vm->base.irqchip && config->pit;
     do { /* a signal may interrupt it while KVM waits for other VMs */
         vm->fd = ioctl(kvm_fd, KVM_CREATE_VM, 0);
     } while (vm->fd < 0 && errno == EINTR);
@@ -130,11 +141,11 @@ struct pyhv_vm *pyhv_vm_create(int kvm_fd, const struct pyhv_vm_config *config, 
             goto fail;
         }
     }
-    if (!config->late && pyhv_vm_complete(vm, error) < 0)
+    if (!config->late && kvm_vm_complete(vm, error) < 0)
         goto fail;
     if (bus)
-        pyhv_vm_set_bus(vm, bus);
-    return vm;
+        set_bus(vm, bus);
+    return &vm->base;
 
 fail:
     close(vm->fd);
@@ -142,60 +153,47 @@ fail:
     return NULL;
 }
 
-static int create_pit(struct pyhv_vm *vm, struct pyhv_error *error)
+static int create_pit(struct pyhv_kvm_vm *vm, struct pyhv_error *error)
 {
     /* The kernel takes port 0x61 too: guests calibrate the TSC with the PIT's second channel there. */
     struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
     return ioctl(vm->fd, KVM_CREATE_PIT2, &pit) < 0 ? pyhv_fail_errno(error, "KVM_CREATE_PIT2") : 0;
 }
 
-int pyhv_vm_complete(struct pyhv_vm *vm, struct pyhv_error *error)
+int kvm_vm_complete(struct pyhv_kvm_vm *vm, struct pyhv_error *error)
 {
-    if (!vm->irqchip || vm->complete)
+    if (!vm->base.irqchip || vm->complete)
         return 0;
     if (ioctl(vm->fd, KVM_CREATE_IRQCHIP, 0) < 0)
         return pyhv_fail_errno(error, "KVM_CREATE_IRQCHIP");
-    if (vm->pit && create_pit(vm, error) < 0)
+    if (vm->base.pit && create_pit(vm, error) < 0)
         return -1;
     vm->complete = true;
     return 0;
 }
 
-int pyhv_vm_add_pit(struct pyhv_vm *vm, struct pyhv_error *error)
+int pyhv_kvm_vm_adopt(struct pyhv_vm *base, struct pyhv_bus *bus, int pit, struct pyhv_error *error)
 {
-    if (!vm->complete || vm->pit)
-        return pyhv_fail(error, EINVAL, "pyhv_vm_add_pit", "the VM has no irqchip yet, or a PIT already");
-    if (create_pit(vm, error) < 0)
+    struct pyhv_kvm_vm *vm = kvm_vm_of(base);
+    if (!vm->complete || base->pit || base->bus)
+        return pyhv_fail(error, EINVAL, "pyhv_kvm_vm_adopt", "the VM has no irqchip yet, or a PIT or a bus already");
+    set_bus(vm, bus);
+    if (pit && create_pit(vm, error) < 0)
         return -1;
-    vm->pit = true;
+    base->pit = pit != 0;
     return 0;
 }
 
-void pyhv_vm_set_bus(struct pyhv_vm *vm, struct pyhv_bus *bus)
+static void destroy(struct pyhv_vm *base)
 {
-    vm->bus = bus;
-    if (vm->irqchip)
-        pyhv_bus_set_irq_sink(bus, (struct pyhv_irq_sink){.raise = raise_irq, .opaque = vm});
-}
-
-void pyhv_vm_destroy(struct pyhv_vm *vm)
-{
-    if (!vm)
-        return;
-    if (vm->bus) /* console input may still come, on its own thread, and must not raise an interrupt in here any more */
-        pyhv_bus_set_irq_sink(vm->bus, (struct pyhv_irq_sink){0});
+    struct pyhv_kvm_vm *vm = kvm_vm_of(base);
     close(vm->fd);
     free(vm->dirty);
     free(vm);
 }
 
-int pyhv_vm_fd(const struct pyhv_vm *vm)
-{
-    return vm->fd;
-}
-
 /* KVM_SET_USER_MEMORY_REGION for the slot of that number, as it is or is to be. */
-static int set_region(struct pyhv_vm *vm, uint32_t number, const struct pyhv_slot *slot, bool log_dirty,
+static int set_region(struct pyhv_kvm_vm *vm, uint32_t number, const struct pyhv_slot *slot, bool log_dirty,
                       struct pyhv_error *error)
 {
     struct kvm_userspace_memory_region region = {
@@ -211,17 +209,12 @@ static int set_region(struct pyhv_vm *vm, uint32_t number, const struct pyhv_slo
     return 0;
 }
 
-int pyhv_vm_map(struct pyhv_vm *vm, uint64_t gpa, uint64_t size, void *host, struct pyhv_error *error)
+static int map(struct pyhv_vm *base, const struct pyhv_slot *slot, struct pyhv_error *error)
 {
-    struct pyhv_slot slot = {.gpa = gpa, .size = size, .host = host};
-    if (vm->slot_count == PYHV_VM_MAX_SLOTS)
-        return pyhv_fail(error, ENOSPC, "pyhv_vm_map", "more than %d memory slots", PYHV_VM_MAX_SLOTS);
+    struct pyhv_kvm_vm *vm = kvm_vm_of(base);
     if (vm->logs_dirty)
         return pyhv_fail(error, EBUSY, "pyhv_vm_map", "writes to memory are being logged");
-    if (set_region(vm, vm->slot_count, &slot, false, error) < 0)
-        return -1;
-    vm->slots[vm->slot_count++] = slot;
-    return 0;
+    return set_region(vm, base->slot_count, slot, false, error);
 }
 
 /* ------------------------------------------------------------------------------------------------ pauses -- */
@@ -231,7 +224,7 @@ int pyhv_vm_map(struct pyhv_vm *vm, uint64_t gpa, uint64_t size, void *host, str
  * arch/x86/kvm/i8254.c; KVM_REINJECT_CONTROL would too, but waits for a grace period of RCU). A period begins then; one
  * tick may wait in the interrupt controller, which holds no more of a line. Of a single shot there is no debt: loaded anew
  * it would come twice. */
-static int forget_ticks(struct pyhv_vm *vm, struct pyhv_error *error)
+static int forget_ticks(struct pyhv_kvm_vm *vm, struct pyhv_error *error)
 {
     enum { RATE_GENERATOR = 2, SQUARE_WAVE = 3 };
     struct kvm_pit_state2 pit;
@@ -242,12 +235,13 @@ static int forget_ticks(struct pyhv_vm *vm, struct pyhv_error *error)
     return ioctl(vm->fd, KVM_SET_PIT2, &pit) < 0 ? pyhv_fail_errno(error, "KVM_SET_PIT2") : 0;
 }
 
-int pyhv_vm_resume(struct pyhv_vm *vm, struct pyhv_error *error)
+static int resume(struct pyhv_vm *base, struct pyhv_error *error)
 {
-    for (struct pyhv_vcpu *vcpu = vm->vcpus; vcpu; vcpu = vcpu->next)
-        if (pyhv_vcpu_clock_paused(vcpu, error) < 0)
+    struct pyhv_kvm_vm *vm = kvm_vm_of(base);
+    for (struct pyhv_vcpu *vcpu = base->vcpus; vcpu; vcpu = vcpu->next)
+        if (kvm_clock_paused(vcpu, error) < 0)
             return -1;
-    return vm->pit && vm->complete ? forget_ticks(vm, error) : 0;
+    return base->pit && vm->complete ? forget_ticks(vm, error) : 0;
 }
 
 /* ------------------------------------------------------------------------------------------- dirty pages -- */
@@ -259,12 +253,12 @@ static size_t dirty_words(const struct pyhv_slot *slot)
 }
 
 /* Makes room for the largest slot's bitmap, and sees that each slot's bits begin with a word. */
-static int prepare_dirty(struct pyhv_vm *vm, struct pyhv_error *error)
+static int prepare_dirty(struct pyhv_kvm_vm *vm, struct pyhv_error *error)
 {
     size_t most = 0;
-    for (uint32_t i = 0; i < vm->slot_count; i++) {
-        const struct pyhv_slot *slot = &vm->slots[i];
-        if (i + 1 < vm->slot_count && slot->size / PYHV_PAGE_SIZE % 64)
+    for (uint32_t i = 0; i < vm->base.slot_count; i++) {
+        const struct pyhv_slot *slot = &vm->base.slots[i];
+        if (i + 1 < vm->base.slot_count && slot->size / PYHV_PAGE_SIZE % 64)
             return pyhv_fail(error, EINVAL, "pyhv_vm_log_dirty",
                              "0x%llx bytes at gpa 0x%llx are not a multiple of 64 pages",
                              (unsigned long long)slot->size, (unsigned long long)slot->gpa);
@@ -275,18 +269,18 @@ static int prepare_dirty(struct pyhv_vm *vm, struct pyhv_error *error)
     return vm->dirty || !most ? 0 : pyhv_fail(error, ENOMEM, "pyhv_vm_log_dirty", NULL);
 }
 
-int pyhv_vm_log_dirty(struct pyhv_vm *vm, int on, struct pyhv_error *error)
+static int log_dirty(struct pyhv_vm *base, bool wanted, struct pyhv_error *error)
 {
-    bool wanted = on != 0;
+    struct pyhv_kvm_vm *vm = kvm_vm_of(base);
     if (wanted == vm->logs_dirty)
         return 0;
     if (wanted && prepare_dirty(vm, error) < 0)
         return -1;
-    for (uint32_t i = 0; i < vm->slot_count; i++)
-        if (set_region(vm, i, &vm->slots[i], wanted, error) < 0) {
+    for (uint32_t i = 0; i < base->slot_count; i++)
+        if (set_region(vm, i, &base->slots[i], wanted, error) < 0) {
             while (i > 0) { /* back to how it was */
                 i--;
-                (void)set_region(vm, i, &vm->slots[i], !wanted, NULL);
+                (void)set_region(vm, i, &base->slots[i], !wanted, NULL);
             }
             return -1;
         }
@@ -294,21 +288,22 @@ int pyhv_vm_log_dirty(struct pyhv_vm *vm, int on, struct pyhv_error *error)
     return 0;
 }
 
-int pyhv_vm_take_dirty(struct pyhv_vm *vm, uint64_t *bitmap, struct pyhv_error *error)
+static int take_dirty(struct pyhv_vm *base, uint64_t *bitmap, struct pyhv_error *error)
 {
+    struct pyhv_kvm_vm *vm = kvm_vm_of(base);
     if (!vm->logs_dirty)
         return pyhv_fail(error, EINVAL, "pyhv_vm_take_dirty", "writes to memory are not being logged");
-    for (uint32_t i = 0; i < vm->slot_count; i++) {
+    for (uint32_t i = 0; i < base->slot_count; i++) {
         struct kvm_dirty_log log = {.slot = i, .dirty_bitmap = vm->dirty};
         if (ioctl(vm->fd, KVM_GET_DIRTY_LOG, &log) < 0)
             return pyhv_fail(error, errno, "KVM_GET_DIRTY_LOG", "slot %u", i);
-        for (size_t words = dirty_words(&vm->slots[i]), word = 0; word < words; word++)
+        for (size_t words = dirty_words(&base->slots[i]), word = 0; word < words; word++)
             *bitmap++ |= vm->dirty[word];
     }
     return 0;
 }
 
-bool pyhv_vm_read(const struct pyhv_vm *vm, uint64_t gpa, void *buffer, size_t size)
+bool kvm_read(const struct pyhv_vm *vm, uint64_t gpa, void *buffer, size_t size)
 {
     for (uint32_t i = 0; i < vm->slot_count; i++) {
         const struct pyhv_slot *slot = &vm->slots[i];
@@ -318,3 +313,14 @@ bool pyhv_vm_read(const struct pyhv_vm *vm, uint64_t gpa, void *buffer, size_t s
     }
     return false;
 }
+
+static const struct pyhv_vm_ops operations = {
+    .destroy = destroy,
+    .map = map,
+    .log_dirty = log_dirty,
+    .take_dirty = take_dirty,
+    .resume = resume,
+    .save_state = kvm_save_state,
+    .load_state = kvm_load_state,
+    .create_vcpu = kvm_vcpu_create,
+};

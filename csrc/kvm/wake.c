@@ -24,10 +24,10 @@ enum { MODE_SMI = 2, MODE_NMI = 4, MODE_INIT = 5, LAPIC_LVT_LINT0 = 0x350 };
 enum { LOOK_PATIENCE = 100 };
 
 /* Whether a line of the I/O APIC may bring what HLT does not sleep through. Every device has a line there. */
-static int ioapic_may_wake(const struct pyhv_vcpu *vcpu, const struct pyhv_events *events, struct pyhv_error *error)
+static int ioapic_may_wake(struct pyhv_kvm_vcpu *vcpu, const struct pyhv_events *events, struct pyhv_error *error)
 {
     struct kvm_irqchip chip = {.chip_id = KVM_IRQCHIP_IOAPIC};
-    if (ioctl(vcpu->vm->fd, KVM_GET_IRQCHIP, &chip) < 0)
+    if (ioctl(kvm_vm(vcpu)->fd, KVM_GET_IRQCHIP, &chip) < 0)
         return pyhv_fail(error, errno, "KVM_GET_IRQCHIP", "the I/O APIC");
     for (int pin = 0; pin < KVM_IOAPIC_NUM_PINS; pin++) {
         uint64_t entry = chip.chip.ioapic.redirtbl[pin].bits;
@@ -39,41 +39,41 @@ static int ioapic_may_wake(const struct pyhv_vcpu *vcpu, const struct pyhv_event
 }
 
 /* Whether the PIT ticks into an LINT0 that makes NMIs of it: so Linux's NMI watchdog did. */
-static int pit_may_wake(struct pyhv_vcpu *vcpu, const struct pyhv_events *events, struct pyhv_error *error)
+static int pit_may_wake(struct pyhv_kvm_vcpu *vcpu, const struct pyhv_events *events, struct pyhv_error *error)
 {
     uint8_t lapic[PYHV_LAPIC_SIZE];
     uint32_t lint0;
     struct kvm_pit_state2 pit;
-    if (!vcpu->vm->pit || events->nmi_masked)
+    if (!vcpu->base.vm->pit || events->nmi_masked)
         return 0;
-    if (pyhv_vcpu_get_lapic(vcpu, lapic, error) < 0)
+    if (kvm_get_lapic(&vcpu->base, lapic, error) < 0)
         return -1;
     memcpy(&lint0, lapic + LAPIC_LVT_LINT0, sizeof lint0);
     if (lint0 & MASKED || MODE(lint0) != MODE_NMI)
         return 0;
-    if (ioctl(vcpu->vm->fd, KVM_GET_PIT2, &pit) < 0)
+    if (ioctl(kvm_vm(vcpu)->fd, KVM_GET_PIT2, &pit) < 0)
         return pyhv_fail_errno(error, "KVM_GET_PIT2");
     return pit.channels[0].mode <= 4; /* else it never ticks. A single shot that is over counts as one to come */
 }
 
 /* For a vCPU that stands. What can end a HLT with interrupts off: NMI, SMI and INIT, from another vCPU (which is the
  * caller's to ask), the I/O APIC or the PIT. Nothing in this VM drives LINT1, and no timer of the LAPIC makes an NMI. */
-static int look(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
+static int look(struct pyhv_kvm_vcpu *vcpu, struct pyhv_error *error)
 {
     struct pyhv_regs regs;
     struct pyhv_events events;
-    int state = pyhv_vcpu_get_mp_state(vcpu, error);
+    int state = kvm_get_mp_state(&vcpu->base, error);
     if (state < 0)
         return -1;
     if (state == KVM_MP_STATE_UNINITIALIZED || state == KVM_MP_STATE_INIT_RECEIVED)
         return 1; /* only another vCPU can start it */
     if (state != KVM_MP_STATE_HALTED)
         return 0;
-    if (pyhv_vcpu_get_regs(vcpu, &regs, error) < 0)
+    if (kvm_get_regs(&vcpu->base, &regs, error) < 0)
         return -1;
     if (regs.rflags & RFLAGS_IF)
         return 0;
-    if (pyhv_vcpu_get_events(vcpu, &events, error) < 0)
+    if (kvm_get_events(&vcpu->base, &events, error) < 0)
         return -1;
     if ((events.nmi_pending && !events.nmi_masked) || events.nmi_injected || events.interrupt_injected ||
         events.smi_pending || events.latched_init || events.exception_pending || events.exception_injected)
@@ -84,8 +84,9 @@ static int look(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
     return may_wake < 0 ? -1 : !may_wake;
 }
 
-int pyhv_vcpu_waits_for_ever(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
+int kvm_waits_for_ever(struct pyhv_vcpu *base, struct pyhv_error *error)
 {
+    struct pyhv_kvm_vcpu *vcpu = kvm_of(base);
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_nsec += LOOK_PATIENCE * 1000000L;
@@ -112,10 +113,10 @@ int pyhv_vcpu_waits_for_ever(struct pyhv_vcpu *vcpu, struct pyhv_error *error)
     }
     vcpu->look = LOOK_NONE;
     pthread_mutex_unlock(&vcpu->kick.lock);
-    return errnum ? pyhv_fail(error, errnum, "pthread_kill", "SIGURG to the thread of vCPU %u", vcpu->index) : result;
+    return errnum ? pyhv_fail(error, errnum, "pthread_kill", "SIGURG to the thread of vCPU %u", vcpu->base.index) : result;
 }
 
-void pyhv_vcpu_look(struct pyhv_vcpu *vcpu)
+void kvm_look(struct pyhv_kvm_vcpu *vcpu)
 {
     struct pyhv_error error = {0};
     int result = look(vcpu, &error);

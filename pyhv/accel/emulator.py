@@ -1,6 +1,6 @@
 """The software accelerator: a CPU emulator library (Unicorn 2.1.4) in this process; see docs/emulator.md.
 
-Thin classes over the C engine's objects, as in kvm.py. The library is not imported: it is found here and opened there.
+The library is not imported: it is found here and opened by the C engine.
 """
 
 from __future__ import annotations
@@ -8,18 +8,16 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any, cast
 
 from pyhv._native import check, cpuid, ffi, lib, new_error
-from pyhv.accel import structs
-from pyhv.accel.data import CpuidRecord, Exit, Regs, Sregs, Stop
-from pyhv.errors import HostError, NotAvailable
+from pyhv.accel.data import Exit, Stop
+from pyhv.accel.engine import MAX_MSRS, AccelVm
+from pyhv.errors import NotAvailable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyhv.accel.protocol import AccelVcpu, AccelVm
-    from pyhv.accel.state import RawState
+    from typing import Any
+
     from pyhv.cpu.host import HostDescription
     from pyhv.cpu.table import CpuidTable
 
@@ -49,140 +47,6 @@ _PHYSICAL_BITS = 40
 
 # What the TSC counts at where the host's rate is not known: its value is made of the clock's.
 _TSC_KHZ = 1_000_000
-
-_MAX_ENTRIES = 256  # PYHV_CPUID_MAX_ENTRIES
-_MAX_MSRS = 256
-
-
-class EmulatorVcpu:
-    """The vCPU (struct pyhv_emulator_vcpu); see AccelVcpu."""
-
-    def __init__(self, vm: EmulatorVm, index: int, tsc_khz: int) -> None:
-        self.index = index
-        error = new_error()
-        self.msrs: Any = None
-        """Those of its state; emulator_state.py looks them up once."""
-        self.handle: Any = check(lib.pyhv_emulator_vcpu_create(vm.handle, index, tsc_khz, error), error)
-        self._exit: Any = ffi.new("struct pyhv_exit *")
-
-    def set_cpuid(self, table: CpuidTable) -> None:
-        entries = table.as_entries()
-        error = new_error()
-        check(lib.pyhv_emulator_vcpu_set_cpuid(self.handle, entries, len(entries), error), error)
-
-    def get_cpuid(self) -> CpuidTable:
-        entries = ffi.new("struct pyhv_cpuid_entry[]", _MAX_ENTRIES)
-        error = new_error()
-        count = check(lib.pyhv_emulator_vcpu_get_cpuid(self.handle, entries, _MAX_ENTRIES, error), error)
-        return structs.to_table(entries[0:count])
-
-    def get_regs(self) -> Regs:
-        regs, error = ffi.new("struct pyhv_regs *"), new_error()
-        check(lib.pyhv_emulator_vcpu_get_regs(self.handle, regs, error), error)
-        return structs.record(Regs, regs)
-
-    def set_regs(self, regs: Regs) -> None:
-        error = new_error()
-        check(lib.pyhv_emulator_vcpu_set_regs(self.handle, structs.struct("pyhv_regs", regs), error), error)
-
-    def get_sregs(self) -> Sregs:
-        sregs, error = ffi.new("struct pyhv_sregs *"), new_error()
-        check(lib.pyhv_emulator_vcpu_get_sregs(self.handle, sregs, error), error)
-        return structs.to_sregs(sregs)
-
-    def set_sregs(self, sregs: Sregs) -> None:
-        error = new_error()
-        check(lib.pyhv_emulator_vcpu_set_sregs(self.handle, structs.from_sregs(sregs), error), error)
-
-    def read_tsc_khz(self) -> int:
-        return int(lib.pyhv_emulator_vcpu_get_tsc_khz(self.handle))
-
-    def read_capabilities(self) -> int:
-        raise HostError("IA32_ARCH_CAPABILITIES", 0, "the emulator does not have it")
-
-    def write_capabilities(self, value: int) -> None:
-        raise HostError("IA32_ARCH_CAPABILITIES", 0, "the emulator does not have it")
-
-    def trap(self, table: CpuidTable, sites: Sequence[int], log_capacity: int = 0) -> None:
-        """Every CPUID is answered by us anyway, at every address and privilege level; what remains is the log."""
-        error = new_error()
-        check(lib.pyhv_emulator_vcpu_log_cpuid(self.handle, log_capacity, error), error)
-
-    def trap_log(self) -> list[CpuidRecord]:
-        return structs.take_log(lambda records, room: lib.pyhv_emulator_vcpu_cpuid_log(self.handle, records, room))
-
-    def run(self) -> Exit:
-        lib.pyhv_emulator_vcpu_run(self.handle, self._exit)
-        return structs.to_exit(self._exit)
-
-    def step(self) -> Exit:
-        lib.pyhv_emulator_vcpu_step(self.handle, self._exit)
-        return structs.to_exit(self._exit)
-
-    def kick(self) -> None:
-        error = new_error()
-        check(lib.pyhv_emulator_vcpu_kick(self.handle, error), error)
-
-    def waits_for_ever(self) -> bool:
-        return bool(lib.pyhv_emulator_vcpu_waits_for_ever(self.handle))
-
-    def counters(self) -> dict[str, int]:
-        return structs.to_counters(lib.pyhv_emulator_vcpu_counters(self.handle))
-
-    def close(self) -> None:
-        handle, self.handle = self.handle, ffi.NULL  # first: Ctrl-C may come after any call
-        lib.pyhv_emulator_vcpu_destroy(handle)
-
-
-class EmulatorVm:
-    """One VM (struct pyhv_emulator_vm); see AccelVm."""
-
-    def __init__(self, bus: Any, irqchip: bool, pit: bool, tsc_khz: int) -> None:
-        self.irqchip = irqchip
-        self.pit = irqchip and pit
-        self._tsc_khz = tsc_khz
-        config = ffi.new("struct pyhv_vm_config *", {"irqchip": irqchip, "pit": pit})
-        error = new_error()
-        self.handle: Any = check(lib.pyhv_emulator_vm_create(config, bus or ffi.NULL, error), error)
-
-    def map(self, gpa: int, size: int, host: Any) -> None:
-        error = new_error()
-        check(lib.pyhv_emulator_vm_map(self.handle, gpa, size, host, error), error)
-
-    def log_dirty(self, on: bool) -> None:
-        error = new_error()
-        check(lib.pyhv_emulator_vm_log_dirty(self.handle, on, error), error)
-
-    def take_dirty(self, bitmap: Any) -> None:
-        error = new_error()
-        check(lib.pyhv_emulator_vm_take_dirty(self.handle, bitmap, error), error)
-
-    def create_vcpu(self, index: int) -> EmulatorVcpu:
-        return EmulatorVcpu(self, index, self._tsc_khz)
-
-    def resume(self) -> None:
-        """Its timers count what they miss as one tick anyway, and it has no clock that could tell the guest."""
-
-    def warm_up(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> None:
-        from pyhv.accel import emulator_state
-
-        emulator_state.warm_up(cast("Sequence[EmulatorVcpu]", vcpus), tables)
-
-    def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> RawState:
-        from pyhv.accel import emulator_state
-
-        return emulator_state.capture(self, cast("Sequence[EmulatorVcpu]", vcpus), tables)
-
-    def apply(
-        self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable], state: RawState, elapsed: int
-    ) -> None:
-        from pyhv.accel import emulator_state
-
-        emulator_state.apply(self, cast("Sequence[EmulatorVcpu]", vcpus), tables, state, elapsed)
-
-    def close(self) -> None:
-        handle, self.handle = self.handle, ffi.NULL  # first: Ctrl-C may come after any call
-        lib.pyhv_emulator_vm_destroy(handle)
 
 
 class Emulator:
@@ -222,7 +86,9 @@ class Emulator:
         """Nothing takes time that could be spent meanwhile."""
 
     def create_vm(self, bus: Any = None, irqchip: bool = True, pit: bool = False, quick: bool = False) -> AccelVm:
-        return EmulatorVm(bus, irqchip, pit, self.tsc_khz)
+        config = ffi.new("struct pyhv_vm_config *", {"irqchip": irqchip, "pit": pit, "tsc_khz": self.tsc_khz})
+        error = new_error()
+        return AccelVm(check(lib.pyhv_emulator_vm_create(config, bus or ffi.NULL, error), error), msr_list)
 
     def explain(self, exit: Exit) -> str:
         if exit.stop == Stop.INTERNAL_ERROR and exit.suberror == lib.PYHV_SUBERROR_LOST_MEMORY:
@@ -239,8 +105,8 @@ class Emulator:
 
 def msr_list() -> tuple[int, ...]:
     """The MSRs that make up a vCPU's state, ascending."""
-    indices = ffi.new("uint32_t[]", _MAX_MSRS)
-    return tuple(indices[0 : lib.pyhv_emulator_msr_list(indices, _MAX_MSRS)])
+    indices = ffi.new("uint32_t[]", MAX_MSRS)
+    return tuple(indices[0 : lib.pyhv_emulator_msr_list(indices, MAX_MSRS)])
 
 
 def find_library() -> str:

@@ -1,4 +1,4 @@
-"""The KVM accelerator: thin classes over the C engine's objects."""
+"""The KVM accelerator: what it offers, and how its VMs begin."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import errno
 
 from pyhv._native import check, cpuid, ffi, lib, new_error
 from pyhv.accel import structs
-from pyhv.accel.data import CpuidRecord, Exit, Regs, Sregs
+from pyhv.accel.engine import MAX_ENTRIES, MAX_MSRS, AccelVm
 from pyhv.errors import HostError, NotAvailable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from typing import Any
 
-    from pyhv.accel.kvm_state import Carried, Shown
-    from pyhv.accel.protocol import AccelVcpu
-    from pyhv.accel.state import RawState
+    from pyhv.accel.data import Exit
     from pyhv.cpu.host import HostDescription
     from pyhv.cpu.table import CpuidTable
 
@@ -27,176 +24,6 @@ CAP_MAX_VCPUS = 66
 CAP_TSC_CONTROL = 60
 CAP_TSC_DEADLINE_TIMER = 72
 
-_MAX_ENTRIES = 256  # PYHV_CPUID_MAX_ENTRIES
-_MAX_MSRS = 2048
-
-
-class KvmVcpu:
-    """One vCPU (struct pyhv_vcpu); see AccelVcpu."""
-
-    def __init__(self, vm: KvmVm, index: int) -> None:
-        self.index = index
-        error = new_error()
-        self.handle: Any = check(lib.pyhv_vcpu_create(vm.handle, index, error), error)
-        self._exit: Any = ffi.new("struct pyhv_exit *")
-        self._table: Any = None  # the trap's table, which must live as long as the vCPU
-        self.shown: Shown | None = None
-        """What its table lets the guest have; kvm_state.py looks it up once."""
-        self.carried: Carried | None = None
-        """What of its MSRs is read; likewise."""
-
-    def set_cpuid(self, table: CpuidTable) -> None:
-        entries = table.as_entries()
-        error = new_error()
-        check(lib.pyhv_vcpu_set_cpuid(self.handle, entries, len(entries), error), error)
-
-    def get_cpuid(self) -> CpuidTable:
-        entries = ffi.new("struct pyhv_cpuid_entry[]", _MAX_ENTRIES)
-        error = new_error()
-        count = check(lib.pyhv_vcpu_get_cpuid(self.handle, entries, _MAX_ENTRIES, error), error)
-        return structs.to_table(entries[0:count])
-
-    def get_regs(self) -> Regs:
-        regs, error = ffi.new("struct pyhv_regs *"), new_error()
-        check(lib.pyhv_vcpu_get_regs(self.handle, regs, error), error)
-        return structs.record(Regs, regs)
-
-    def set_regs(self, regs: Regs) -> None:
-        error = new_error()
-        check(lib.pyhv_vcpu_set_regs(self.handle, structs.struct("pyhv_regs", regs), error), error)
-
-    def get_sregs(self) -> Sregs:
-        sregs, error = ffi.new("struct pyhv_sregs *"), new_error()
-        check(lib.pyhv_vcpu_get_sregs(self.handle, sregs, error), error)
-        return structs.to_sregs(sregs)
-
-    def set_sregs(self, sregs: Sregs) -> None:
-        error = new_error()
-        check(lib.pyhv_vcpu_set_sregs(self.handle, structs.from_sregs(sregs), error), error)
-
-    def read_tsc_khz(self) -> int:
-        error = new_error()
-        return int(check(lib.pyhv_vcpu_get_tsc_khz(self.handle, error), error))
-
-    def read_capabilities(self) -> int:
-        from pyhv.accel import kvm_state
-        from pyhv.cpu.arch_capabilities import IA32_ARCH_CAPABILITIES
-
-        return kvm_state.read_msrs(self, [IA32_ARCH_CAPABILITIES]).get(IA32_ARCH_CAPABILITIES, 0)
-
-    def write_capabilities(self, value: int) -> None:
-        from pyhv.accel import kvm_state
-        from pyhv.cpu.arch_capabilities import IA32_ARCH_CAPABILITIES
-
-        kvm_state.write_msrs(self, {IA32_ARCH_CAPABILITIES: value})
-
-    def trap(self, table: CpuidTable, sites: Sequence[int], log_capacity: int = 0) -> None:
-        entries = table.as_entries()
-        self._table = ffi.new("struct pyhv_cpuid_table *")
-        error = new_error()
-        check(lib.pyhv_cpuid_table_init(self._table, entries, len(entries), error), error)
-        config = ffi.new("struct pyhv_trap_config *")
-        config.table = self._table
-        config.site_count = len(sites)
-        config.log_capacity = log_capacity
-        for i, site in enumerate(sites):
-            config.sites[i] = site
-        check(lib.pyhv_vcpu_trap(self.handle, config, error), error)
-
-    def trap_log(self) -> list[CpuidRecord]:
-        return structs.take_log(lambda records, room: lib.pyhv_vcpu_trap_log(self.handle, records, room))
-
-    def run(self) -> Exit:
-        lib.pyhv_vcpu_run(self.handle, self._exit)
-        return structs.to_exit(self._exit)
-
-    def step(self) -> Exit:
-        lib.pyhv_vcpu_step(self.handle, self._exit)
-        return structs.to_exit(self._exit)
-
-    def kick(self) -> None:
-        error = new_error()
-        check(lib.pyhv_vcpu_kick(self.handle, error), error)
-
-    def waits_for_ever(self) -> bool:
-        error = new_error()
-        return bool(check(lib.pyhv_vcpu_waits_for_ever(self.handle, error), error))
-
-    def counters(self) -> dict[str, int]:
-        return structs.to_counters(lib.pyhv_vcpu_counters(self.handle))
-
-    def close(self) -> None:
-        handle, self.handle = self.handle, ffi.NULL  # first: Ctrl-C may come after any call
-        lib.pyhv_vcpu_destroy(handle)
-
-
-class KvmVm:
-    """One VM (struct pyhv_vm); see AccelVm."""
-
-    def __init__(self, kvm_fd: int, bus: Any, irqchip: bool, pit: bool, quick: bool) -> None:
-        self.irqchip = irqchip
-        self.pit = irqchip and pit
-        self._kvm_fd = kvm_fd
-        config = ffi.new("struct pyhv_vm_config *", {"irqchip": irqchip, "pit": pit, "late": quick})
-        error = new_error()
-        self.handle: Any = check(lib.pyhv_vm_create(kvm_fd, config, bus or ffi.NULL, error), error)
-
-    def adopt(self, bus: Any, pit: bool) -> None:
-        """Makes of a VM with an irqchip, and with neither bus nor PIT, what the caller of create_vm() wants."""
-        lib.pyhv_vm_set_bus(self.handle, bus)
-        if pit:
-            error = new_error()
-            try:
-                check(lib.pyhv_vm_add_pit(self.handle, error), error)
-            except HostError:
-                self.close()
-                raise
-            self.pit = True
-
-    def map(self, gpa: int, size: int, host: Any) -> None:
-        error = new_error()
-        check(lib.pyhv_vm_map(self.handle, gpa, size, host, error), error)
-
-    def log_dirty(self, on: bool) -> None:
-        error = new_error()
-        check(lib.pyhv_vm_log_dirty(self.handle, on, error), error)
-
-    def take_dirty(self, bitmap: Any) -> None:
-        error = new_error()
-        check(lib.pyhv_vm_take_dirty(self.handle, bitmap, error), error)
-
-    def create_vcpu(self, index: int) -> KvmVcpu:
-        return KvmVcpu(self, index)
-
-    def resume(self) -> None:
-        error = new_error()
-        check(lib.pyhv_vm_resume(self.handle, error), error)
-
-    def msr_list(self) -> tuple[int, ...]:
-        """The MSRs that KVM lists (KVM_GET_MSR_INDEX_LIST)."""
-        return _msr_list(self._kvm_fd, False)
-
-    def warm_up(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> None:
-        from pyhv.accel import kvm_state
-
-        kvm_state.warm_up(self, vcpus, tables)  # type: ignore[arg-type]  # they are this VM's
-
-    def capture(self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable]) -> RawState:
-        from pyhv.accel import kvm_state
-
-        return kvm_state.capture(self, vcpus, tables)  # type: ignore[arg-type]  # they are this VM's
-
-    def apply(
-        self, vcpus: Sequence[AccelVcpu], tables: Sequence[CpuidTable], state: RawState, elapsed: int
-    ) -> None:
-        from pyhv.accel import kvm_state
-
-        kvm_state.apply(self, vcpus, tables, state, elapsed)  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        handle, self.handle = self.handle, ffi.NULL  # first: Ctrl-C may come after any call
-        lib.pyhv_vm_destroy(handle)
-
 
 class Kvm:
     """KVM through /dev/kvm; see Accelerator. Raises NotAvailable with what to do where it cannot be used."""
@@ -205,7 +32,7 @@ class Kvm:
 
     def __init__(self) -> None:
         self._description: HostDescription | None = None
-        self._spares: list[KvmVm] = []
+        self._spares: list[AccelVm] = []
         """At most one VM made ahead of time by prepare(); a list, for its pop() is safe among threads."""
         error = new_error()
         self.fd: int = lib.pyhv_kvm_open(DEVICE.encode(), error)
@@ -224,9 +51,9 @@ class Kvm:
         from pyhv.cpu import features
         from pyhv.cpu.table import NAME_LEAVES, Registers
 
-        entries = ffi.new("struct pyhv_cpuid_entry[]", _MAX_ENTRIES)
+        entries = ffi.new("struct pyhv_cpuid_entry[]", MAX_ENTRIES)
         error = new_error()
-        count = check(lib.pyhv_kvm_supported_cpuid(self.fd, entries, _MAX_ENTRIES, error), error)
+        count = check(lib.pyhv_kvm_supported_cpuid(self.fd, entries, MAX_ENTRIES, error), error)
         table = structs.to_table(entries[0:count])
         ecx = table.get(1).ecx | features.BY_NAME["hypervisor"].mask
         if self.check_extension(CAP_TSC_DEADLINE_TIMER):
@@ -236,7 +63,10 @@ class Kvm:
 
     def msr_list(self, features: bool = False) -> tuple[int, ...]:
         """The MSRs that make up a vCPU's state, or with `features` those that describe the processor."""
-        return _msr_list(self.fd, features)
+        indices = ffi.new("uint32_t[]", MAX_MSRS)
+        error = new_error()
+        count = check(lib.pyhv_kvm_msr_list(self.fd, features, indices, MAX_MSRS, error), error)
+        return tuple(indices[0:count])
 
     def feature_msrs(self) -> dict[int, int]:
         """The value of each feature MSR that can be read."""
@@ -277,18 +107,28 @@ class Kvm:
 
     def prepare(self) -> None:
         if not self._spares:
-            self._spares.append(KvmVm(self.fd, None, True, False, False))
+            self._spares.append(self._new_vm(ffi.NULL, True, False, False))
 
-    def create_vm(self, bus: Any = None, irqchip: bool = True, pit: bool = False, quick: bool = False) -> KvmVm:
+    def create_vm(self, bus: Any = None, irqchip: bool = True, pit: bool = False, quick: bool = False) -> AccelVm:
         if bus and irqchip:
             try:
                 vm = self._spares.pop()
             except IndexError:
                 pass
             else:
-                vm.adopt(bus, pit)
+                error = new_error()
+                try:
+                    check(lib.pyhv_kvm_vm_adopt(vm.handle, bus, pit, error), error)
+                except HostError:
+                    vm.close()
+                    raise
                 return vm
-        return KvmVm(self.fd, bus, irqchip, pit, quick)
+        return self._new_vm(bus or ffi.NULL, irqchip, pit, quick)
+
+    def _new_vm(self, bus: Any, irqchip: bool, pit: bool, quick: bool) -> AccelVm:
+        config = ffi.new("struct pyhv_vm_config *", {"irqchip": irqchip, "pit": pit, "late": quick})
+        error = new_error()
+        return AccelVm(check(lib.pyhv_kvm_vm_create(self.fd, config, bus, error), error), self.msr_list)
 
     def explain(self, exit: Exit) -> str:
         from pyhv.accel import kvm_exits
@@ -303,13 +143,6 @@ class Kvm:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-
-def _msr_list(kvm_fd: int, features: bool) -> tuple[int, ...]:
-    indices = ffi.new("uint32_t[]", _MAX_MSRS)
-    error = new_error()
-    count = check(lib.pyhv_kvm_msr_list(kvm_fd, features, indices, _MAX_MSRS, error), error)
-    return tuple(indices[0:count])
 
 
 def _explain(errnum: int, detail: str) -> NotAvailable:

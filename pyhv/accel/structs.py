@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from struct import Struct, unpack
 
-from pyhv._native import ffi, to_exception
+from pyhv._native import ffi, lib, to_exception
 from pyhv.accel.data import CpuidRecord, Exit, Segment, Sregs, Stop
 
 TYPE_CHECKING = False
@@ -119,6 +120,103 @@ def view(name: str, data: bytes) -> Any:
     if len(data) != ffi.sizeof(f"struct {name}"):
         raise ValueError(f"struct {name} has not {len(data)} bytes")
     return ffi.from_buffer(f"struct {name} *", data)
+
+
+class StateBuffer:
+    """A struct pyhv_state and its vCPUs: where the engine puts a state, and takes one from."""
+
+    def __init__(self, vcpus: int) -> None:
+        self._vcpus = ffi.new("struct pyhv_vcpu_state[]", vcpus)
+        self.head: Any = ffi.new("struct pyhv_state *", {"vcpu_count": vcpus, "vcpus": self._vcpus})
+        self._bytes = ffi.buffer(self._vcpus)
+
+    def take(self) -> RawState:
+        """What the engine has put there."""
+        from pyhv.accel.state import RawState, RawVcpu
+
+        vcpus = []
+        for number, vcpu in enumerate(self._vcpus):
+            at = number * _VCPU_SIZE
+            regs, sregs, events, debugregs = [self._bytes[at + place.start : at + place.stop] for place in _FIXED]
+            vcpus.append(
+                RawVcpu(
+                    regs,
+                    sregs,
+                    events,
+                    debugregs,
+                    vcpu.xcr0,
+                    vcpu.mp_state,
+                    self._piece(at, "msr_indices", 4 * vcpu.msr_count),
+                    self._piece(at, "msr_values", 8 * vcpu.msr_count),
+                    self._piece(at, "lapic", vcpu.lapic_size),
+                    self._piece(at, "xsave", vcpu.xsave_size),
+                )
+            )
+        head = self.head
+        chip = to_bytes(ffi.addressof(head, "irqchip")) if head.has_irqchip else b""
+        return RawState(tuple(vcpus), chip, bool(head.has_pit), head.clock, head.tsc_khz)
+
+    def _piece(self, at: int, name: str, size: int) -> bytes:
+        start = at + _PIECES[name].start
+        piece: bytes = self._bytes[start : start + size]
+        return piece
+
+    def put(self, state: RawState) -> None:
+        """Puts a state there, for the engine. Raises ValueError for bytes that are none."""
+        if len(state.vcpus) != len(self._vcpus):
+            raise ValueError(f"it has {len(state.vcpus)} vCPUs, the VM {len(self._vcpus)}")
+        for number, (vcpu, saved) in enumerate(zip(self._vcpus, state.vcpus, strict=True)):
+            at = number * _VCPU_SIZE
+            fixed = saved.regs, saved.sregs, saved.events, saved.debugregs
+            for name, place, data in zip(_FIXED_NAMES, _FIXED, fixed, strict=True):
+                if len(data) != place.stop - place.start:
+                    raise ValueError(f"struct pyhv_{name} has not {len(data)} bytes")
+                self._bytes[at + place.start : at + place.stop] = data
+            vcpu.xcr0, vcpu.mp_state = saved.xcr0, saved.mp_state
+            vcpu.msr_count = len(saved.msr_indices) // 4
+            vcpu.xsave_size, vcpu.lapic_size = len(saved.xsave), len(saved.lapic)
+            if (len(saved.msr_indices), len(saved.msr_values)) != (4 * vcpu.msr_count, 8 * vcpu.msr_count):
+                raise ValueError(
+                    f"{len(saved.msr_indices)} bytes of indices, {len(saved.msr_values)} of values are no MSRs"
+                )
+            for name, piece in _PIECES.items():
+                data = getattr(saved, name)
+                if len(data) > piece.stop - piece.start:
+                    raise ValueError(f"{name} has {len(data)} bytes, at most {piece.stop - piece.start} are possible")
+                self._bytes[at + piece.start : at + piece.start + len(data)] = data
+        self.head.clock, self.head.tsc_khz = state.clock, state.tsc_khz
+        self.head.has_irqchip, self.head.has_pit = bool(state.irqchip), state.pit
+        if state.irqchip:
+            self.head.irqchip = view("pyhv_irqchip", state.irqchip)[0]
+
+
+def _place(name: str) -> slice:
+    start = ffi.offsetof("struct pyhv_vcpu_state", name)
+    field = next(field for known, field in ffi.typeof("struct pyhv_vcpu_state").fields if known == name)
+    return slice(start, start + ffi.sizeof(field.type))
+
+
+# Where in a struct pyhv_vcpu_state a RawVcpu's bytes are: whole structures, and arrays that are used in part.
+_FIXED_NAMES = ("regs", "sregs", "events", "debugregs")
+_FIXED = [_place(name) for name in _FIXED_NAMES]
+_PIECES = {name: _place(name) for name in ("msr_indices", "msr_values", "lapic", "xsave")}
+_VCPU_SIZE: int = ffi.sizeof("struct pyhv_vcpu_state")
+
+
+@functools.lru_cache(maxsize=8)
+def msr_rules(numbers: tuple[int, ...], absent: frozenset[int]) -> Any:
+    """struct pyhv_msr_rule[] for MSRs (ascending), of which this host does not have `absent`. Read-only."""
+    from pyhv.cpu import msrs
+
+    rules = []
+    for number in numbers:
+        msr = msrs.BY_NUMBER[number]
+        flags = 0 if msr.usual is None else lib.PYHV_MSR_UNUSUAL
+        flags |= lib.PYHV_MSR_ABSENT if number in absent else 0
+        flags |= 0 if msr.listed else lib.PYHV_MSR_UNSURE
+        flags |= lib.PYHV_MSR_NEEDLESS if number == msrs.AMD64_DE_CFG else 0
+        rules.append((number, flags, msr.usual or 0, msr.name.encode()))
+    return ffi.new("struct pyhv_msr_rule[]", rules)
 
 
 def msrs(raw: RawVcpu) -> dict[int, int]:

@@ -7,7 +7,8 @@ from pyhv.vm.vm import Stopped, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyhv.accel.protocol import Accelerator, AccelVcpu
+    from pyhv.accel.engine import AccelVcpu
+    from pyhv.accel.protocol import Accelerator
 
 
 def message(accelerator: Accelerator, vm: Vm, cause: str, stopped: Stopped | None) -> str:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from pyhv._native.link import PageSet
-    from pyhv.accel.protocol import Accelerator, AccelVcpu, AccelVm
+    from pyhv.accel.engine import AccelVcpu, AccelVm
+    from pyhv.accel.protocol import Accelerator
     from pyhv.accel.state import ProcessorsState, RawState
     from pyhv.cpu.table import CpuidTable
 
@@ -192,10 +193,10 @@ class Vm:
 
         self._has_capabilities = True
         for vcpu in self.vcpus:
-            offered = vcpu.read_capabilities()
+            offered = _capabilities(vcpu)
             told = arch_capabilities.shown(offered, moving)
             if told != offered:
-                vcpu.write_capabilities(told)
+                vcpu.write_msrs({arch_capabilities.IA32_ARCH_CAPABILITIES: told})
 
     def start(self, force: bool = False) -> None:
         """Lets the vCPUs run, or run on after pause(). No effect on a running VM or one that came to its end. force:
@@ -217,7 +218,7 @@ class Vm:
             return
         self._tsc_khz = self._tsc_khz or self.vcpus[0].read_tsc_khz()
         if self._has_capabilities and self.capabilities is None:
-            self.capabilities = self.vcpus[0].read_capabilities()
+            self.capabilities = _capabilities(self.vcpus[0])
         self.prepare_start()
         if self._starts and self._vm is not None:
             self._vm.resume()
@@ -406,7 +407,7 @@ class Vm:
     def warm_up(self) -> None:
         """Loads what capture() and apply() need; also while it runs."""
         assert self._vm is not None
-        self._vm.warm_up(self.vcpus, self.tables)
+        self._vm.prepare_state(self.vcpus)
 
     def capture(self) -> ProcessorsState:
         """The state of the processors of a paused VM. Raises HostError."""
@@ -417,7 +418,7 @@ class Vm:
     def capture_raw(self) -> RawState:
         """The same as capture(), in a quarter of the time."""
         assert self._vm is not None and not self.running
-        state = self._vm.capture(self.vcpus, self.tables)
+        state = self._vm.capture(self.vcpus)
         return state._replace(tsc_khz=self._tsc_khz or state.tsc_khz)
 
     def apply(self, state: ProcessorsState) -> None:
@@ -432,7 +433,7 @@ class Vm:
         assert self._vm is not None and not self.running
         if (bool(state.irqchip), state.pit) != (self.irqchip, self.pit):
             raise ValueError("it has other interrupt controllers or timers than the VM")
-        self._vm.apply(self.vcpus, self.tables, state, elapsed)
+        self._vm.apply(self.vcpus, state, elapsed)
         self._tsc_khz = state.tsc_khz
         self.life.at = life.PAUSED
 
@@ -651,6 +652,13 @@ def _to_its_end(work: Callable[[], None]) -> None:
             first = first or error
     if first is not None:
         raise first
+
+
+def _capabilities(vcpu: AccelVcpu) -> int:
+    """IA32_ARCH_CAPABILITIES, of a vCPU whose table shows it. Raises HostError."""
+    from pyhv.cpu.arch_capabilities import IA32_ARCH_CAPABILITIES
+
+    return vcpu.read_msrs([IA32_ARCH_CAPABILITIES]).get(IA32_ARCH_CAPABILITIES, 0)
 
 
 def _bind_thread(processor: int) -> None:

@@ -17,9 +17,7 @@
 
 #include "check.h"
 #include "devices/device.h"
-#include "emulator/library.h"
-#include "kick.h"
-#include "pyhv.h"
+#include "emulator/emulator.h"
 
 enum { RAM_SIZE = 0x10000, ENTRY = 0x1000, HANDLER = 0x1100, TIMEOUT_SECONDS = 100 };
 enum { GDT = 0x5000, TSS = 0x5100, IDT = 0x6000, STACK = 0x8000, STACK_0 = 0x9000, STACK_IST = 0xa000 };
@@ -44,8 +42,8 @@ struct machine {
     struct pyhv_bus *bus;
     struct pyhv_device *port; /* the debug-exit port, with interrupt line 4 */
     struct pyhv_memory memory;
-    struct pyhv_emulator_vm *vm;
-    struct pyhv_emulator_vcpu *vcpu;
+    struct pyhv_vm *vm;
+    struct pyhv_vcpu *vcpu;
 };
 
 static void need(int ok, const struct pyhv_error *error)
@@ -82,7 +80,7 @@ static void put64(struct machine *machine, uint64_t gpa, uint64_t value)
 static void build(struct machine *machine, const void *code, size_t size, int irqchip)
 {
     struct pyhv_error error = {0};
-    struct pyhv_vm_config config = {.irqchip = (uint32_t)irqchip, .pit = 1};
+    struct pyhv_vm_config config = {.irqchip = (uint32_t)irqchip, .pit = 1, .tsc_khz = 1000000};
     machine->bus = pyhv_bus_create(&error);
     machine->port = pyhv_debug_exit_create(0xf4, &error);
     need(machine->port && pyhv_bus_attach(machine->bus, machine->port, &error) == 0, &error);
@@ -91,23 +89,23 @@ static void build(struct machine *machine, const void *code, size_t size, int ir
     put(machine, ENTRY, code, size);
     machine->memory.host[HANDLER] = HLT;
     machine->vm = pyhv_emulator_vm_create(&config, machine->bus, &error);
-    need(machine->vm && pyhv_emulator_vm_map(machine->vm, 0, RAM_SIZE, machine->memory.host, &error) == 0, &error);
-    machine->vcpu = pyhv_emulator_vcpu_create(machine->vm, 0, 1000000, &error);
-    need(machine->vcpu && pyhv_emulator_vcpu_set_cpuid(machine->vcpu, table, sizeof table / sizeof *table, &error) == 0,
+    need(machine->vm && pyhv_vm_map(machine->vm, 0, RAM_SIZE, machine->memory.host, &error) == 0, &error);
+    machine->vcpu = pyhv_vcpu_create(machine->vm, 0, &error);
+    need(machine->vcpu && pyhv_vcpu_set_cpuid(machine->vcpu, table, sizeof table / sizeof *table, &error) == 0,
          &error);
 }
 
 static void destroy(struct machine *machine)
 {
-    pyhv_emulator_vcpu_destroy(machine->vcpu);
-    pyhv_emulator_vm_destroy(machine->vm);
+    pyhv_vcpu_destroy(machine->vcpu);
+    pyhv_vm_destroy(machine->vm);
     pyhv_bus_destroy(machine->bus);
     pyhv_memory_destroy(&machine->memory);
 }
 
 static uint32_t run(struct machine *machine, struct pyhv_exit *exit)
 {
-    pyhv_emulator_vcpu_run(machine->vcpu, exit);
+    pyhv_vcpu_run(machine->vcpu, exit);
     return exit->stop;
 }
 
@@ -115,7 +113,7 @@ static struct pyhv_regs regs_of(struct machine *machine)
 {
     struct pyhv_regs regs;
     struct pyhv_error error = {0};
-    need(pyhv_emulator_vcpu_get_regs(machine->vcpu, &regs, &error) == 0, &error);
+    need(pyhv_vcpu_get_regs(machine->vcpu, &regs, &error) == 0, &error);
     return regs;
 }
 
@@ -123,7 +121,7 @@ static struct pyhv_sregs sregs_of(struct machine *machine)
 {
     struct pyhv_sregs sregs;
     struct pyhv_error error = {0};
-    need(pyhv_emulator_vcpu_get_sregs(machine->vcpu, &sregs, &error) == 0, &error);
+    need(pyhv_vcpu_get_sregs(machine->vcpu, &sregs, &error) == 0, &error);
     return sregs;
 }
 
@@ -131,8 +129,8 @@ static void start_at(struct machine *machine, struct pyhv_sregs *sregs, uint64_t
 {
     struct pyhv_error error = {0};
     struct pyhv_regs regs = {.rip = rip, .rsp = rsp, .rflags = rflags, .rdi = 0x400000};
-    need(pyhv_emulator_vcpu_set_sregs(machine->vcpu, sregs, &error) == 0, &error);
-    need(pyhv_emulator_vcpu_set_regs(machine->vcpu, &regs, &error) == 0, &error);
+    need(pyhv_vcpu_set_sregs(machine->vcpu, sregs, &error) == 0, &error);
+    need(pyhv_vcpu_set_regs(machine->vcpu, &regs, &error) == 0, &error);
 }
 
 static struct pyhv_segment segment(uint32_t selector, uint32_t attributes)
@@ -437,7 +435,7 @@ static void system_calls(void)
     struct pyhv_error error = {0};
     build(&machine, code, sizeof code, 0);
     struct pyhv_sregs sregs = long_mode(&machine, 3);
-    CHECK_EQUAL(pyhv_emulator_vcpu_set_msrs(machine.vcpu, indices, values, 3, &error), 3);
+    CHECK_EQUAL(pyhv_vcpu_set_msrs(machine.vcpu, indices, values, 3, &error), 3);
     start_at(&machine, &sregs, ENTRY, STACK, 0x202);
     CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_HALTED);
     struct pyhv_regs regs = regs_of(&machine);
@@ -455,7 +453,7 @@ static void system_calls(void)
 static void *kick(void *vcpu)
 {
     usleep(500);
-    CHECK_EQUAL(pyhv_emulator_vcpu_kick(vcpu, NULL), 0);
+    CHECK_EQUAL(pyhv_vcpu_kick(vcpu, NULL), 0);
     return NULL;
 }
 
@@ -510,14 +508,14 @@ static void writes_are_logged_on_and_off(void)
         abort();
     for (int i = 0; i < 20000; i++) {
         uint64_t pages = 0;
-        need(pyhv_emulator_vm_log_dirty(machine.vm, 1, &error) == 0, &error);
+        need(pyhv_vm_log_dirty(machine.vm, 1, &error) == 0, &error);
         while (i % 100 == 0 && !pages)
-            need(pyhv_emulator_vm_take_dirty(machine.vm, &pages, &error) == 0, &error);
+            need(pyhv_vm_take_dirty(machine.vm, &pages, &error) == 0, &error);
         CHECK_EQUAL(pages & ~UINT64_C(1), 0);
-        need(pyhv_emulator_vm_log_dirty(machine.vm, 0, &error) == 0, &error);
+        need(pyhv_vm_log_dirty(machine.vm, 0, &error) == 0, &error);
     }
     unsetenv("PYHV_DIRTY");
-    CHECK_EQUAL(pyhv_emulator_vcpu_kick(machine.vcpu, NULL), 0);
+    CHECK_EQUAL(pyhv_vcpu_kick(machine.vcpu, NULL), 0);
     pthread_join(thread, NULL);
     destroy(&machine);
 }
@@ -547,19 +545,19 @@ static void a_fault_handler_that_comes_later(void)
     uint64_t pages = 0;
     build(&machine, code, sizeof code, 0);
     start_real(&machine);
-    need(pyhv_emulator_vcpu_kick(machine.vcpu, &error) == 0, &error);
+    need(pyhv_vcpu_kick(machine.vcpu, &error) == 0, &error);
     CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_KICKED); /* both handlers are there from here on */
     setenv("PYHV_DIRTY", "fault", 1);
-    need(pyhv_emulator_vm_log_dirty(machine.vm, 1, &error) == 0, &error);
-    need(pyhv_emulator_vm_log_dirty(machine.vm, 0, &error) == 0, &error);
+    need(pyhv_vm_log_dirty(machine.vm, 1, &error) == 0, &error);
+    need(pyhv_vm_log_dirty(machine.vm, 0, &error) == 0, &error);
 
     put_on_top(SIGSEGV);
-    need(pyhv_emulator_vm_log_dirty(machine.vm, 1, &error) == 0, &error);
-    pyhv_emulator_vcpu_step(machine.vcpu, &exit);
+    need(pyhv_vm_log_dirty(machine.vm, 1, &error) == 0, &error);
+    pyhv_vcpu_step(machine.vcpu, &exit);
     CHECK_EQUAL(exit.stop, PYHV_STOP_DEBUG);
-    need(pyhv_emulator_vm_take_dirty(machine.vm, &pages, &error) == 0, &error);
+    need(pyhv_vm_take_dirty(machine.vm, &pages, &error) == 0, &error);
     CHECK_EQUAL(pages, 1);
-    need(pyhv_emulator_vm_log_dirty(machine.vm, 0, &error) == 0, &error);
+    need(pyhv_vm_log_dirty(machine.vm, 0, &error) == 0, &error);
     unsetenv("PYHV_DIRTY");
 
     put_on_top(SIGBUS);
@@ -603,9 +601,9 @@ static void the_task_priority_is_one(void)
         struct pyhv_regs regs = regs_of(&machine);
         regs.rcx = 5;
         regs.rdi = 0xfee00080;
-        need(pyhv_emulator_vcpu_set_regs(machine.vcpu, &regs, &error) == 0, &error);
+        need(pyhv_vcpu_set_regs(machine.vcpu, &regs, &error) == 0, &error);
         CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_GUEST_EXIT);
-        pyhv_emulator_vm_get_lapic(machine.vm, page);
+        emulator_get_lapic(machine.vm, page);
         CHECK_EQUAL(page[0x80], written ? 0x30 : 0x50);
         CHECK_EQUAL(sregs_of(&machine).cr8, written ? 3 : 5);
         destroy(&machine);
@@ -627,7 +625,7 @@ static void put_timer(uint8_t *page, uint32_t lvt, uint32_t initial, uint32_t le
 enum meanwhile { NOTHING, TIMER, KICK, LINE, MEANWHILES };
 static struct {
     enum meanwhile what[2]; /* before, behind */
-    struct pyhv_emulator_vcpu *vcpu;
+    struct pyhv_vcpu *vcpu;
     struct pyhv_device *device;
     unsigned calls;
 } between;
@@ -654,7 +652,7 @@ static void happen(const uc_engine *engine, int behind)
             abort();
         break;
     case KICK:
-        CHECK_EQUAL(pyhv_emulator_vcpu_kick(between.vcpu, NULL), 0);
+        CHECK_EQUAL(pyhv_vcpu_kick(between.vcpu, NULL), 0);
         break;
     case LINE: /* not in its own handler, which would never end */
         if (pyhv_library_state(engine)->hflags & HF_CPL) {
@@ -817,14 +815,14 @@ static void start_with_controllers(struct machine *machine, unsigned cpl, uint64
     uint8_t page[PYHV_LAPIC_SIZE];
     struct pyhv_sregs sregs = long_mode(machine, cpl);
     put64(machine, 0x3000 + 3 * 8, 0xc0000087); /* 1 GiB with the controllers */
-    pyhv_emulator_vm_get_lapic(machine->vm, page);
+    emulator_get_lapic(machine->vm, page);
     page[0xf1] |= 1; /* enabled */
-    pyhv_emulator_vm_set_lapic(machine->vm, page);
-    pyhv_emulator_vm_get_irqchip(machine->vm, &chip);
+    emulator_set_lapic(machine->vm, page);
+    emulator_get_irqchip(machine->vm, &chip);
     chip.ioapic.redirection[4] = 0x40;
     chip.pic[0].imr = 0xff;
-    need(pyhv_emulator_vm_set_irqchip(machine->vm, &chip, &error) == 0, &error);
-    need(pyhv_emulator_vcpu_set_msrs(machine->vcpu, indices, values, 3, &error) == 3, &error);
+    need(emulator_set_irqchip(machine->vm, &chip, &error) == 0, &error);
+    need(pyhv_vcpu_set_msrs(machine->vcpu, indices, values, 3, &error) == 3, &error);
     start_at(machine, &sregs, ENTRY, STACK, rflags);
 }
 
@@ -876,7 +874,7 @@ static void *kick_often(void *opaque)
 {
     const struct machine *machine = opaque;
     for (int i = 0; i < 2000; i++) {
-        CHECK_EQUAL(pyhv_emulator_vcpu_kick(machine->vcpu, NULL), 0);
+        CHECK_EQUAL(pyhv_vcpu_kick(machine->vcpu, NULL), 0);
         usleep((unsigned)(i * 7 % 60));
         pulse_line(machine->port);
     }
@@ -900,10 +898,10 @@ static void it_holds_under_stress(void)
     for (unsigned vector = 6; vector < 14; vector++)
         set_gate_at(&machine, vector, 0, HANDLER + 128);
     start_with_controllers(&machine, 3, 0x3202);
-    pyhv_emulator_vm_get_lapic(machine.vm, page);
+    emulator_get_lapic(machine.vm, page);
     put_timer(page, 0x40 | 1 << 17, 0x2345, 0x2345); /* periodic */
     page[0x3e0] = 0xb;
-    pyhv_emulator_vm_set_lapic(machine.vm, page);
+    emulator_set_lapic(machine.vm, page);
     if (pthread_create(&thread, NULL, kick_often, &machine))
         abort();
     while (run(&machine, &exit) == PYHV_STOP_KICKED)
@@ -972,7 +970,7 @@ static void run_order(struct machine *machine)
     struct pyhv_error error = {0};
     struct pyhv_regs regs = {.rip = ENTRY, .rsp = STACK, .rflags = 2, .rbx = 0xfee00000, .r8 = 0x7000, .r10 = 1};
     memset(machine->memory.host + 0x7000, 0, 0x40);
-    need(pyhv_emulator_vcpu_set_regs(machine->vcpu, &regs, &error) == 0, &error);
+    need(pyhv_vcpu_set_regs(machine->vcpu, &regs, &error) == 0, &error);
     CHECK_EQUAL(run(machine, &exit), PYHV_STOP_GUEST_EXIT);
     CHECK_EQUAL(exit.status, 7);
 }
@@ -1078,7 +1076,7 @@ static void general_instructions_need_no_sse(void)
             memcpy(code, instructions[i].code, instructions[i].size);
             memcpy(code + instructions[i].size, (const uint8_t[]){0x90, 0x0f, 0x28, 0xc1}, 4); /* nop; movaps */
             build(&machine, code, sizeof code, 0);
-            need(pyhv_emulator_vcpu_set_cpuid(machine.vcpu, all, sizeof all / sizeof *all, &error) == 0, &error);
+            need(pyhv_vcpu_set_cpuid(machine.vcpu, all, sizeof all / sizeof *all, &error) == 0, &error);
             struct pyhv_sregs sregs = long_mode(&machine, 0);
             sregs.cr0 = (sregs.cr0 & ~UINT64_C(0xc)) | modes[mode][0];
             sregs.cr4 = modes[mode][1] | 0x10000; /* FSGSBASE */
@@ -1139,7 +1137,7 @@ static void reserved_bits_are_refused(void)
         uint64_t old = cases[i].from == 0 ? before.cr0 : cases[i].from == 3 ? before.cr3 : before.cr4;
         struct pyhv_regs regs = regs_of(&machine);
         regs.rax = regs.r8 = (old & ~cases[i].clear) | cases[i].set;
-        need(pyhv_emulator_vcpu_set_regs(machine.vcpu, &regs, &error) == 0, &error);
+        need(pyhv_vcpu_set_regs(machine.vcpu, &regs, &error) == 0, &error);
         CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_HALTED);
         struct pyhv_sregs now = sregs_of(&machine);
         if (cases[i].refused) {
@@ -1223,10 +1221,10 @@ static struct pyhv_sregs with_barriers(struct machine *machine, unsigned cpl, ui
     put64(machine, 0x4008, 0x87);
     sregs.cr2 = UNTOUCHED;
     sregs.cr4 |= cr4;
-    need(pyhv_emulator_vcpu_set_cpuid(machine->vcpu, table_with_barriers,
+    need(pyhv_vcpu_set_cpuid(machine->vcpu, table_with_barriers,
                                       sizeof table_with_barriers / sizeof *table_with_barriers, &error) == 0,
          &error);
-    need(pyhv_emulator_vcpu_set_msrs(machine->vcpu, indices, values, 3, &error) == 3, &error);
+    need(pyhv_vcpu_set_msrs(machine->vcpu, indices, values, 3, &error) == 3, &error);
     for (unsigned vector = 0; vector < 32; vector++)
         set_gate(machine, vector, 1, 0);
     set_gate(machine, 0x30, 1, 3);
@@ -1267,12 +1265,12 @@ static void the_supervisor_stays_off_the_users_pages(void)
         build(&machine, cases[i].code, (size_t)(cases[i].end - cases[i].code), 0);
         struct pyhv_sregs sregs = with_barriers(&machine, cases[i].cpl, cases[i].cr4);
         if (cases[i].later == NOTHING_SHOWN)
-            need(pyhv_emulator_vcpu_set_cpuid(machine.vcpu, table, sizeof table / sizeof *table, &error) == 0, &error);
+            need(pyhv_vcpu_set_cpuid(machine.vcpu, table, sizeof table / sizeof *table, &error) == 0, &error);
         start_at(&machine, &sregs, ENTRY + (cases[i].cpl ? USERS : 0), STACK + (cases[i].cpl ? USERS : 0), 2);
         struct pyhv_regs regs = regs_of(&machine);
         regs.r8 = USERS + 0x7000;
         regs.rdi = sregs.cr4 | cases[i].later;
-        need(pyhv_emulator_vcpu_set_regs(machine.vcpu, &regs, &error) == 0, &error);
+        need(pyhv_vcpu_set_regs(machine.vcpu, &regs, &error) == 0, &error);
         CHECK_EQUAL(run(&machine, &exit), PYHV_STOP_HALTED);
         CHECK_EQUAL(regs_of(&machine).rip, HANDLER + 1);
         CHECK_EQUAL(regs_of(&machine).rsp, STACK_IST - (cases[i].vector == 14 ? 48 : 40));
@@ -1327,7 +1325,7 @@ static void single_steps_over_a_system_call(void)
         uint64_t mask = kept ? 0x200 : 0x300;
         build(&machine, code, sizeof code, 1);
         start_with_controllers(&machine, 3, 0x302);
-        need(pyhv_emulator_vcpu_set_msrs(machine.vcpu, &index, &mask, 1, &error) == 1, &error);
+        need(pyhv_vcpu_set_msrs(machine.vcpu, &index, &mask, 1, &error) == 1, &error);
         static const uint8_t leave[] = {0xe6, 0xf4};
         put(&machine, HANDLER, leave, sizeof leave);
         put(&machine, HANDLER + 32, leave, sizeof leave);
@@ -1349,17 +1347,17 @@ static void a_timer_that_ran_out_unseen_fires(void)
     struct machine machine;
     build(&machine, code, sizeof code, 1);
     for (uint32_t initial = 0; initial < 100; initial += 50) {
-        pyhv_emulator_vm_get_lapic(machine.vm, page);
+        emulator_get_lapic(machine.vm, page);
         page[0xf1] |= ENABLED;
         put_timer(page, VECTOR, initial, 0);
-        pyhv_emulator_vm_set_lapic(machine.vm, page);
+        emulator_set_lapic(machine.vm, page);
         usleep(1);
-        pyhv_emulator_vm_get_lapic(machine.vm, page);
+        emulator_get_lapic(machine.vm, page);
         CHECK_EQUAL(page[IRR], initial ? IN_IRR : 0);
     }
     put_timer(page, VECTOR | PERIODIC, UINT32_MAX, 0);
-    pyhv_emulator_vm_set_lapic(machine.vm, page);
-    pyhv_emulator_vm_get_lapic(machine.vm, page);
+    emulator_set_lapic(machine.vm, page);
+    emulator_get_lapic(machine.vm, page);
     CHECK(page[0x393] != 0);
     destroy(&machine);
 }
@@ -1375,14 +1373,14 @@ static void the_speaker_port_is_saved(void)
     build(&other, code, sizeof code, 1);
     start_real(&machine);
     for (int i = 0; i < 4; i++)
-        pyhv_emulator_vcpu_step(machine.vcpu, &exit);
-    pyhv_emulator_vm_get_irqchip(machine.vm, &chip);
-    need(pyhv_emulator_vm_set_irqchip(other.vm, &chip, &error) == 0, &error);
+        pyhv_vcpu_step(machine.vcpu, &exit);
+    emulator_get_irqchip(machine.vm, &chip);
+    need(emulator_set_irqchip(other.vm, &chip, &error) == 0, &error);
     start_real(&other);
     struct pyhv_regs regs = regs_of(&other);
     regs.rip = ENTRY + 5;
-    need(pyhv_emulator_vcpu_set_regs(other.vcpu, &regs, &error) == 0, &error);
-    pyhv_emulator_vcpu_step(other.vcpu, &exit);
+    need(pyhv_vcpu_set_regs(other.vcpu, &regs, &error) == 0, &error);
+    pyhv_vcpu_step(other.vcpu, &exit);
     CHECK_EQUAL(regs_of(&other).rax & 3, 3);
     destroy(&machine);
     destroy(&other);
@@ -1400,15 +1398,15 @@ static void state_written_back_is_unchanged(void)
     CHECK_EQUAL(regs_of(&machine).rflags, 0x8d7 | 0x400);
     struct pyhv_sregs now = sregs_of(&machine);
     CHECK(memcmp(&now, &sregs, sizeof now) == 0);
-    int64_t size = pyhv_emulator_vcpu_get_xsave(machine.vcpu, xsave, sizeof xsave, &error);
+    int64_t size = emulator_get_xsave(machine.vcpu, xsave, sizeof xsave, &error);
     CHECK(size > 512);
     for (int i = 32; i < 416; i++) /* ST0 to XMM15 */
         if (i >= 160 || i % 16 < 10)
             xsave[i] = (uint8_t)(i * 7);
     xsave[0] = 0x7f, xsave[1] = 0x0c, xsave[3] = 0x28, xsave[4] = 0xc3; /* FCW, TOP 5, tags */
     xsave[24] = 0x80, xsave[25] = 0x5f;                                 /* MXCSR */
-    CHECK_EQUAL(pyhv_emulator_vcpu_set_xsave(machine.vcpu, xsave, (size_t)size, &error), 0);
-    CHECK_EQUAL(pyhv_emulator_vcpu_get_xsave(machine.vcpu, again, sizeof again, &error), size);
+    CHECK_EQUAL(emulator_set_xsave(machine.vcpu, xsave, (size_t)size, &error), 0);
+    CHECK_EQUAL(emulator_get_xsave(machine.vcpu, again, sizeof again, &error), size);
     CHECK(memcmp(xsave, again, (size_t)size) == 0);
     destroy(&machine);
 }
@@ -1421,14 +1419,14 @@ static void what_cannot_be_is_named(void)
     build(&machine, code, sizeof code, 0);
     struct pyhv_sregs sregs = sregs_of(&machine);
     sregs.apic_base += 0x1000;
-    CHECK_EQUAL(pyhv_emulator_vcpu_set_sregs(machine.vcpu, &sregs, &error), -1);
+    CHECK_EQUAL(pyhv_vcpu_set_sregs(machine.vcpu, &sregs, &error), -1);
     CHECK(strcmp(error.what, "IA32_APIC_BASE") == 0);
-    CHECK(!pyhv_emulator_vcpu_create(machine.vm, 1, 1000000, &error));
-    CHECK_EQUAL(pyhv_emulator_vcpu_set_mp_state(machine.vcpu, 1, &error), -1);
+    CHECK(!pyhv_vcpu_create(machine.vm, 1, &error));
+    CHECK_EQUAL(emulator_set_mp_state(machine.vcpu, 1, &error), -1);
     struct pyhv_debugregs debug = {.dr7 = 0x401};
-    CHECK_EQUAL(pyhv_emulator_vcpu_set_debugregs(machine.vcpu, &debug, &error), -1);
+    CHECK_EQUAL(emulator_set_debugregs(machine.vcpu, &debug, &error), -1);
     struct pyhv_events events = {.smm = 1};
-    CHECK_EQUAL(pyhv_emulator_vcpu_set_events(machine.vcpu, &events, &error), -1);
+    CHECK_EQUAL(emulator_set_events(machine.vcpu, &events, &error), -1);
     destroy(&machine);
     static const uint8_t fault[] = {0x0f, 0x0b};
     for (int in_v86 = 0; in_v86 < 2; in_v86++) {

@@ -19,7 +19,7 @@
 #include <unistd.h>
 
 #include "check.h"
-#include "pyhv.h"
+#include "kvm/kvm.h"
 
 enum { RAM_SIZE = 0x10000, ENTRY = 0x1000, TIMEOUT_SECONDS = 60 };
 
@@ -115,7 +115,7 @@ static void build(struct machine *machine, const void *code, size_t size, int ir
     if (pyhv_memory_create(&machine->memory, RAM_SIZE, &error) < 0)
         fatal("memory", &error);
     memcpy(machine->memory.host + ENTRY, code, size);
-    machine->vm = pyhv_vm_create(kvm_fd, &config, machine->bus, &error);
+    machine->vm = pyhv_kvm_vm_create(kvm_fd, &config, machine->bus, &error);
     if (!machine->vm || pyhv_vm_map(machine->vm, 0, RAM_SIZE, machine->memory.host, &error) < 0)
         fatal("VM", &error);
     machine->vcpu = pyhv_vcpu_create(machine->vm, 0, &error);
@@ -312,9 +312,9 @@ static void looks_at_running_vcpus(void)
         pthread_t thread;
         build(&machine, cases[i].code, cases[i].size, 1);
         if (cases[i].nmi_pin) {
-            CHECK_EQUAL(pyhv_vm_get_irqchip(machine.vm, &chips, &error), 0);
+            CHECK_EQUAL(kvm_get_irqchip(machine.vm, &chips, &error), 0);
             chips.ioapic.redirection[cases[i].nmi_pin] = 4 << 8; /* not masked, an NMI */
-            CHECK_EQUAL(pyhv_vm_set_irqchip(machine.vm, &chips, &error), 0);
+            CHECK_EQUAL(kvm_set_irqchip(machine.vm, &chips, &error), 0);
         }
         CHECK_EQUAL(pyhv_vcpu_waits_for_ever(machine.vcpu, &error), 0); /* has not begun */
         pthread_create(&thread, NULL, run_on, machine.vcpu);
@@ -464,17 +464,17 @@ static void stepping_refuses_interrupts(void)
             build(&machine, which ? sleep : loop, which ? sizeof sleep : sizeof loop, 1);
             CHECK_EQUAL(pyhv_cpuid_table_init(&table, table_entries, TABLE_COUNT, &error), 0);
             CHECK_EQUAL(pyhv_vcpu_trap(machine.vcpu, &config, &error), 0);
-            CHECK_EQUAL(pyhv_vm_get_irqchip(machine.vm, &chips, &error), 0);
+            CHECK_EQUAL(kvm_get_irqchip(machine.vm, &chips, &error), 0);
             if (through_pic) {
                 chips.pic[0].irr = 1 << 4;
             } else {
                 uint8_t lapic[PYHV_LAPIC_SIZE];
-                CHECK_EQUAL(pyhv_vcpu_get_lapic(machine.vcpu, lapic, &error), 0);
+                CHECK_EQUAL(kvm_get_lapic(machine.vcpu, lapic, &error), 0);
                 lapic[0xf1] = 1;    /* enabled by software */
                 lapic[0x220] = 0x1; /* vector 0x40 waits */
-                CHECK_EQUAL(pyhv_vcpu_set_lapic(machine.vcpu, lapic, &error), 0);
+                CHECK_EQUAL(kvm_set_lapic(machine.vcpu, lapic, &error), 0);
             }
-            CHECK_EQUAL(pyhv_vm_set_irqchip(machine.vm, &chips, &error), 0);
+            CHECK_EQUAL(kvm_set_irqchip(machine.vm, &chips, &error), 0);
             pyhv_vcpu_run(machine.vcpu, &exit);
             CHECK_EQUAL(exit.stop, PYHV_STOP_TRAP_EVENT);
             CHECK(exit.rip >= ENTRY && exit.rip < ENTRY + 5);
@@ -521,7 +521,7 @@ static void state_written_back_is_unchanged(void)
     CHECK_EQUAL(pyhv_vcpu_set_regs(machine.vcpu, &regs_before, &error), 0);
     CHECK_EQUAL(pyhv_vcpu_get_regs(machine.vcpu, &regs_after, &error), 0);
     CHECK(memcmp(&regs_before, &regs_after, sizeof regs_before) == 0);
-    CHECK(pyhv_vcpu_get_mp_state(machine.vcpu, &error) >= 0);
+    CHECK(kvm_get_mp_state(machine.vcpu, &error) >= 0);
     CHECK(pyhv_vcpu_get_tsc_khz(machine.vcpu, &error) > 0);
     destroy(&machine);
 }
@@ -535,7 +535,7 @@ static void numbers_that_do_not_fit_are_refused(void)
     struct pyhv_sregs sregs, other;
     struct pyhv_irqchip irqchip;
     build(&machine, "\xf4", 1, 1);
-    CHECK_EQUAL(pyhv_vcpu_get_events(machine.vcpu, &events, &error), 0);
+    CHECK_EQUAL(kvm_get_events(machine.vcpu, &events, &error), 0);
     static const struct {
         const char *name;
         size_t offset;
@@ -564,7 +564,7 @@ static void numbers_that_do_not_fit_are_refused(void)
         changed = events;
         memcpy((char *)&changed + fields[i].offset, &(uint32_t){0x100}, sizeof(uint32_t));
         error = (struct pyhv_error){0};
-        CHECK_EQUAL(pyhv_vcpu_set_events(machine.vcpu, &changed, &error), -1);
+        CHECK_EQUAL(kvm_set_events(machine.vcpu, &changed, &error), -1);
         CHECK_EQUAL(error.errnum, ERANGE);
         CHECK(strncmp(error.detail, fields[i].name, strlen(fields[i].name)) == 0);
     }
@@ -581,9 +581,9 @@ static void numbers_that_do_not_fit_are_refused(void)
     other.idt_limit = 0x10000;
     CHECK_EQUAL(pyhv_vcpu_set_sregs(machine.vcpu, &other, &error), -1);
     CHECK(strncmp(error.detail, "idt_limit is 0x10000", 20) == 0);
-    CHECK_EQUAL(pyhv_vm_get_irqchip(machine.vm, &irqchip, &error), 0);
+    CHECK_EQUAL(kvm_get_irqchip(machine.vm, &irqchip, &error), 0);
     irqchip.pit[1].latched_count = 0x10000;
-    CHECK_EQUAL(pyhv_vm_set_irqchip(machine.vm, &irqchip, &error), -1);
+    CHECK_EQUAL(kvm_set_irqchip(machine.vm, &irqchip, &error), -1);
     CHECK_EQUAL(error.errnum, ERANGE);
     destroy(&machine);
 }
@@ -595,14 +595,14 @@ static void pending_triple_fault(void)
     struct pyhv_events events;
     struct pyhv_exit exit;
     build(&machine, "\xf4", 1, 0);
-    CHECK_EQUAL(pyhv_vcpu_get_events(machine.vcpu, &events, &error), 0);
+    CHECK_EQUAL(kvm_get_events(machine.vcpu, &events, &error), 0);
     CHECK_EQUAL(events.triple_fault_pending, 0);
     events.triple_fault_pending = 1;
     int there = syscall(SYS_ioctl, kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_X86_TRIPLE_FAULT_EVENT) > 0;
-    CHECK_EQUAL(pyhv_vcpu_set_events(machine.vcpu, &events, &error), there ? 0 : -1);
+    CHECK_EQUAL(kvm_set_events(machine.vcpu, &events, &error), there ? 0 : -1);
     if (there) {
         events.triple_fault_pending = 0;
-        CHECK_EQUAL(pyhv_vcpu_get_events(machine.vcpu, &events, &error), 0);
+        CHECK_EQUAL(kvm_get_events(machine.vcpu, &events, &error), 0);
         CHECK_EQUAL(events.triple_fault_pending, 1);
         pyhv_vcpu_run(machine.vcpu, &exit);
         CHECK_EQUAL(exit.stop, PYHV_STOP_TRIPLE_FAULT);
@@ -617,10 +617,10 @@ static void a_tsc_rate_that_is_refused(void)
     build(&machine, "\xf4", 1, 0);
     other_host.on = 1;
     other_host.scales = 0;
-    CHECK_EQUAL(pyhv_vcpu_set_tsc_khz(machine.vcpu, 1234567, &error), 1);
+    CHECK_EQUAL(kvm_set_tsc_khz(machine.vcpu, 1234567, &error), 1);
     CHECK_EQUAL(other_host.rates, 0);
     other_host.scales = 1;
-    CHECK_EQUAL(pyhv_vcpu_set_tsc_khz(machine.vcpu, 1234567, &error), -1);
+    CHECK_EQUAL(kvm_set_tsc_khz(machine.vcpu, 1234567, &error), -1);
     CHECK(strcmp(error.what, "KVM_SET_TSC_KHZ") == 0);
     CHECK_EQUAL(error.errnum, EINVAL);
     other_host.on = 0;
@@ -647,15 +647,85 @@ static void shadow_stack_pointer(void)
     uint64_t value = 0;
     build(&machine, "\xf4", 1, 0);
     other_host.on = 1;
-    CHECK_EQUAL(pyhv_vcpu_get_ssp(machine.vcpu, &value, &error), 1);
-    CHECK_EQUAL(pyhv_vcpu_set_ssp(machine.vcpu, 0x1238, &error), -1);
+    CHECK_EQUAL(kvm_get_ssp(machine.vcpu, &value, &error), 1);
+    CHECK_EQUAL(kvm_set_ssp(machine.vcpu, 0x1238, &error), -1);
     CHECK(strcmp(error.what, "KVM_SET_ONE_REG") == 0);
     other_host.ssp_id = UINT64_C(0x2030000300000000);
-    CHECK_EQUAL(pyhv_vcpu_set_ssp(machine.vcpu, 0x1238, &error), 0);
-    CHECK_EQUAL(pyhv_vcpu_get_ssp(machine.vcpu, &value, &error), 0);
+    CHECK_EQUAL(kvm_set_ssp(machine.vcpu, 0x1238, &error), 0);
+    CHECK_EQUAL(kvm_get_ssp(machine.vcpu, &value, &error), 0);
     CHECK_EQUAL(value, 0x1238);
     other_host.on = 0;
     destroy(&machine);
+}
+
+/* A state of the other host's goes through its calls, in which what is granted is, and nothing else. */
+static void states(void)
+{
+    static const uint8_t code[] = {0xf4};
+    static const struct pyhv_msr_rule rules[] = {
+        {.index = 0x10, .name = "IA32_TSC"},
+        {.index = 0x174, .name = "IA32_SYSENTER_CS"},
+        {.index = PYHV_MSR_SSP, .flags = PYHV_MSR_UNUSUAL | PYHV_MSR_UNSURE, .name = "SSP"},
+    };
+    struct machine from, to;
+    struct pyhv_error error = {0};
+    struct pyhv_vcpu_state *vcpu = calloc(1, sizeof *vcpu);
+    struct pyhv_state state = {.vcpu_count = 1, .vcpus = vcpu};
+    const uint32_t index = 0x174;
+    uint64_t value = 0x10;
+    build(&from, code, sizeof code, 1);
+    build(&to, code, sizeof code, 1);
+    CHECK_EQUAL(pyhv_vcpu_grant(from.vcpu, rules, 3, 3, &error), 0);
+    CHECK_EQUAL(pyhv_vcpu_grant(to.vcpu, rules, 3, 3, &error), 0);
+    CHECK_EQUAL(pyhv_vcpu_set_msrs(from.vcpu, &index, &value, 1, &error), 1);
+    other_host.on = 1;
+    other_host.scales = 0;
+    other_host.ssp_id = UINT64_C(0x2030000300000000);
+    other_host.ssp = 0;
+    CHECK_EQUAL(pyhv_vm_save_state(from.vm, &state, &error), 0);
+    CHECK_EQUAL(vcpu->msr_count, 2);
+    CHECK_EQUAL(state.has_irqchip, 1);
+    CHECK_EQUAL(vcpu->lapic_size, PYHV_LAPIC_SIZE);
+    other_host.ssp = 0x1238;
+    CHECK_EQUAL(pyhv_vm_save_state(from.vm, &state, &error), 0);
+    CHECK_EQUAL(vcpu->msr_count, 3);
+    CHECK_EQUAL(vcpu->msr_indices[1], 0x174);
+    CHECK_EQUAL(vcpu->msr_values[1], 0x10);
+    CHECK_EQUAL(vcpu->msr_values[2], 0x1238);
+    other_host.ssp = 0;
+    vcpu->regs.rbx = 0x4711;
+    CHECK_EQUAL(pyhv_vm_load_state(to.vm, &state, 1000000, &error), 0);
+    CHECK_EQUAL(other_host.ssp, 0x1238);
+    CHECK_EQUAL(pyhv_vcpu_get_msrs(to.vcpu, &index, &value, 1, &error), 1);
+    CHECK_EQUAL(value, 0x10);
+    struct pyhv_regs regs;
+    CHECK_EQUAL(pyhv_vcpu_get_regs(to.vcpu, &regs, &error), 0);
+    CHECK_EQUAL(regs.rbx, 0x4711);
+    /* What was promised must be kept: another rate on a host that scales. */
+    state.tsc_khz++;
+    CHECK_EQUAL(pyhv_vm_load_state(to.vm, &state, 0, &error), 0);
+    other_host.scales = 1;
+    CHECK_EQUAL(pyhv_vm_load_state(to.vm, &state, 0, &error), -1);
+    CHECK(strcmp(error.what, "KVM_SET_TSC_KHZ") == 0);
+    other_host.on = 0;
+    state.tsc_khz--;
+    vcpu->msr_indices[1] = 0x175;
+    CHECK_EQUAL(pyhv_vm_load_state(to.vm, &state, 0, &error), -1);
+    CHECK_EQUAL(error.errnum, EPERM);
+    CHECK(strstr(error.detail, "0x175") != NULL);
+    vcpu->msr_count = PYHV_STATE_MSRS_MAX + 1;
+    CHECK_EQUAL(pyhv_vm_load_state(to.vm, &state, 0, &error), -1);
+    CHECK_EQUAL(error.errnum, ERANGE);
+    vcpu->msr_count = 0;
+    vcpu->lapic_size = 0;
+    CHECK_EQUAL(pyhv_vm_load_state(to.vm, &state, 0, &error), -1);
+    CHECK(strcmp(error.what, "KVM_SET_LAPIC") == 0);
+    state.vcpu_count = 2;
+    CHECK_EQUAL(pyhv_vm_load_state(to.vm, &state, 0, &error), -1);
+    CHECK_EQUAL(pyhv_vm_save_state(to.vm, &state, &error), -1);
+    destroy(&from);
+    destroy(&to);
+    free(vcpu);
 }
 
 static void failures_are_named(void)
@@ -727,7 +797,7 @@ static void dirty_pages(void)
 
     /* Two slots: the second one's bits follow the first one's, and its last word is not full. */
     struct pyhv_vm_config config = {0};
-    struct pyhv_vm *vm = pyhv_vm_create(kvm_fd, &config, NULL, &error);
+    struct pyhv_vm *vm = pyhv_kvm_vm_create(kvm_fd, &config, NULL, &error);
     CHECK_EQUAL(pyhv_memory_create(&small, 64 * 0x1000, &error), 0);
     CHECK_EQUAL(pyhv_memory_create(&more, 65 * 0x1000, &error), 0);
     CHECK_EQUAL(pyhv_vm_map(vm, 0x400000, small.size, small.host, &error), 0);
@@ -761,21 +831,23 @@ static void pit_later(void)
 {
     struct pyhv_error error;
     const struct pyhv_vm_config plain = {.irqchip = 1}, without = {0};
-    struct pyhv_vm *vm = pyhv_vm_create(kvm_fd, &plain, NULL, &error);
+    struct pyhv_vm *vm = pyhv_kvm_vm_create(kvm_fd, &plain, NULL, &error);
+    struct pyhv_bus *bus = pyhv_bus_create(&error);
     struct pyhv_irqchip state = {0};
-    CHECK_EQUAL(pyhv_vm_get_irqchip(vm, &state, &error), 0);
+    CHECK_EQUAL(kvm_get_irqchip(vm, &state, &error), 0);
     CHECK_EQUAL(state.pit[0].gate, 0); /* zeros without a PIT */
-    CHECK_EQUAL(pyhv_vm_add_pit(vm, &error), 0);
-    CHECK_EQUAL(pyhv_vm_get_irqchip(vm, &state, &error), 0);
+    CHECK_EQUAL(pyhv_kvm_vm_adopt(vm, bus, 1, &error), 0);
+    CHECK_EQUAL(kvm_get_irqchip(vm, &state, &error), 0);
     CHECK_EQUAL(state.pit[0].gate, 1);
-    CHECK_EQUAL(pyhv_vm_add_pit(vm, &error), -1);
+    CHECK_EQUAL(pyhv_kvm_vm_adopt(vm, bus, 1, &error), -1);
     CHECK_EQUAL(error.errnum, EINVAL);
     pyhv_vm_destroy(vm);
 
-    vm = pyhv_vm_create(kvm_fd, &without, NULL, &error);
-    CHECK_EQUAL(pyhv_vm_add_pit(vm, &error), -1);
+    vm = pyhv_kvm_vm_create(kvm_fd, &without, NULL, &error);
+    CHECK_EQUAL(pyhv_kvm_vm_adopt(vm, bus, 1, &error), -1);
     CHECK_EQUAL(error.errnum, EINVAL);
     pyhv_vm_destroy(vm);
+    pyhv_bus_destroy(bus);
 }
 
 static void system_questions(void)
@@ -829,6 +901,7 @@ int main(void)
     pending_triple_fault();
     a_tsc_rate_that_is_refused();
     shadow_stack_pointer();
+    states();
     no_pmu();
     failures_are_named();
     dirty_pages();

@@ -182,14 +182,14 @@ def test_one_verdict_a_process(monkeypatch: pytest.MonkeyPatch, accelerator: Acc
 
 def test_the_probe_notices_a_table_that_hides_less(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the vCPU is given a table that shows LZCNT, which the probe's own table hides."""
-    from pyhv.accel.kvm import KvmVcpu
+    from pyhv.accel.engine import AccelVcpu
 
     lzcnt = features.find("lzcnt")
     table = probe.least_table()
     assert lzcnt.word not in probe.verdict(accelerator).leaks[0]
     more = table.replace({(0x80000001, 0): table.get(0x80000001)._replace(ecx=1 << lzcnt.bit)})
-    real = KvmVcpu.set_cpuid
-    monkeypatch.setattr(KvmVcpu, "set_cpuid", lambda self, _: real(self, more))
+    real = AccelVcpu.set_cpuid
+    monkeypatch.setattr(AccelVcpu, "set_cpuid", lambda self, _: real(self, more))
     found: Verdict = probe._probe(accelerator)
     assert found.leaks[0][lzcnt.word] == 1 << lzcnt.bit
     assert not found.faithful

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 import pyhv
-from pyhv._native import lib
 from pyhv._native.link import PageSet
 from pyhv._native.memory import Memory
 from pyhv.accel import choose, long_mode, probe
@@ -162,7 +161,7 @@ def test_a_stop_repeats_no_instruction(accelerator: Any) -> None:
         assert loop.counter() - loop.vcpu.get_regs().rcx in (0, 1)
 
 
-def test_a_stop_passes_over_no_callback(accelerator: Any) -> None:
+def test_a_stop_passes_over_no_callback(accelerator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time-stamp counter begins at 0 and is ours: EDX is 0 for an hour at 1 MHz. The processor's own is not."""
     code = bytes.fromhex(
         "48ff0425 00800000"  # incq 0x8000
@@ -171,8 +170,8 @@ def test_a_stop_passes_over_no_callback(accelerator: Any) -> None:
         "74f2"  #              jz back
         "f4"  #                hlt
     )
+    monkeypatch.setattr(accelerator, "tsc_khz", 1000)
     with Loop(accelerator, code) as loop:
-        lib.pyhv_emulator_vcpu_set_tsc_khz(loop.vcpu.handle, 1000)
         assert kick_often(loop, 300) == {Stop.KICKED}
 
 

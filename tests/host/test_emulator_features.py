@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pyhv._native import lib
 from pyhv._native.memory import Memory
 from pyhv.accel import choose, long_mode
 from pyhv.accel.data import Regs, Segment, Sregs, Stop
@@ -456,14 +455,7 @@ class Box:
         self.memory.write(place, value.to_bytes(8, "little"))
 
     def set_msr(self, index: int, value: int) -> None:
-        from pyhv._native import ffi, new_error
-
-        assert (
-            lib.pyhv_emulator_vcpu_set_msrs(
-                self.vcpu.handle, ffi.new("uint32_t *", index), ffi.new("uint64_t *", value), 1, new_error()
-            )
-            == 1
-        )
+        self.vcpu.write_msrs({index: value})
 
     def sregs(self, mode: str, cpl: int) -> Sregs:
         if mode == "r":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import pytest
 
 import pyhv
-from pyhv.accel import choose, kvm_state
-from pyhv.accel.kvm import KvmVcpu
+from pyhv.accel import choose
+from pyhv.accel.engine import AccelVcpu
 from pyhv.cpu import features, policy
 from pyhv.cpu.arch_capabilities import CAPABILITIES, IA32_ARCH_CAPABILITIES
 from pyhv.state.records import MachineState
@@ -101,7 +100,8 @@ def test_arch_capabilities_are_the_guests_and_compared(saved: Path) -> None:
     fewer = offered & ~next(c.mask for c in there if offered & c.mask)
     forge(saved, saved.with_name("fewer"), told(fewer))
     with pyhv.Machine.restore(str(saved.with_name("fewer")), accel="kvm") as machine:
-        assert machine.vm.vcpus[0].read_capabilities() == fewer != offered
+        assert machine.vm.vcpus[0].read_msrs([IA32_ARCH_CAPABILITIES]) == {IA32_ARCH_CAPABILITIES: fewer}
+        assert fewer != offered
         assert machine.vm.capture().vcpus[0].msrs[IA32_ARCH_CAPABILITIES] == fewer
         machine.run(0.05)
         assert machine.vm.capabilities == fewer
@@ -111,8 +111,8 @@ def test_arch_capabilities_are_set_when_a_guest_is_made(monkeypatch: pytest.Monk
     """Not left as KVM offers them: there may be bits that nobody knows."""
     monkeypatch.setattr(policy, "_NOT_HERE", {})  # as on an Intel processor
     written: list[int] = []
-    monkeypatch.setattr(KvmVcpu, "read_capabilities", lambda vcpu: 1 << 0 | 1 << 50)
-    monkeypatch.setattr(KvmVcpu, "write_capabilities", lambda vcpu, value: written.append(value))
+    monkeypatch.setattr(AccelVcpu, "read_msrs", lambda vcpu, indices: {IA32_ARCH_CAPABILITIES: 1 << 0 | 1 << 50})
+    monkeypatch.setattr(AccelVcpu, "write_msrs", lambda vcpu, values: written.extend(values.values()))
     with pyhv.Machine("hello", memory="4M", accel="kvm") as machine:
         if "arch_capabilities" not in machine.guest.visible:
             pytest.skip("this KVM does not have IA32_ARCH_CAPABILITIES")
@@ -130,29 +130,3 @@ def test_the_rate_that_the_guest_began_with_stays_its_own(saved: Path) -> None:
         khz = machine.vm.capture().tsc_khz
         machine.run(0.05)
         assert khz == machine.vm.tsc_khz == machine.vm.capture().tsc_khz != machine.host.tsc_khz
-
-
-class WithoutScaling:
-    """The engine on a host that says that it scales TSC rates, and does not."""
-
-    def __init__(self, lib: Any) -> None:
-        self._lib = lib
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._lib, name)
-
-    def pyhv_vcpu_set_tsc_khz(self, vcpu: Any, khz: int, error: Any) -> int:
-        error.errnum = errno.EINVAL
-        error.what = b"KVM_SET_TSC_KHZ"
-        error.detail = f"{khz} kHz".encode()
-        return -1
-
-
-def test_a_tsc_rate_that_cannot_be_had_though_it_was_promised(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kvm_state, "lib", WithoutScaling(kvm_state.lib))
-
-    def change(state: MachineState) -> MachineState:
-        return state._replace(platform=state.platform._replace(tsc_khz=state.platform.tsc_khz + 1))
-
-    error = refused(saved, change)
-    assert isinstance(error, pyhv.HostError) and error.what == "KVM_SET_TSC_KHZ"
