@@ -622,8 +622,8 @@ struct pyhv_msr_rule {
 int pyhv_vcpu_grant(struct pyhv_vcpu *vcpu, const struct pyhv_msr_rule *rules, size_t count, uint64_t components,
                     struct pyhv_error *error);
 
-#define PYHV_XSAVE_MAX 16384
-#define PYHV_LAPIC_SIZE 1024
+#define PYHV_XSAVE_MAX      16384
+#define PYHV_LAPIC_SIZE     1024
 #define PYHV_STATE_MSRS_MAX 512
 
 /* One vCPU, between two instructions and with no port or memory access pending. */

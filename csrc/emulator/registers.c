@@ -153,7 +153,8 @@ void emulator_set_control_limits(struct pyhv_emulator_vcpu *vcpu)
     vcpu->cr3_reserved = ~((UINT64_C(1) << (bits >= 32 && bits < 52 ? bits : 52)) - 1);
 }
 
-int emulator_set_cpuid(struct pyhv_vcpu *base, const struct pyhv_cpuid_entry *entries, size_t count, struct pyhv_error *error)
+int emulator_set_cpuid(struct pyhv_vcpu *base, const struct pyhv_cpuid_entry *entries, size_t count,
+                       struct pyhv_error *error)
 {
     struct pyhv_emulator_vcpu *vcpu = emulator_of(base);
     if (pyhv_cpuid_table_init(&vcpu->table, entries, count, error) < 0 || emulator_save(vcpu, vcpu->context, error) < 0)
@@ -166,7 +167,8 @@ int emulator_set_cpuid(struct pyhv_vcpu *base, const struct pyhv_cpuid_entry *en
     return emulator_load(vcpu, vcpu->context, true, error);
 }
 
-int emulator_get_cpuid(struct pyhv_vcpu *base, struct pyhv_cpuid_entry *entries, size_t capacity, struct pyhv_error *error)
+int emulator_get_cpuid(struct pyhv_vcpu *base, struct pyhv_cpuid_entry *entries, size_t capacity,
+                       struct pyhv_error *error)
 {
     struct pyhv_emulator_vcpu *vcpu = emulator_of(base);
     if (vcpu->cpuid_count > capacity)
@@ -455,7 +457,8 @@ size_t pyhv_emulator_msr_list(uint32_t *indices, size_t capacity)
     }
 }
 
-int emulator_get_msrs(struct pyhv_vcpu *base, const uint32_t *indices, uint64_t *values, size_t count, struct pyhv_error *error)
+int emulator_get_msrs(struct pyhv_vcpu *base, const uint32_t *indices, uint64_t *values, size_t count,
+                      struct pyhv_error *error)
 {
     struct pyhv_emulator_vcpu *vcpu = emulator_of(base);
     for (size_t i = 0; i < count; i++) {
@@ -474,7 +477,8 @@ int emulator_get_msrs(struct pyhv_vcpu *base, const uint32_t *indices, uint64_t 
     return (int)count;
 }
 
-int emulator_set_msrs(struct pyhv_vcpu *base, const uint32_t *indices, const uint64_t *values, size_t count, struct pyhv_error *error)
+int emulator_set_msrs(struct pyhv_vcpu *base, const uint32_t *indices, const uint64_t *values, size_t count,
+                      struct pyhv_error *error)
 {
     struct pyhv_emulator_vcpu *vcpu = emulator_of(base);
     for (size_t i = 0; i < count; i++) {
@@ -496,6 +500,12 @@ int emulator_set_msrs(struct pyhv_vcpu *base, const uint32_t *indices, const uin
             return (int)i;
     }
     return (int)count;
+}
+
+uint64_t emulator_tsc(const struct pyhv_emulator_vcpu *vcpu)
+{
+    uint64_t ns = (uint64_t)(pyhv_now() - vcpu->tsc_since);
+    return vcpu->tsc_base + (uint64_t)((unsigned __int128)ns * vcpu->tsc_khz / 1000000);
 }
 
 int emulator_get_tsc_khz(struct pyhv_vcpu *base, struct pyhv_error *error)
@@ -524,61 +534,4 @@ int emulator_set_mp_state(struct pyhv_vcpu *base, uint32_t state, struct pyhv_er
         return pyhv_fail(error, EINVAL, "MP state", "%u; the emulator's vCPU runs or is halted", state);
     vcpu->halted = state == MP_HALTED;
     return 0;
-}
-
-int emulator_get_events(struct pyhv_vcpu *base, struct pyhv_events *events, struct pyhv_error *error)
-{
-    struct pyhv_emulator_vcpu *vcpu = emulator_of(base);
-    *events = (struct pyhv_events){0};
-    if (emulator_save(vcpu, vcpu->context, error) < 0)
-        return -1;
-    /* Between two instructions nothing is half delivered here; what waits is in the controllers. */
-    events->interrupt_shadow = vcpu->context->state.hflags & HF_INHIBIT_IRQ ? 1 : 0;
-    events->nmi_masked = vcpu->context->state.hflags2 & HF2_NMI ? 1 : 0;
-    pthread_mutex_lock(&emulator_vm(vcpu)->lock);
-    events->nmi_pending = emulator_vm(vcpu)->chips.nmi_pending;
-    pthread_mutex_unlock(&emulator_vm(vcpu)->lock);
-    return 0;
-}
-
-/* What KVM had begun to deliver is delivered here and now: then there is nothing to keep. */
-static int finish_delivery(struct pyhv_emulator_vcpu *vcpu, const struct pyhv_events *events, struct cpu_state *state,
-                           struct pyhv_error *error)
-{
-    enum emulator_delivery done = DELIVERED;
-    vcpu->cannot = NULL;
-    if (events->exception_injected || events->exception_pending) {
-        if (events->exception_has_payload && events->exception_vector == 14)
-            state->cr[2] = events->exception_payload;
-        if (events->exception_has_payload && events->exception_vector == 1)
-            state->dr[6] |= events->exception_payload;
-        done = emulator_deliver(vcpu, state, EVENT_FAULT, events->exception_vector, events->exception_error);
-    } else if (events->nmi_injected) {
-        done = emulator_deliver(vcpu, state, EVENT_INTERRUPT, 2, 0);
-    } else if (events->interrupt_injected) {
-        enum emulator_event event = events->interrupt_soft ? EVENT_SOFTWARE : EVENT_INTERRUPT;
-        done = emulator_deliver(vcpu, state, event, events->interrupt_vector, 0);
-    }
-    if (done == DELIVERED)
-        return 0;
-    return pyhv_fail(error, EINVAL, "events", "an exception or interrupt on its way: %s",
-                     vcpu->cannot ? vcpu->cannot : "it ends in a triple fault");
-}
-
-int emulator_set_events(struct pyhv_vcpu *base, const struct pyhv_events *events, struct pyhv_error *error)
-{
-    struct pyhv_emulator_vcpu *vcpu = emulator_of(base);
-    if (events->smm || events->smi_pending || events->latched_init || events->triple_fault_pending)
-        return pyhv_fail(error, EINVAL, "events", "%s", "SMM, INIT or a shutdown on its way, which the emulator lacks");
-    if (emulator_save(vcpu, vcpu->context, error) < 0)
-        return -1;
-    struct cpu_state *state = &vcpu->context->state;
-    state->hflags = (state->hflags & ~(uint32_t)HF_INHIBIT_IRQ) | (events->interrupt_shadow ? HF_INHIBIT_IRQ : 0);
-    state->hflags2 = (state->hflags2 & ~(uint32_t)HF2_NMI) | (events->nmi_masked ? HF2_NMI : 0);
-    if (finish_delivery(vcpu, events, state, error) < 0)
-        return -1;
-    pthread_mutex_lock(&emulator_vm(vcpu)->lock);
-    emulator_vm(vcpu)->chips.nmi_pending = events->nmi_pending != 0;
-    pthread_mutex_unlock(&emulator_vm(vcpu)->lock);
-    return emulator_load(vcpu, vcpu->context, false, error);
 }

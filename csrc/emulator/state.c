@@ -11,7 +11,126 @@
 
 enum { IA32_TSC = 0x10 };
 enum { XSTATE_BV = 512, XSTATE_BV_END = 520 }; /* of the XSAVE area (SDM Vol. 1) */
+enum { PIT_FLAGS_SPEAKER = 2 };                /* KVM_PIT_FLAGS_SPEAKER_DATA_ON, which old headers lack */
 #define LEGACY_COMPONENTS UINT64_C(3)          /* x87 and SSE */
+
+/* -------------------------------------------------------------------------------- the irqchip, and what waits -- */
+
+void emulator_get_irqchip(struct pyhv_vm *base, struct pyhv_irqchip *irqchip)
+{
+    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
+    pthread_mutex_lock(&vm->lock);
+    (void)irqchip_update(&vm->chips, pyhv_now());
+    *irqchip = (struct pyhv_irqchip){.ioapic = vm->chips.ioapic};
+    memcpy(irqchip->pic, vm->chips.pic, sizeof irqchip->pic);
+    if (vm->base.pit) {
+        memcpy(irqchip->pit, vm->chips.pit, sizeof irqchip->pit);
+        irqchip->pit_flags = vm->chips.speaker ? PIT_FLAGS_SPEAKER : 0;
+        for (int i = 0; i < 3; i++)
+            irqchip->pit[i].count_load_time = 0; /* of this process's clock: see struct pyhv_pit_channel */
+    }
+    pthread_mutex_unlock(&vm->lock);
+}
+
+int emulator_set_irqchip(struct pyhv_vm *base, const struct pyhv_irqchip *irqchip, struct pyhv_error *error)
+{
+    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
+    if (irqchip->ioapic.base_address != IOAPIC_BASE)
+        return pyhv_fail(error, EINVAL, "I/O APIC", "at 0x%llx; the emulator has it at 0x%llx",
+                         (unsigned long long)irqchip->ioapic.base_address, (unsigned long long)IOAPIC_BASE);
+    for (int i = 0; i < 3; i++)
+        if (irqchip->pit[i].initial_count > 0x10000 || irqchip->pit[i].mode > 5)
+            return pyhv_fail(error, EINVAL, "PIT", "channel %d: count %u, mode %u", i, irqchip->pit[i].initial_count,
+                             irqchip->pit[i].mode);
+    int64_t now = pyhv_now();
+    pthread_mutex_lock(&vm->lock);
+    memcpy(vm->chips.pic, irqchip->pic, sizeof vm->chips.pic);
+    vm->chips.ioapic = irqchip->ioapic;
+    if (vm->base.pit) {
+        memcpy(vm->chips.pit, irqchip->pit, sizeof vm->chips.pit);
+        vm->chips.speaker = irqchip->pit_flags & PIT_FLAGS_SPEAKER;
+        for (int i = 0; i < 3; i++)
+            vm->chips.pit[i].count_load_time = now;
+        vm->chips.pit_counted = now;
+    }
+    pthread_mutex_unlock(&vm->lock);
+    return 0;
+}
+
+void emulator_get_lapic(struct pyhv_vm *base, uint8_t *page)
+{
+    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
+    pthread_mutex_lock(&vm->lock);
+    irqchip_save_lapic(&vm->chips, page, pyhv_now());
+    pthread_mutex_unlock(&vm->lock);
+}
+
+void emulator_set_lapic(struct pyhv_vm *base, const uint8_t *page)
+{
+    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
+    pthread_mutex_lock(&vm->lock);
+    irqchip_load_lapic(&vm->chips, page, pyhv_now());
+    pthread_mutex_unlock(&vm->lock);
+}
+
+int emulator_get_events(struct pyhv_vcpu *base, struct pyhv_events *events, struct pyhv_error *error)
+{
+    struct pyhv_emulator_vcpu *vcpu = emulator_of(base);
+    *events = (struct pyhv_events){0};
+    if (emulator_save(vcpu, vcpu->context, error) < 0)
+        return -1;
+    /* Between two instructions nothing is half delivered here; what waits is in the controllers. */
+    events->interrupt_shadow = vcpu->context->state.hflags & HF_INHIBIT_IRQ ? 1 : 0;
+    events->nmi_masked = vcpu->context->state.hflags2 & HF2_NMI ? 1 : 0;
+    pthread_mutex_lock(&emulator_vm(vcpu)->lock);
+    events->nmi_pending = emulator_vm(vcpu)->chips.nmi_pending;
+    pthread_mutex_unlock(&emulator_vm(vcpu)->lock);
+    return 0;
+}
+
+/* What KVM had begun to deliver is delivered here and now: then there is nothing to keep. */
+static int finish_delivery(struct pyhv_emulator_vcpu *vcpu, const struct pyhv_events *events, struct cpu_state *state,
+                           struct pyhv_error *error)
+{
+    enum emulator_delivery done = DELIVERED;
+    vcpu->cannot = NULL;
+    if (events->exception_injected || events->exception_pending) {
+        if (events->exception_has_payload && events->exception_vector == 14)
+            state->cr[2] = events->exception_payload;
+        if (events->exception_has_payload && events->exception_vector == 1)
+            state->dr[6] |= events->exception_payload;
+        done = emulator_deliver(vcpu, state, EVENT_FAULT, events->exception_vector, events->exception_error);
+    } else if (events->nmi_injected) {
+        done = emulator_deliver(vcpu, state, EVENT_INTERRUPT, 2, 0);
+    } else if (events->interrupt_injected) {
+        enum emulator_event event = events->interrupt_soft ? EVENT_SOFTWARE : EVENT_INTERRUPT;
+        done = emulator_deliver(vcpu, state, event, events->interrupt_vector, 0);
+    }
+    if (done == DELIVERED)
+        return 0;
+    return pyhv_fail(error, EINVAL, "events", "an exception or interrupt on its way: %s",
+                     vcpu->cannot ? vcpu->cannot : "it ends in a triple fault");
+}
+
+int emulator_set_events(struct pyhv_vcpu *base, const struct pyhv_events *events, struct pyhv_error *error)
+{
+    struct pyhv_emulator_vcpu *vcpu = emulator_of(base);
+    if (events->smm || events->smi_pending || events->latched_init || events->triple_fault_pending)
+        return pyhv_fail(error, EINVAL, "events", "%s", "SMM, INIT or a shutdown on its way, which the emulator lacks");
+    if (emulator_save(vcpu, vcpu->context, error) < 0)
+        return -1;
+    struct cpu_state *state = &vcpu->context->state;
+    state->hflags = (state->hflags & ~(uint32_t)HF_INHIBIT_IRQ) | (events->interrupt_shadow ? HF_INHIBIT_IRQ : 0);
+    state->hflags2 = (state->hflags2 & ~(uint32_t)HF2_NMI) | (events->nmi_masked ? HF2_NMI : 0);
+    if (finish_delivery(vcpu, events, state, error) < 0)
+        return -1;
+    pthread_mutex_lock(&emulator_vm(vcpu)->lock);
+    emulator_vm(vcpu)->chips.nmi_pending = events->nmi_pending != 0;
+    pthread_mutex_unlock(&emulator_vm(vcpu)->lock);
+    return emulator_load(vcpu, vcpu->context, false, error);
+}
+
+/* -------------------------------------------------------------------------------------------------- saving -- */
 
 int emulator_save_state(struct pyhv_vm *base, struct pyhv_state *whole, struct pyhv_error *error)
 {
@@ -43,6 +162,8 @@ int emulator_save_state(struct pyhv_vm *base, struct pyhv_state *whole, struct p
                ? -1
                : 0;
 }
+
+/* ------------------------------------------------------------------------------------------------- loading -- */
 
 static uint64_t components(const struct pyhv_vcpu_state *state)
 {
@@ -123,7 +244,8 @@ int emulator_load_state(struct pyhv_vm *base, const struct pyhv_state *whole, ui
         return -1;
     memset(area, 0, XSTATE_BV_END);
     memcpy(area, state->xsave, state->xsave_size);
-    if (emulator_set_xsave(vcpu, area, state->xsave_size > XSTATE_BV_END ? state->xsave_size : XSTATE_BV_END, error) < 0)
+    if (emulator_set_xsave(vcpu, area, state->xsave_size > XSTATE_BV_END ? state->xsave_size : XSTATE_BV_END, error) <
+        0)
         return -1;
     /* The rate before the counter, which goes on from the moment it is set. */
     emulator_set_tsc_khz(vcpu, whole->tsc_khz);
@@ -131,7 +253,8 @@ int emulator_load_state(struct pyhv_vm *base, const struct pyhv_state *whole, ui
         return -1;
     if (whole->has_irqchip && load_irqchip(base, whole, error) < 0)
         return -1;
-    if (emulator_set_regs(vcpu, &state->regs, error) < 0 || emulator_set_debugregs(vcpu, &state->debugregs, error) < 0 ||
+    if (emulator_set_regs(vcpu, &state->regs, error) < 0 ||
+        emulator_set_debugregs(vcpu, &state->debugregs, error) < 0 ||
         emulator_set_mp_state(vcpu, state->mp_state, error) < 0)
         return -1;
     /* Last: an exception or interrupt that was on its way is delivered here, to the stack and the tables that are set. */

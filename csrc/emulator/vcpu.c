@@ -177,12 +177,6 @@ static bool must_leave(void *opaque)
 
 /* ------------------------------------------------------------------------- what the guest does: time and CPUID -- */
 
-uint64_t emulator_tsc(const struct pyhv_emulator_vcpu *vcpu)
-{
-    uint64_t ns = (uint64_t)(pyhv_now() - vcpu->tsc_since);
-    return vcpu->tsc_base + (uint64_t)((unsigned __int128)ns * vcpu->tsc_khz / 1000000);
-}
-
 static int on_rdtsc(uc_engine *engine, void *opaque)
 {
     uint64_t tsc = emulator_tsc(opaque), low = (uint32_t)tsc, high = tsc >> 32;

@@ -12,8 +12,6 @@
 
 #include "emulator/emulator.h"
 
-enum { PIT_FLAGS_SPEAKER = 2 }; /* KVM_PIT_FLAGS_SPEAKER_DATA_ON, which old headers lack */
-
 uint32_t pyhv_emulator_host_tsc_khz(void)
 {
     /* The kernel tells every owner of a perf event how TSC cycles become nanoseconds (perf_event_open(2), time_mult):
@@ -119,62 +117,3 @@ static const struct pyhv_vm_ops operations = {
     .load_state = emulator_load_state,
     .create_vcpu = emulator_vcpu_create,
 };
-
-/* ------------------------------------------------------------------------------------------------- state -- */
-
-void emulator_get_irqchip(struct pyhv_vm *base, struct pyhv_irqchip *irqchip)
-{
-    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
-    pthread_mutex_lock(&vm->lock);
-    (void)irqchip_update(&vm->chips, pyhv_now());
-    *irqchip = (struct pyhv_irqchip){.ioapic = vm->chips.ioapic};
-    memcpy(irqchip->pic, vm->chips.pic, sizeof irqchip->pic);
-    if (vm->base.pit) {
-        memcpy(irqchip->pit, vm->chips.pit, sizeof irqchip->pit);
-        irqchip->pit_flags = vm->chips.speaker ? PIT_FLAGS_SPEAKER : 0;
-        for (int i = 0; i < 3; i++)
-            irqchip->pit[i].count_load_time = 0; /* of this process's clock: see struct pyhv_pit_channel */
-    }
-    pthread_mutex_unlock(&vm->lock);
-}
-
-int emulator_set_irqchip(struct pyhv_vm *base, const struct pyhv_irqchip *irqchip, struct pyhv_error *error)
-{
-    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
-    if (irqchip->ioapic.base_address != IOAPIC_BASE)
-        return pyhv_fail(error, EINVAL, "I/O APIC", "at 0x%llx; the emulator has it at 0x%llx",
-                         (unsigned long long)irqchip->ioapic.base_address, (unsigned long long)IOAPIC_BASE);
-    for (int i = 0; i < 3; i++)
-        if (irqchip->pit[i].initial_count > 0x10000 || irqchip->pit[i].mode > 5)
-            return pyhv_fail(error, EINVAL, "PIT", "channel %d: count %u, mode %u", i, irqchip->pit[i].initial_count,
-                             irqchip->pit[i].mode);
-    int64_t now = pyhv_now();
-    pthread_mutex_lock(&vm->lock);
-    memcpy(vm->chips.pic, irqchip->pic, sizeof vm->chips.pic);
-    vm->chips.ioapic = irqchip->ioapic;
-    if (vm->base.pit) {
-        memcpy(vm->chips.pit, irqchip->pit, sizeof vm->chips.pit);
-        vm->chips.speaker = irqchip->pit_flags & PIT_FLAGS_SPEAKER;
-        for (int i = 0; i < 3; i++)
-            vm->chips.pit[i].count_load_time = now;
-        vm->chips.pit_counted = now;
-    }
-    pthread_mutex_unlock(&vm->lock);
-    return 0;
-}
-
-void emulator_get_lapic(struct pyhv_vm *base, uint8_t *page)
-{
-    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
-    pthread_mutex_lock(&vm->lock);
-    irqchip_save_lapic(&vm->chips, page, pyhv_now());
-    pthread_mutex_unlock(&vm->lock);
-}
-
-void emulator_set_lapic(struct pyhv_vm *base, const uint8_t *page)
-{
-    struct pyhv_emulator_vm *vm = emulator_vm_of(base);
-    pthread_mutex_lock(&vm->lock);
-    irqchip_load_lapic(&vm->chips, page, pyhv_now());
-    pthread_mutex_unlock(&vm->lock);
-}

@@ -16,7 +16,7 @@ struct pyhv_kvm_vm {
     struct pyhv_vm base;
     int kvm_fd;
     int fd;
-    bool complete;           /* see kvm_vm_complete() */
+    bool complete;           /* the irqchip that is wanted is there */
     bool triple_fault_event; /* a pending triple fault is part of a vCPU's events */
     bool logs_dirty;         /* the slots' flags */
     uint64_t *dirty;         /* for one slot's dirty bitmap; NULL until logging began */
@@ -65,20 +65,18 @@ static inline struct pyhv_kvm_vm *kvm_vm(const struct pyhv_kvm_vcpu *vcpu)
     return kvm_vm_of(vcpu->base.vm);
 }
 
-/* ---------------------------------------------------------------------------------------------------- vm.c -- */
-
-/* Creates the irqchip, if one is wanted: before the first vCPU, which gets its LAPIC from it. */
-int kvm_vm_complete(struct pyhv_kvm_vm *vm, struct pyhv_error *error);
+/* ------------------------------------------------------------------------------------------ guest_memory.c -- */
 
 /* Reads guest memory by guest-physical address; false where it is not RAM. */
 bool kvm_read(const struct pyhv_vm *vm, uint64_t gpa, void *buffer, size_t size);
 
-/* -------------------------------------------------------------------------------------------------- vcpu.c -- */
-
-struct pyhv_vcpu *kvm_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct pyhv_error *error);
-
 /* Reads guest memory as the vCPU sees it; returns how many bytes could be read from the start on. */
 size_t kvm_read_linear(struct pyhv_kvm_vcpu *vcpu, uint64_t linear, void *buffer, size_t size);
+
+/* -------------------------------------------------------------------------------------------------- vcpu.c -- */
+
+/* After the irqchip, if one is wanted. */
+struct pyhv_vcpu *kvm_vcpu_create(struct pyhv_vm *vm, uint32_t index, struct pyhv_error *error);
 
 /* ------------------------------------------------------------------------------- registers.c and state.c -- */
 

@@ -60,7 +60,7 @@ int pyhv_kvm_supported_cpuid(int kvm_fd, struct pyhv_cpuid_entry *entries, size_
 }
 
 int kvm_set_cpuid(struct pyhv_vcpu *vcpu, const struct pyhv_cpuid_entry *entries, size_t count,
-                        struct pyhv_error *error)
+                  struct pyhv_error *error)
 {
     struct cpuid_buffer table = {.head.nent = (uint32_t)count};
     if (count > PYHV_CPUID_MAX_ENTRIES)
@@ -70,8 +70,7 @@ int kvm_set_cpuid(struct pyhv_vcpu *vcpu, const struct pyhv_cpuid_entry *entries
     return ioctl(kvm_of(vcpu)->fd, KVM_SET_CPUID2, &table) < 0 ? pyhv_fail_errno(error, "KVM_SET_CPUID2") : 0;
 }
 
-int kvm_get_cpuid(struct pyhv_vcpu *vcpu, struct pyhv_cpuid_entry *entries, size_t capacity,
-                        struct pyhv_error *error)
+int kvm_get_cpuid(struct pyhv_vcpu *vcpu, struct pyhv_cpuid_entry *entries, size_t capacity, struct pyhv_error *error)
 {
     struct cpuid_buffer table = {.head.nent = PYHV_CPUID_MAX_ENTRIES};
     for (size_t i = 0; i < PYHV_CPUID_MAX_ENTRIES; i++)
@@ -393,7 +392,8 @@ int kvm_set_events(struct pyhv_vcpu *vcpu, const struct pyhv_events *from, struc
     } else if (from->triple_fault_pending) {
         return pyhv_fail(error, EINVAL, "KVM_SET_VCPU_EVENTS", "a triple fault is pending; this KVM cannot take that");
     }
-    return ioctl(kvm_of(vcpu)->fd, KVM_SET_VCPU_EVENTS, &events) < 0 ? pyhv_fail_errno(error, "KVM_SET_VCPU_EVENTS") : 0;
+    return ioctl(kvm_of(vcpu)->fd, KVM_SET_VCPU_EVENTS, &events) < 0 ? pyhv_fail_errno(error, "KVM_SET_VCPU_EVENTS")
+                                                                     : 0;
 }
 
 int kvm_get_debugregs(struct pyhv_vcpu *vcpu, struct pyhv_debugregs *regs, struct pyhv_error *error)
@@ -508,7 +508,7 @@ struct msr_buffer {
 };
 
 int kvm_get_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, uint64_t *values, size_t count,
-                       struct pyhv_error *error)
+                 struct pyhv_error *error)
 {
     size_t done = 0;
     while (done < count) {
@@ -530,7 +530,7 @@ int kvm_get_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, uint64_t *valu
 }
 
 int kvm_set_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, const uint64_t *values, size_t count,
-                       struct pyhv_error *error)
+                 struct pyhv_error *error)
 {
     size_t done = 0;
     while (done < count) {

@@ -103,8 +103,8 @@ static int write_msrs(struct pyhv_vcpu *vcpu, const uint32_t *indices, const uin
     if (taken < 0 || (size_t)taken == count)
         return taken < 0 ? -1 : 0;
     const struct pyhv_msr_rule *rule = pyhv_vcpu_msr_rule(vcpu, indices[taken]);
-    return pyhv_fail(error, 0, "KVM_SET_MSRS", "vCPU %u: %s (0x%x) refuses 0x%llx", vcpu->index, rule ? rule->name : "?",
-                     indices[taken], (unsigned long long)values[taken]);
+    return pyhv_fail(error, 0, "KVM_SET_MSRS", "vCPU %u: %s (0x%x) refuses 0x%llx", vcpu->index,
+                     rule ? rule->name : "?", indices[taken], (unsigned long long)values[taken]);
 }
 
 /* All but the time-stamp counter and its deadline, whose turn is later. */

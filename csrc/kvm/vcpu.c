@@ -48,8 +48,6 @@ static const struct pyhv_vcpu_ops operations;
 struct pyhv_vcpu *kvm_vcpu_create(struct pyhv_vm *base, uint32_t index, struct pyhv_error *error)
 {
     struct pyhv_kvm_vm *vm = kvm_vm_of(base);
-    if (kvm_vm_complete(vm, error) < 0)
-        return NULL;
     int run_size = ioctl(vm->kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0);
     if (run_size < 0) {
         pyhv_fail_errno(error, "KVM_GET_VCPU_MMAP_SIZE");
@@ -112,21 +110,6 @@ static bool attend(struct pyhv_kvm_vcpu *vcpu)
     if (look)
         kvm_look(vcpu);
     return kicked;
-}
-
-size_t kvm_read_linear(struct pyhv_kvm_vcpu *vcpu, uint64_t linear, void *buffer, size_t size)
-{
-    size_t done = 0;
-    while (done < size) {
-        struct kvm_translation page = {.linear_address = linear + done};
-        size_t room = 4096 - ((linear + done) & 4095);
-        size_t part = size - done < room ? size - done : room;
-        if (ioctl(vcpu->fd, KVM_TRANSLATE, &page) < 0 || !page.valid ||
-            !kvm_read(vcpu->base.vm, page.physical_address, (char *)buffer + done, part))
-            break;
-        done += part;
-    }
-    return done;
 }
 
 static int linear_rip(struct pyhv_kvm_vcpu *vcpu, uint64_t *linear, struct pyhv_error *error)

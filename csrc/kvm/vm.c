@@ -77,6 +77,26 @@ static void raise_irq(void *opaque, uint32_t gsi, int32_t level)
     (void)ioctl(vm->fd, KVM_IRQ_LINE, &line);
 }
 
+static int create_pit(struct pyhv_kvm_vm *vm, struct pyhv_error *error)
+{
+    /* The kernel takes port 0x61 too: guests calibrate the TSC with the PIT's second channel there. */
+    struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
+    return ioctl(vm->fd, KVM_CREATE_PIT2, &pit) < 0 ? pyhv_fail_errno(error, "KVM_CREATE_PIT2") : 0;
+}
+
+/* Creates the irqchip, if one is wanted: before the first vCPU, which gets its LAPIC from it. */
+static int complete(struct pyhv_kvm_vm *vm, struct pyhv_error *error)
+{
+    if (!vm->base.irqchip || vm->complete)
+        return 0;
+    if (ioctl(vm->fd, KVM_CREATE_IRQCHIP, 0) < 0)
+        return pyhv_fail_errno(error, "KVM_CREATE_IRQCHIP");
+    if (vm->base.pit && create_pit(vm, error) < 0)
+        return -1;
+    vm->complete = true;
+    return 0;
+}
+
 /* Lets the devices on `bus` raise their interrupts in the VM's irqchip, if it has one. */
 static void set_bus(struct pyhv_kvm_vm *vm, struct pyhv_bus *bus)
 {
@@ -141,7 +161,7 @@ struct pyhv_vm *pyhv_kvm_vm_create(int kvm_fd, const struct pyhv_vm_config *conf
             goto fail;
         }
     }
-    if (!config->late && kvm_vm_complete(vm, error) < 0)
+    if (!config->late && complete(vm, error) < 0)
         goto fail;
     if (bus)
         set_bus(vm, bus);
@@ -151,25 +171,6 @@ fail:
     close(vm->fd);
     free(vm);
     return NULL;
-}
-
-static int create_pit(struct pyhv_kvm_vm *vm, struct pyhv_error *error)
-{
-    /* The kernel takes port 0x61 too: guests calibrate the TSC with the PIT's second channel there. */
-    struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
-    return ioctl(vm->fd, KVM_CREATE_PIT2, &pit) < 0 ? pyhv_fail_errno(error, "KVM_CREATE_PIT2") : 0;
-}
-
-int kvm_vm_complete(struct pyhv_kvm_vm *vm, struct pyhv_error *error)
-{
-    if (!vm->base.irqchip || vm->complete)
-        return 0;
-    if (ioctl(vm->fd, KVM_CREATE_IRQCHIP, 0) < 0)
-        return pyhv_fail_errno(error, "KVM_CREATE_IRQCHIP");
-    if (vm->base.pit && create_pit(vm, error) < 0)
-        return -1;
-    vm->complete = true;
-    return 0;
 }
 
 int pyhv_kvm_vm_adopt(struct pyhv_vm *base, struct pyhv_bus *bus, int pit, struct pyhv_error *error)
@@ -303,15 +304,9 @@ static int take_dirty(struct pyhv_vm *base, uint64_t *bitmap, struct pyhv_error 
     return 0;
 }
 
-bool kvm_read(const struct pyhv_vm *vm, uint64_t gpa, void *buffer, size_t size)
+static struct pyhv_vcpu *create_vcpu(struct pyhv_vm *vm, uint32_t index, struct pyhv_error *error)
 {
-    for (uint32_t i = 0; i < vm->slot_count; i++) {
-        const struct pyhv_slot *slot = &vm->slots[i];
-        if (gpa >= slot->gpa && gpa - slot->gpa < slot->size && size <= slot->size - (gpa - slot->gpa)) {
-            return pyhv_memory_read(slot->host + (gpa - slot->gpa), buffer, size, NULL) == 0;
-        }
-    }
-    return false;
+    return complete(kvm_vm_of(vm), error) < 0 ? NULL : kvm_vcpu_create(vm, index, error);
 }
 
 static const struct pyhv_vm_ops operations = {
@@ -322,5 +317,5 @@ static const struct pyhv_vm_ops operations = {
     .resume = resume,
     .save_state = kvm_save_state,
     .load_state = kvm_load_state,
-    .create_vcpu = kvm_vcpu_create,
+    .create_vcpu = create_vcpu,
 };

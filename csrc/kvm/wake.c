@@ -113,7 +113,8 @@ int kvm_waits_for_ever(struct pyhv_vcpu *base, struct pyhv_error *error)
     }
     vcpu->look = LOOK_NONE;
     pthread_mutex_unlock(&vcpu->kick.lock);
-    return errnum ? pyhv_fail(error, errnum, "pthread_kill", "SIGURG to the thread of vCPU %u", vcpu->base.index) : result;
+    return errnum ? pyhv_fail(error, errnum, "pthread_kill", "SIGURG to the thread of vCPU %u", vcpu->base.index)
+                  : result;
 }
 
 void kvm_look(struct pyhv_kvm_vcpu *vcpu)

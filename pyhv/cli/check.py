@@ -6,8 +6,9 @@ import json
 
 from pyhv.accel.choose import ACCELERATORS
 from pyhv.arguments import as_options
-from pyhv.cli import failure, one_line, output
+from pyhv.cli import failure, output
 from pyhv.cli.options import Command, Option
+from pyhv.cli.say import one_line
 from pyhv.cpu import dumps
 from pyhv.cpu.host import HostDescription, as_kvm_host
 from pyhv.cpu.table import CpuidTable

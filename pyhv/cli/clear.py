@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyhv.cli import complain, failure, output, several
+from pyhv.cli import failure, output, several
 from pyhv.cli.options import Command, Option
+from pyhv.cli.say import complain
 from pyhv.control import names
 from pyhv.control.ended import KEPT
 from pyhv.errors import BadInput

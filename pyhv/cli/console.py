@@ -6,8 +6,9 @@ import os
 import select
 import signal
 
-from pyhv.cli import complain, output
+from pyhv.cli import output
 from pyhv.cli.options import Command, Option
+from pyhv.cli.say import complain
 from pyhv.cli.terminal import CHUNK, ENDING, EscapeKey, RawMode, Signals, in_foreground, is_pipe, tell
 from pyhv.control import jsonrpc
 from pyhv.control.client import Client

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyhv import outcome
 from pyhv.arguments import as_options
-from pyhv.cli import complain, die_of_broken_pipe
+from pyhv.cli.say import complain, die_of_broken_pipe
 from pyhv.errors import BadInput, Cancelled, HostError, PyhvError, TimedOut
 
 # What writing to a full or broken device fails with.

@@ -6,8 +6,9 @@ import os
 import time
 from typing import Any
 
-from pyhv.cli import one_line, output
+from pyhv.cli import output
 from pyhv.cli.options import Command, Option
+from pyhv.cli.say import one_line
 from pyhv.snapshot import file
 from pyhv.snapshot.file import Snapshot
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from pyhv.cli import complain, output
+from pyhv.cli import output
 from pyhv.cli.options import Command, Option
+from pyhv.cli.say import complain
 from pyhv.control import client, names
 
 COMMAND = Command(

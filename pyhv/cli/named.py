@@ -17,10 +17,9 @@ import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
-from pyhv import cli
 from pyhv.accel.data import Stop
-from pyhv.cli import output
-from pyhv.cli import run as run_command
+from pyhv.cli import ending, guard, output
+from pyhv.cli.say import complain
 from pyhv.cli.terminal import CHUNK, ENDING, Console, Signals
 from pyhv.control import names
 from pyhv.control.operations import Operations
@@ -65,7 +64,7 @@ def detach(
     # Nothing has started a thread yet: the child is as good as its parent.
     child = os.fork()
     if child == 0:
-        os._exit(cli.guard(lambda: _in_background(start, keep, tell_ready), lambda: as_json))
+        os._exit(guard(lambda: _in_background(start, keep, tell_ready), lambda: as_json))
     os.close(tell_ready)
     with open(ready, "rb", buffering=0) as pipe:
         name = pipe.read().decode()
@@ -92,7 +91,7 @@ def take_along(start: Callable[[Callable[[str], None]], int], keep: Sequence[int
         return start(tell)
 
     nobody = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    return cli.guard(lambda: _in_background(run, keep, nobody), lambda: False)
+    return guard(lambda: _in_background(run, keep, nobody), lambda: False)
 
 
 def _in_background(start: Callable[[Callable[[str], None]], int], keep: Sequence[int], tell_ready: int) -> int:
@@ -153,7 +152,7 @@ def run_as(
                 def begin(machine: Machine = machine) -> None:
                     if operations.control(machine):
                         for note in machine.notes if not given.quiet else ():
-                            cli.complain(note)
+                            complain(note)
                         server.start(operations, console.take_copy(), console.keys)
                         on_started(name)
 
@@ -163,7 +162,7 @@ def run_as(
                         left = None if deadline is None else max(0.0, deadline - time.monotonic())
                         result = console.run(machine, left, signals)
                         if operations.held:
-                            cli.complain(run_command.REBOOTS)
+                            complain(ending.REBOOTS)
                             continue
                         operations.ended(result)
                         console.drain(signals, patient=machine.vm.stopped is not None)
@@ -176,9 +175,9 @@ def run_as(
                 server.finish(operations.record())
                 if captures:
                     result = result._replace(console=console.captured())
-                description = run_command.describe(machine, result) if captures else {}
+                description = ending.describe(machine, result) if captures else {}
                 break
-    run_command.tell(result)
+    ending.tell(result)
     if captures:
         output.print_json(description)
     return result.status
@@ -189,7 +188,7 @@ def _take(claim: names.Claim, predecessor: int) -> None:
     try:
         claim.take(predecessor)
     except PyhvError as error:
-        cli.complain(f"{error}; the VM runs on without a name")
+        complain(f"{error}; the VM runs on without a name")
 
 
 class _NamedConsole(Console):
@@ -274,7 +273,7 @@ class _NamedConsole(Console):
         while self._tee.done not in dict(poll.poll(None if patient else _IMPATIENCE)):
             if not patient or any(number in ENDING for number in signals.take()):
                 if left := self._tee.left():
-                    cli.complain(f"console: stdout takes no more: up to {left} bytes of the guest's output are lost")
+                    complain(f"console: stdout takes no more: up to {left} bytes of the guest's output are lost")
                 return
         if isinstance(self._tee.failure, BrokenPipeError):
             raise self._tee.failure

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 from pyhv.accel.choose import ACCELERATORS, INTERCEPTS
-from pyhv.cli import complain, failure, options, run
+from pyhv.cli import failure, options, run
 from pyhv.cli.migrate import TLS_OPTIONS
 from pyhv.cli.options import Command, Option
+from pyhv.cli.say import complain
 from pyhv.cli.terminal import HELP
 from pyhv.errors import BadInput, PyhvError, TimedOut
 from pyhv.machine import Machine, check_processors

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from types import SimpleNamespace
 
 from pyhv import outcome
 from pyhv.accel.choose import ACCELERATORS, INTERCEPTS, open_accelerator
-from pyhv.arguments import as_options
 from pyhv.boot.image import KINDS
-from pyhv.cli import complain, options, output
+from pyhv.cli import ending, options, output
 from pyhv.cli.options import Command, Option
+from pyhv.cli.say import complain
 from pyhv.cli.terminal import HELP, Console, Signals
-from pyhv.errors import BadInput, PyhvError
+from pyhv.errors import PyhvError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from pyhv.machine import Machine, RunResult
+    from pyhv.machine import Machine
 
 _DETAILS = f"""
 IMAGE is a file (./NAME always is): a Linux kernel (bzImage, or vmlinux by PVH), a multiboot or PVH kernel, an ELF64
@@ -132,8 +131,6 @@ NAME_OPTIONS = (
     Option("--detach", "return once the VM runs, and leave it in the background; needs --name"),
 )
 
-REBOOTS = "the guest has reset itself and is started again"
-
 COMMAND = Command(
     "run",
     "Boot a guest and end with its exit status.",
@@ -208,53 +205,12 @@ def run_machine(given: SimpleNamespace, make: Callable[..., Machine]) -> int:
                     left = None if deadline is None else max(0.0, deadline - time.monotonic())
                     result = console.run(machine, left, signals)
                 complete = result._replace(console=before + result.console)
-                description = describe(machine, complete) if given.json else {}
+                description = ending.describe(machine, complete) if given.json else {}
             if result.cause != "reset" or not getattr(given, "reboot", False):  # pyhv run alone has the option
                 break
-            complain(REBOOTS)
+            complain(ending.REBOOTS)
             before += result.console
-    tell(result)
+    ending.tell(result)
     if given.json:
         output.print_json(description)
     return result.status
-
-
-def tell(result: RunResult) -> None:
-    """Says on stderr what became of a guest that did not end by itself."""
-    if result.message:
-        complain(result.message)
-    if result.registers and result.cause not in ("interrupted", "stopped", "migrated"):
-        os.write(2, result.registers.encode() + b"\n")
-
-
-def describe(machine: Machine, result: RunResult) -> dict[str, Any]:
-    """What --json prints."""
-    console = output.console(result.console)
-    description = {
-        "cause": result.cause,
-        "status": result.status,
-        "message": as_options(result.message),
-        "registers": result.registers,
-        "profile": machine.guest.profile,
-        "intercept": machine.choice.intercept,
-        "note": as_options(machine.choice.note),
-        "notes": [as_options(note) for note in machine.notes],
-        "vcpus": len(machine.vm.vcpus),
-        **console,
-        "counters": result.counters,
-    }
-    return description | _parse_cpuid(console["console"])
-
-
-def _parse_cpuid(text: str) -> dict[str, Any]:
-    """The CPUID table that a guest printed as `cpuid -r` does, and the names of the features in it; or nothing."""
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    if not lines or not lines[0].startswith("CPU"):
-        return {}
-    from pyhv.cpu import dumps
-
-    try:
-        table = dumps.parse("\n".join(lines), "console")
-    except BadInput:
-        return {}
-    return {"cpuid": table.to_json(), "features": sorted(table.features())}

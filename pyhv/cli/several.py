@@ -6,8 +6,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from pyhv.cli import complain, failure, output
+from pyhv.cli import failure, output
 from pyhv.cli.options import Option
+from pyhv.cli.say import complain
 from pyhv.control import client, names
 from pyhv.control.client import Client
 from pyhv.errors import BadInput, PyhvError

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-from pyhv.cli import ls, one_line, output, several
+from pyhv.cli import ls, output, several
 from pyhv.cli.options import Command, Option
+from pyhv.cli.say import one_line
 from pyhv.control.client import Client
 from pyhv.control.names import Ended
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyhv.cli import complain, several
+from pyhv.cli import several
 from pyhv.cli.options import Command, Option
+from pyhv.cli.say import complain
 from pyhv.control.client import record_of
 from pyhv.control.names import Ended
 from pyhv.errors import HostError

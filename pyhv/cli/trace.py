@@ -11,8 +11,9 @@ from pyhv._native import cpuid
 from pyhv.accel.data import CpuidRecord
 from pyhv.accel.tracepoint import Traced, Tracepoint
 from pyhv.arguments import as_options
-from pyhv.cli import complain, output, run
+from pyhv.cli import ending, output, run
 from pyhv.cli.options import Command, Option
+from pyhv.cli.say import complain
 from pyhv.cli.terminal import Console, Signals
 from pyhv.cpu import features
 from pyhv.cpu.feature_types import Word
@@ -168,7 +169,7 @@ def main(arguments: list[str]) -> int:
     with Console(2) as console:
         trace = Trace(given.json, _lineage(), given.cpus)
         result, via, lost = _run(given, console, trace)
-    run.tell(result)
+    ending.tell(result)
     _finish(given.json, trace, result, via, lost)
     return result.status
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pyhv.cli import one_line, output
+from pyhv.cli import output
 from pyhv.cli.options import Command, Option
+from pyhv.cli.say import one_line
 from pyhv.snapshot import file
 
 COMMAND = Command(

@@ -91,8 +91,7 @@ static void build(struct machine *machine, const void *code, size_t size, int ir
     machine->vm = pyhv_emulator_vm_create(&config, machine->bus, &error);
     need(machine->vm && pyhv_vm_map(machine->vm, 0, RAM_SIZE, machine->memory.host, &error) == 0, &error);
     machine->vcpu = pyhv_vcpu_create(machine->vm, 0, &error);
-    need(machine->vcpu && pyhv_vcpu_set_cpuid(machine->vcpu, table, sizeof table / sizeof *table, &error) == 0,
-         &error);
+    need(machine->vcpu && pyhv_vcpu_set_cpuid(machine->vcpu, table, sizeof table / sizeof *table, &error) == 0, &error);
 }
 
 static void destroy(struct machine *machine)
@@ -1222,7 +1221,7 @@ static struct pyhv_sregs with_barriers(struct machine *machine, unsigned cpl, ui
     sregs.cr2 = UNTOUCHED;
     sregs.cr4 |= cr4;
     need(pyhv_vcpu_set_cpuid(machine->vcpu, table_with_barriers,
-                                      sizeof table_with_barriers / sizeof *table_with_barriers, &error) == 0,
+                             sizeof table_with_barriers / sizeof *table_with_barriers, &error) == 0,
          &error);
     need(pyhv_vcpu_set_msrs(machine->vcpu, indices, values, 3, &error) == 3, &error);
     for (unsigned vector = 0; vector < 32; vector++)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * link.c and transfer.c over sockets and pipes, against streams that are made here, byte by byte, and against every
+ * The files of csrc/migration over sockets and pipes, against streams that are made here, byte by byte, and against every
  * way in which they can be wrong. transfer.c is included so that its calls can be made to fail.
  */
 #include <errno.h>
@@ -31,7 +31,8 @@ static int faulty_madvise(void *start, size_t size, int advice)
 }
 
 #define madvise faulty_madvise
-#include "transfer.c"
+#include "migration/transfer.c"
+#include "migration/zstd.c"
 #undef madvise
 
 /* ------------------------------------------------------------------------------------------------- helpers -- */

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyhv import arguments
-from pyhv.cli import COMMANDS, migrate, one_line
+from pyhv.cli import COMMANDS, migrate
 from pyhv.cli.options import Command, Option, number, processors, seconds
+from pyhv.cli.say import one_line
 from pyhv.errors import BadInput
 
 COMMAND = Command(

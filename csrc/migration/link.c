@@ -12,7 +12,7 @@
  * A UNIX socket need not even copy content when it is sent: it can refer to the pages, and the other side's read copies
  * out of them. What is sent so is what stands there then; transfer.c says where that is good enough.
  */
-#include "link.h"
+#include "migration/link.h"
 #include "sigpipe.h"
 
 #include <errno.h>
@@ -27,11 +27,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define NS_PER_MS UINT64_C(1000000)
-#define NS_PER_S  UINT64_C(1000000000)
-
-/* How much later than it should a wait may end while bytes keep moving. */
-#define GRACE (100 * NS_PER_MS)
+#define NS_PER_S UINT64_C(1000000000)
 
 /* Wanted for pipes and UNIX sockets, which begin with 64 and 208 KiB: what fits is moved without changing threads. */
 #define SOCKET_BUFFER (1 << 20)
@@ -174,13 +170,13 @@ void pyhv_link_revive(struct pyhv_link *link)
 
 void pyhv_link_set_limit(struct pyhv_link *link, uint64_t ms)
 {
-    link->limit = ms ? link_now() + ms * NS_PER_MS : 0;
+    link->limit = ms ? link_now() + ms * LINK_NS_PER_MS : 0;
 }
 
 void pyhv_link_set_times(struct pyhv_link *link, uint32_t heartbeat_ms, uint32_t silence_ms)
 {
-    link->heartbeat_ns = heartbeat_ms * NS_PER_MS;
-    link->silence_ns = silence_ms * NS_PER_MS;
+    link->heartbeat_ns = heartbeat_ms * LINK_NS_PER_MS;
+    link->silence_ns = silence_ms * LINK_NS_PER_MS;
     link->said = link->heard = link->left;
 }
 
@@ -509,13 +505,13 @@ int link_wait(struct pyhv_link *link, int what, uint64_t deadline, struct pyhv_e
             link_seal(link, PYHV_MESSAGE_HEARTBEAT, LINK_HEADER, 0, 0);
             continue;
         }
-        if (moved && (now < deadline || now - deadline < GRACE))
+        if (moved && (now < deadline || now - deadline < LINK_GRACE))
             continue;
         /* While a message lies here nothing is read, and only what the other side takes is a sign of its life. */
         uint64_t life = !is_reading(in) && link->said > link->heard ? link->said : link->heard;
         if (link->silence_ns && now > life && now - life >= link->silence_ns)
             return pyhv_fail(error, ETIMEDOUT, "link", "nothing came from the other side for %llu ms",
-                             (unsigned long long)((now - life) / NS_PER_MS));
+                             (unsigned long long)((now - life) / LINK_NS_PER_MS));
         if (now >= deadline)
             return 0;
         uint64_t until = sooner(deadline, life, link->silence_ns);
@@ -526,59 +522,4 @@ int link_wait(struct pyhv_link *link, int what, uint64_t deadline, struct pyhv_e
         if (sleep_until(link, now, until, error) < 0)
             return -1;
     }
-}
-
-/* ---------------------------------------------------------------------------------------------- messages -- */
-
-static int send_message(struct pyhv_link *link, uint32_t type, const void *payload, size_t length, int more,
-                        struct pyhv_error *error)
-{
-    if (link_wait(link, LINK_SENT, UINT64_MAX, error) < 0) /* what an earlier call left */
-        return -1;
-    if (length)
-        memcpy(link->out.buffer + LINK_HEADER, payload, length);
-    link_seal(link, type, LINK_HEADER, length, 0);
-    link->out.more = more != 0;
-    int result = link_wait(link, LINK_SENT, UINT64_MAX, error);
-    link->out.more = false;
-    return result < 0 ? -1 : 0;
-}
-
-int pyhv_link_send(struct pyhv_link *link, uint32_t type, const void *payload, size_t length, int more,
-                   struct pyhv_error *error)
-{
-    if (type <= PYHV_MESSAGE_PAGES_ZSTD || length > PYHV_MESSAGE_MAX)
-        return pyhv_fail(error, EINVAL, "pyhv_link_send", "%zu bytes, type %u", length, type);
-    link_enter(link);
-    return link_leave(link, send_message(link, type, payload, length, more, error));
-}
-
-static int receive(struct pyhv_link *link, struct pyhv_landing *landing, uint64_t deadline,
-                   struct pyhv_message *message, struct pyhv_error *error)
-{
-    for (;;) {
-        int found = link_wait(link, LINK_MESSAGE, deadline, error);
-        if (found <= 0)
-            return found;
-        *message = link_message(link);
-        if (message->type != PYHV_MESSAGE_PAGES && message->type != PYHV_MESSAGE_PAGES_ZSTD) {
-            link->in.used = LINK_HEADER + message->length;
-            return 1;
-        }
-        if (!landing)
-            return link_bad(error, "pages were not expected");
-        found = link_land(link, landing, deadline, error);
-        if (found <= 0)
-            return found;
-        link_consume(link);
-        if (link_now() >= deadline + GRACE)
-            return 0;
-    }
-}
-
-int pyhv_link_receive(struct pyhv_link *link, struct pyhv_landing *landing, uint32_t timeout_ms,
-                      struct pyhv_message *message, struct pyhv_error *error)
-{
-    link_enter(link);
-    return link_leave(link, receive(link, landing, link_now() + timeout_ms * NS_PER_MS, message, error));
 }

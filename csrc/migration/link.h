@@ -10,6 +10,7 @@
 #include <sys/uio.h>
 
 #include "error.h"
+#include "migration/zstd.h"
 #include "pyhv.h"
 
 enum {
@@ -54,8 +55,6 @@ struct link_in {
     struct link_pieces pieces;
 };
 
-struct zstd; /* what one link needs of libzstd; transfer.c */
-
 struct pyhv_link {
     int in_fd, out_fd;
     int wake; /* an eventfd: readable for good after pyhv_link_cancel() */
@@ -70,8 +69,13 @@ struct pyhv_link {
     struct link_out out;
     struct link_in in;
     struct pyhv_link_counters counters;
-    struct zstd *zstd; /* NULL until pages are compressed */
+    struct link_zstd *zstd; /* NULL until pages are compressed */
 };
+
+#define LINK_NS_PER_MS UINT64_C(1000000)
+
+/* How much later than it should a wait may end while bytes keep moving. */
+#define LINK_GRACE (100 * LINK_NS_PER_MS)
 
 /* What link_wait() waits for. */
 enum {
@@ -107,7 +111,5 @@ int link_bad(struct pyhv_error *error, const char *format, ...) __attribute__((f
 /* Has the pages of the PAGES or PAGES_ZSTD message that is ready where they belong. Returns 1; or 0 if `deadline` comes
  * before their content: then once more. Or -1. */
 int link_land(struct pyhv_link *link, struct pyhv_landing *landing, uint64_t deadline, struct pyhv_error *error);
-
-void link_zstd_destroy(struct zstd *zstd);
 
 #endif

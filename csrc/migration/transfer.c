@@ -3,11 +3,9 @@
  * Pages over a link: finding those that are to go, putting together messages of them, and landing what comes in. The
  * sender's guest may be running; what the receiver is told is not trusted.
  */
-#include "link.h"
+#include "migration/link.h"
 
-#include <dlfcn.h>
 #include <errno.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -33,92 +31,12 @@ static uint32_t load32(const uint8_t *at)
     return value;
 }
 
-/* -------------------------------------------------------------------------------------------- compression -- */
-
-/* The functions of libzstd that have been stable since 1.0 (zstd.h, "Simple API", "Explicit context"). */
-static struct {
-    void *handle; /* dlopen(3)'s; NULL: not opened, or not there */
-    char reason[160];
-    void *(*create_cctx)(void);
-    size_t (*free_cctx)(void *);
-    size_t (*compress)(void *, void *, size_t, const void *, size_t, int);
-    void *(*create_dctx)(void);
-    size_t (*free_dctx)(void *);
-    size_t (*decompress)(void *, void *, size_t, const void *, size_t);
-    unsigned (*is_error)(size_t);
-    const char *(*error_name)(size_t);
-} zstd;
-
-static void open_library(void)
+/* What compresses the link's pages: made when compressed pages are first sent or received. */
+static struct link_zstd *zstd_of(struct pyhv_link *link, struct pyhv_error *error)
 {
-    static const struct {
-        const char *name;
-        void *place;
-    } functions[] = {
-        {"ZSTD_createCCtx", &zstd.create_cctx}, {"ZSTD_freeCCtx", &zstd.free_cctx},
-        {"ZSTD_compressCCtx", &zstd.compress},  {"ZSTD_createDCtx", &zstd.create_dctx},
-        {"ZSTD_freeDCtx", &zstd.free_dctx},     {"ZSTD_decompressDCtx", &zstd.decompress},
-        {"ZSTD_isError", &zstd.is_error},       {"ZSTD_getErrorName", &zstd.error_name},
-    };
-    void *library = dlopen("libzstd.so.1", RTLD_NOW | RTLD_LOCAL);
-    for (size_t i = 0; library && i < sizeof functions / sizeof functions[0]; i++) {
-        void *function = dlsym(library, functions[i].name);
-        if (!function) {
-            dlclose(library);
-            library = NULL;
-            break;
-        }
-        memcpy(functions[i].place, &function, sizeof function);
-    }
-    if (!library) {
-        const char *reason = dlerror();
-        strncpy(zstd.reason, reason ? reason : "libzstd.so.1", sizeof zstd.reason - 1);
-    }
-    zstd.handle = library;
-}
-
-int pyhv_zstd_open(struct pyhv_error *error)
-{
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, open_library);
-    return zstd.handle ? 0 : pyhv_fail(error, 0, "libzstd", "%s", zstd.reason);
-}
-
-struct zstd {
-    void *compressor, *decompressor;
-    uint8_t *buffer; /* LINK_ZSTD_MAX bytes: what was compressed */
-};
-
-/* Made when compressed pages are first sent or received. */
-static struct zstd *zstd_of(struct pyhv_link *link, struct pyhv_error *error)
-{
-    if (link->zstd)
-        return link->zstd;
-    if (pyhv_zstd_open(error) < 0)
-        return NULL;
-    struct zstd *own = calloc(1, sizeof *own);
-    if (own) {
-        own->compressor = zstd.create_cctx();
-        own->decompressor = zstd.create_dctx();
-        own->buffer = malloc(LINK_ZSTD_MAX);
-    }
-    if (!own || !own->compressor || !own->decompressor || !own->buffer) {
-        link_zstd_destroy(own);
-        pyhv_fail(error, ENOMEM, "libzstd", NULL);
-        return NULL;
-    }
-    link->zstd = own;
-    return own;
-}
-
-void link_zstd_destroy(struct zstd *own)
-{
-    if (!own)
-        return;
-    zstd.free_cctx(own->compressor); /* these accept NULL, as free does */
-    zstd.free_dctx(own->decompressor);
-    free(own->buffer);
-    free(own);
+    if (!link->zstd)
+        link->zstd = link_zstd_create(LINK_ZSTD_MAX, error);
+    return link->zstd;
 }
 
 /* ------------------------------------------------------------------------------------------------ sending -- */
@@ -263,16 +181,14 @@ static int64_t dispatch(struct pyhv_link *link, const struct parcel *parcel, int
     size_t sums = (size_t)parcel->pages * 8, front = LINK_PAGES_HEADER + runs + sums;
     const uint32_t head[2] = {parcel->runs, 0};
     if (level && parcel->pages) {
-        struct zstd *own = zstd_of(link, error);
-        if (!own)
+        struct link_zstd *zstd = zstd_of(link, error);
+        if (!zstd)
             return -1;
-        size_t length = LINK_PAGES_HEADER + runs + size;
         memcpy(content - runs - sizeof head, head, sizeof head);
         memcpy(content - runs, parcel->run, runs);
-        /* Room for less than what goes in: then a payload that does not shrink is an error here, and goes as it is. */
-        length = zstd.compress(own->compressor, own->buffer, length - 1, content - runs - sizeof head, length, level);
-        if (!zstd.is_error(length)) {
-            memcpy(link->out.buffer + LINK_HEADER, own->buffer, length);
+        size_t length = link_compress(zstd, content - runs - sizeof head, LINK_PAGES_HEADER + runs + size, level);
+        if (length) { /* else it goes as it is */
+            memcpy(link->out.buffer + LINK_HEADER, link_zstd_buffer(zstd), length);
             link_seal(link, PYHV_MESSAGE_PAGES_ZSTD, LINK_HEADER, length, 0);
             return (int64_t)(LINK_HEADER + length);
         }
@@ -486,13 +402,12 @@ int link_land(struct pyhv_link *link, struct pyhv_landing *landing, uint64_t dea
     if (!landing->ram->anonymous)
         return pyhv_fail(error, EINVAL, "pyhv_link_receive", "pages land in anonymous memory only");
     if (message.type == PYHV_MESSAGE_PAGES_ZSTD) {
-        struct zstd *own = zstd_of(link, error);
-        if (!own)
+        struct link_zstd *zstd = zstd_of(link, error);
+        int64_t size = zstd ? link_decompress(zstd, payload, length, error) : -1;
+        if (size < 0)
             return -1;
-        length = zstd.decompress(own->decompressor, own->buffer, LINK_ZSTD_MAX, payload, length);
-        if (zstd.is_error(length))
-            return link_bad(error, "compressed pages: %s", zstd.error_name(length));
-        payload = own->buffer;
+        length = (size_t)size;
+        payload = link_zstd_buffer(zstd);
         unit = PYHV_PAGE_SIZE;
     }
     if (check_runs(&runs, landing, payload, length, unit, error) < 0 || prepare(landing, &runs, error) < 0)
