@@ -249,10 +249,12 @@ static int check_count(const struct pyhv_vm *vm, const struct pyhv_state *state,
 
 static int check_vcpu(const struct pyhv_vcpu *vcpu, const struct pyhv_vcpu_state *state, struct pyhv_error *error)
 {
-    if (state->msr_count > PYHV_STATE_MSRS_MAX || state->xsave_size > PYHV_XSAVE_MAX ||
-        (state->lapic_size && state->lapic_size != PYHV_LAPIC_SIZE))
-        return pyhv_fail(error, ERANGE, "state", "vCPU %u: %u MSRs, %u bytes of XSAVE area, %u of LAPIC", vcpu->index,
-                         state->msr_count, state->xsave_size, state->lapic_size);
+    if (state->msr_count > PYHV_STATE_MSRS_MAX || state->xsave_size > PYHV_XSAVE_MAX)
+        return pyhv_fail(error, ERANGE, "state", "vCPU %u: %u MSRs, an XSAVE area of %u bytes", vcpu->index,
+                         state->msr_count, state->xsave_size);
+    if (state->lapic_size && state->lapic_size != PYHV_LAPIC_SIZE)
+        return pyhv_fail(error, ERANGE, "state", "vCPU %u: a LAPIC of %u bytes, not %d", vcpu->index, state->lapic_size,
+                         PYHV_LAPIC_SIZE);
     for (uint32_t i = 0; i < state->msr_count; i++)
         if (!pyhv_vcpu_msr_rule(vcpu, state->msr_indices[i]))
             return pyhv_fail(error, EPERM, "state", "vCPU %u has no such MSR by its CPUID table: 0x%x", vcpu->index,

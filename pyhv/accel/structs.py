@@ -173,16 +173,12 @@ class StateBuffer:
                     raise ValueError(f"struct pyhv_{name} has not {len(data)} bytes")
                 self._bytes[at + place.start : at + place.stop] = data
             vcpu.xcr0, vcpu.mp_state = saved.xcr0, saved.mp_state
-            vcpu.msr_count = len(saved.msr_indices) // 4
+            vcpu.msr_count = _msr_count(saved)
             vcpu.xsave_size, vcpu.lapic_size = len(saved.xsave), len(saved.lapic)
-            if (len(saved.msr_indices), len(saved.msr_values)) != (4 * vcpu.msr_count, 8 * vcpu.msr_count):
-                raise ValueError(
-                    f"{len(saved.msr_indices)} bytes of indices, {len(saved.msr_values)} of values are no MSRs"
-                )
             for name, piece in _PIECES.items():
                 data = getattr(saved, name)
                 if len(data) > piece.stop - piece.start:
-                    raise ValueError(f"{name} has {len(data)} bytes, at most {piece.stop - piece.start} are possible")
+                    raise ValueError(f"{name}: {len(data)} bytes, at most {piece.stop - piece.start} are possible")
                 self._bytes[at + piece.start : at + piece.start + len(data)] = data
         self.head.clock, self.head.tsc_khz = state.clock, state.tsc_khz
         self.head.has_irqchip, self.head.has_pit = bool(state.irqchip), state.pit
@@ -219,11 +215,19 @@ def msr_rules(numbers: tuple[int, ...], absent: frozenset[int]) -> Any:
     return ffi.new("struct pyhv_msr_rule[]", rules)
 
 
-def msrs(raw: RawVcpu) -> dict[int, int]:
-    """Index -> value. Raises ValueError for bytes that are no such pairs."""
+def _msr_count(raw: RawVcpu) -> int:
+    """How many MSRs there are. Raises ValueError for bytes that are no pairs of index and value."""
     count = len(raw.msr_indices) // 4
     if (len(raw.msr_indices), len(raw.msr_values)) != (4 * count, 8 * count):
         raise ValueError(f"{len(raw.msr_indices)} bytes of indices, {len(raw.msr_values)} of values are no MSRs")
+    if count > lib.PYHV_STATE_MSRS_MAX:
+        raise ValueError(f"{count} MSRs, at most {lib.PYHV_STATE_MSRS_MAX} are possible")
+    return count
+
+
+def msrs(raw: RawVcpu) -> dict[int, int]:
+    """Index -> value. Raises ValueError for bytes that are no such pairs."""
+    count = _msr_count(raw)
     return dict(zip(unpack(f"<{count}I", raw.msr_indices), unpack(f"<{count}Q", raw.msr_values), strict=True))
 
 

@@ -116,7 +116,7 @@ MSRS: tuple[Msr, ...] = (
     Msr(0xC0010140, "AMD64_OSVW_ID_LENGTH", ("osvw",), listed=False),
     Msr(0xC0010141, "AMD64_OSVW_STATUS", ("osvw",), listed=False),
     # Its one bit makes LFENCE wait. A host that does not know the bit refuses it, and needs none: its LFENCE waits
-    # anyway (Linux, init_amd()). So it is set where it can be (accel/kvm_state.py).
+    # anyway (Linux, init_amd()). So it is set where it can be (csrc/kvm/state.c).
     Msr(AMD64_DE_CFG, "AMD64_DE_CFG", ("amd",), listed=False),
 )
 

@@ -14,7 +14,7 @@ A migration goes
                                <-   running           the guest runs here
 
 Either side may say `cancel` with a reason instead of what is due, up to `commit`; then the source goes on running the
-guest and the destination forgets it. How messages are framed, checked and timed is in csrc/link.c.
+guest and the destination forgets it. How messages are framed, checked and timed is in csrc/migration/link.c.
 """
 
 from __future__ import annotations

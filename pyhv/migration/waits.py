@@ -1,8 +1,9 @@
 """How long each side of a migration waits for what: the one table of it.
 
-Two things end a wait. Silence: nothing at all comes from the other side for Limits.silence seconds; csrc/link.c sees to
-that. And a deadline, for a side that gives signs of life and does not do what is due: those are here. Where the guest
-runs meanwhile they are long, since waiting costs little; while it is paused they are not.
+Two things end a wait. Silence: nothing at all comes from the other side for Limits.silence seconds;
+csrc/migration/link.c sees to that. And a deadline, for a side that gives signs of life and does not do what is due:
+those are here. Where the guest runs meanwhile they are long, since waiting costs little; while it is paused they are
+not.
 
 Hosts that are emulated, or busy, are some ten times slower than others, serial lines carry 10 kB a second, and ssh logs
 in as slowly as it likes: an honest side that is slow has its time.

@@ -101,7 +101,7 @@ static int faulty_ftruncate(int fd, off_t size)
 #define lseek          faulty_lseek
 #define pthread_create faulty_pthread_create
 #define ftruncate      faulty_ftruncate
-#include "pages.c"
+#include "memory/pages.c"
 #undef pwrite
 #undef pread
 #undef lseek

@@ -10,7 +10,18 @@ import pytest
 from pyhv._native import ffi
 from pyhv.accel import structs
 from pyhv.accel.data import Regs, Segment, Sregs
-from pyhv.accel.state import DebugRegs, Events, Ioapic, Irqchip, Pic, PitChannel, ProcessorsState, VcpuState
+from pyhv.accel.state import (
+    DebugRegs,
+    Events,
+    Ioapic,
+    Irqchip,
+    Pic,
+    PitChannel,
+    ProcessorsState,
+    RawState,
+    RawVcpu,
+    VcpuState,
+)
 
 FLAT = {"pyhv_regs": Regs, "pyhv_events": Events}
 
@@ -91,6 +102,53 @@ def test_all_of_a_state(chips: bool) -> None:
     assert structs.to_state(raw) == state
     padded = raw._replace(vcpus=tuple(vcpu._replace(xsave=vcpu.xsave + bytes(9)) for vcpu in raw.vcpus))
     assert structs.to_state(padded) == state
+
+
+def raw_vcpu(**changes: bytes) -> RawVcpu:
+    sizes = {name: ffi.sizeof(f"struct pyhv_{name}") for name in ("regs", "sregs", "events", "debugregs")}
+    fixed = {name: bytes([number + 1]) * size for number, (name, size) in enumerate(sizes.items())}
+    rest = {"msr_indices": bytes(range(8)), "msr_values": bytes(range(16)), "lapic": b"", "xsave": b"x" * 576}
+    return RawVcpu(**{"xcr0": 7, "mp_state": 3, **fixed, **rest, **changes})  # type: ignore[arg-type]
+
+
+def test_a_state_goes_through_the_engines_buffer() -> None:
+    buffer = structs.StateBuffer(2)
+    chip = structs.to_bytes(noise("pyhv_irqchip"))
+    long = raw_vcpu(lapic=b"l" * 1024, xsave=b"y" * 16384, msr_indices=b"i" * 2048, msr_values=b"v" * 4096)
+    for state in (
+        RawState((raw_vcpu(), long), chip, True, 1 << 40, 1 << 21),
+        RawState((long, raw_vcpu()), b"", False, 0, 0),  # nothing of the one before is left
+    ):
+        buffer.put(state)
+        assert buffer.take() == state
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"regs": b""},
+        {"sregs": b"1"},
+        {"msr_indices": bytes(7)},
+        {"msr_values": bytes(8)},
+        {"msr_indices": bytes(4 * 513), "msr_values": bytes(8 * 513)},
+        {"lapic": bytes(1025)},
+        {"xsave": bytes(16385)},
+    ],
+)
+def test_bytes_that_are_no_state_are_refused(changes: dict[str, bytes]) -> None:
+    buffer = structs.StateBuffer(1)
+    with pytest.raises(ValueError):
+        buffer.put(RawState((raw_vcpu(**changes),), b"", False, 0, 0))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [RawState((raw_vcpu(),), bytes(3), False, 0, 0), RawState((), b"", False, 0, 0)],
+    ids=["an irqchip that is none", "too few vCPUs"],
+)
+def test_a_state_of_another_kind_is_refused(state: RawState) -> None:
+    with pytest.raises(ValueError):
+        structs.StateBuffer(1).put(state)
 
 
 def test_a_structure_whose_fields_are_others_is_noticed() -> None:
