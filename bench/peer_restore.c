@@ -162,7 +162,6 @@ static void run(const struct vm *vm)
 {
     struct kvm_regs regs;
     struct kvm_sregs2 sregs;
-    need(ioctl(vm->vcpu, KVM_GET_TSC_KHZ, 0), "KVM_GET_TSC_KHZ");
     need(ioctl(vm->vcpu, KVM_RUN, 0), "KVM_RUN");
     need(ioctl(vm->vcpu, KVM_GET_REGS, &regs), "KVM_GET_REGS");
     need(ioctl(vm->vcpu, KVM_GET_SREGS2, &sregs), "KVM_GET_SREGS2");

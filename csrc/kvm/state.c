@@ -153,9 +153,10 @@ struct moment {
 static int read_moment(struct pyhv_vcpu *first, struct moment *moment, struct pyhv_error *error)
 {
     const uint32_t index = IA32_TSC;
-    int read = kvm_get_msrs(first, &index, &moment->tsc, 1, error);
     int offset = kvm_get_tsc_offset(first, &moment->offset, error);
-    if (read < 0 || offset < 0)
+    /* Last: whoever compares it with another clock reads that next. */
+    int read = offset < 0 ? -1 : kvm_get_msrs(first, &index, &moment->tsc, 1, error);
+    if (read < 0)
         return -1;
     moment->known = read == 1 && offset == 0;
     return 0;
@@ -214,8 +215,8 @@ int kvm_save_state(struct pyhv_vm *vm, struct pyhv_state *state, struct pyhv_err
 {
     struct pyhv_vcpu *first = pyhv_vm_vcpu(vm, 0);
     struct moment moment = {0};
-    /* Both at once: they go on while the rest is read. */
-    if (kvm_get_clock(vm, &state->clock, error) < 0 || read_moment(first, &moment, error) < 0)
+    /* One after the other: they go on while the rest is read. */
+    if (read_moment(first, &moment, error) < 0 || kvm_get_clock(vm, &state->clock, error) < 0)
         return -1;
     for (struct pyhv_vcpu *vcpu = vm->vcpus; vcpu; vcpu = vcpu->next) {
         uint64_t tsc = moment.tsc, offset = moment.offset;

@@ -34,6 +34,7 @@ class Kvm:
         self._description: HostDescription | None = None
         self._spares: list[AccelVm] = []
         """At most one VM made ahead of time by prepare(); a list, for its pop() is safe among threads."""
+        self._msr_lists: dict[bool, tuple[int, ...]] = {}
         error = new_error()
         self.fd: int = lib.pyhv_kvm_open(DEVICE.encode(), error)
         if self.fd < 0:
@@ -63,10 +64,12 @@ class Kvm:
 
     def msr_list(self, features: bool = False) -> tuple[int, ...]:
         """The MSRs that make up a vCPU's state, or with `features` those that describe the processor."""
-        indices = ffi.new("uint32_t[]", MAX_MSRS)
-        error = new_error()
-        count = check(lib.pyhv_kvm_msr_list(self.fd, features, indices, MAX_MSRS, error), error)
-        return tuple(indices[0:count])
+        if features not in self._msr_lists:  # which change with the kernel's module only
+            indices = ffi.new("uint32_t[]", MAX_MSRS)
+            error = new_error()
+            count = check(lib.pyhv_kvm_msr_list(self.fd, features, indices, MAX_MSRS, error), error)
+            self._msr_lists[features] = tuple(indices[0:count])
+        return self._msr_lists[features]
 
     def feature_msrs(self) -> dict[int, int]:
         """The value of each feature MSR that can be read."""
