@@ -1072,10 +1072,19 @@ def kill_at_random(path: Path, save: Callable[[Path, Memory, Clock], None], time
         save(path, memory, Clock(0))
         os.pwrite(memory.fd, bytes(8), 5 * PAGE_SIZE)
         save(path, memory, Clock(0))
-        child = in_child(lambda memory=memory: save_for_ever(path, memory, save))  # type: ignore[misc]
+        begun, begins = os.pipe()
+
+        def work(memory: Memory = memory, begins: int = begins) -> None:
+            os.write(begins, b"x")
+            save_for_ever(path, memory, save)
+
+        child = in_child(work)
+        os.read(begun, 1)  # where others need the processors too, it may begin late
         time.sleep(numbers.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(begun)
+        os.close(begins)
         memory.close()
         wrote += check_after_kill(path) > 0
         # At most the one file that the next writer will remove.
@@ -1133,6 +1142,7 @@ def test_the_check_of_kills_can_fail(tmp_path: Path) -> None:
     def untidy(path: Path, memory: Memory, clock: Clock) -> None:
         half = path.with_name(f"{path.name}.{os.urandom(4).hex()}")
         write(half, memory, clock)
+        time.sleep(0.001)
         half.rename(path)
 
     for number, save in enumerate((in_place, untidy)):
