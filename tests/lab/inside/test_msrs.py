@@ -127,9 +127,9 @@ def test_arch_capabilities_are_told_where_the_vendor_has_them(vendor: str, tmp_p
         if vendor == "amd":
             assert 0x10A not in machine.vm.capture().vcpus[0].msrs
             return
-        assert machine.vm.vcpus[0].read_capabilities() == arch_capabilities.shown(offered, False) != 0
-        machine.vm.vcpus[0].write_capabilities(0)
+        assert machine.vm.vcpus[0].read_msrs([0x10A]) == {0x10A: arch_capabilities.shown(offered, False)} != {0x10A: 0}
+        machine.vm.vcpus[0].write_msrs({0x10A: 0})
         machine.run(0.1)
         machine.save(str(tmp_path / "saved"))
     with pyhv.Machine.restore(str(tmp_path / "saved")) as machine:
-        assert machine.vm.vcpus[0].read_capabilities() == 0
+        assert machine.vm.vcpus[0].read_msrs([0x10A]) == {0x10A: 0}
