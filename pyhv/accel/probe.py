@@ -21,6 +21,7 @@ from pyhv.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyhv.accel.engine import AccelVcpu, AccelVm
     from pyhv.accel.protocol import Accelerator
 
 # For each of R8 pairs (leaf, subleaf) at RSI: CPUID, its four registers to RDI. Ends with #UD, whose handler halts.
@@ -111,14 +112,25 @@ class _Probe:
 
     def __init__(self, accelerator: Accelerator, table: CpuidTable, questions: list[tuple[int, int]]) -> None:
         self.questions = questions
+        self.vm: AccelVm | None = None
+        self._vcpu: AccelVcpu | None = None
         self.memory = Memory(_SIZE)
-        self.vm = accelerator.create_vm(irqchip=False)
-        self.vm.map(0, _SIZE, self.memory.host)
-        self.vcpu = self.vm.create_vcpu(0)
-        self.vcpu.set_cpuid(table)
-        self._reset = self.vcpu.get_sregs()
-        _write_tables(self.memory)
-        self.memory.write(_QUESTIONS, b"".join(struct.pack("<2I", *question) for question in questions))
+        try:
+            self.vm = accelerator.create_vm(irqchip=False)
+            self.vm.map(0, _SIZE, self.memory.host)
+            self._vcpu = self.vm.create_vcpu(0)
+            self._vcpu.set_cpuid(table)
+            self._reset = self._vcpu.get_sregs()
+            _write_tables(self.memory)
+            self.memory.write(_QUESTIONS, b"".join(struct.pack("<2I", *question) for question in questions))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def vcpu(self) -> AccelVcpu:
+        assert self._vcpu is not None
+        return self._vcpu
 
     def ask(self, cpl: int) -> dict[tuple[int, int], Registers]:
         """What the guest reads at this privilege level."""
@@ -143,8 +155,14 @@ class _Probe:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.vcpu.close()
-        self.vm.close()
+        self.close()
+
+    def close(self) -> None:
+        """Also of one that was not made to its end."""
+        if self._vcpu is not None:
+            self._vcpu.close()
+        if self.vm is not None:
+            self.vm.close()
         self.memory.close()
 
 

@@ -10,7 +10,7 @@ from pyhv.accel import choose, probe
 from pyhv.cpu import features
 from pyhv.cpu.host import Verdict
 from pyhv.cpu.table import CpuidTable, Registers
-from pyhv.errors import BadInput, Incompatible, NotAvailable, NotFaithful
+from pyhv.errors import BadInput, HostError, Incompatible, NotAvailable, NotFaithful
 
 AVX = features.find("avx")
 TABLE = CpuidTable({(0, 0): Registers(1, 0x68747541, 0x444D4163, 0x69746E65), (1, 0): Registers(0, 0, 1, 0)})
@@ -308,3 +308,33 @@ def test_whoever_wants_every_cpuid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert between(monkeypatch, FAITHFUL, accel="emulator", intercept=choose.LOGGED).choice.note == ""
     with pytest.raises(BadInput, match='intercept="trap": is KVM'):
         between(monkeypatch, FAITHFUL, accel="emulator", intercept="trap")
+
+
+@pytest.mark.parametrize("fails", ["create_vm", "map", "create_vcpu", "set_cpuid", "get_sregs"])
+def test_a_probe_that_cannot_be_made_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    opened: list[str] = []
+    closed: list[str] = []
+
+    class Paper:
+        name = "paper"
+
+        def __init__(self, kind: str) -> None:
+            self.kind = kind
+            self.host = None
+            opened.append(kind)
+
+        def close(self) -> None:
+            closed.append(self.kind)
+
+        def __getattr__(self, what: str) -> Any:
+            def call(*arguments: object, **named: object) -> Any:
+                if what == fails:
+                    raise HostError(what, 12)
+                return Paper(what) if what in ("create_vm", "create_vcpu") else None
+
+            return call
+
+    monkeypatch.setattr(probe, "Memory", lambda size: Paper("memory"))
+    with pytest.raises(HostError, match=fails):
+        probe._Probe(Paper("accelerator"), probe.least_table(), [])  # type: ignore[arg-type]
+    assert sorted(closed) == sorted(opened[1:]) and "memory" in closed
