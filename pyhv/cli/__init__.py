@@ -139,6 +139,8 @@ def _command(arguments: list[str]) -> int:
         print("pyhv", VERSION)
         return 0
     if name == "help":
+        if len(rest) > 1:
+            raise BadInput(rest[1], "pyhv help takes one command and no more", f"see pyhv help {rest[0]}")
         return _command([*rest[:1], "--help"])
     if name not in COMMANDS:
         import difflib

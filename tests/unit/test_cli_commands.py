@@ -85,6 +85,8 @@ def test_version_and_help(capfd: pytest.CaptureFixture[str]) -> None:
         (["run", "--image", "x"], "--image: pyhv run has no such option; it is an argument: pyhv run IMAGE"),
         (["run", "x", "--module", ""], "--module : is empty; name a file"),
         (["run", "x", "--timeout", "99999999999"], "--timeout 99999999999: is too long; the most is "),
+        (["help", "run", "x"], "x: pyhv help takes one command and no more; see pyhv help run"),
+        (["help", "rum"], "rum: is no command; did you mean run?"),
         (["--verison"], "--verison: is no option of pyhv; "),
         (["features", "popcn"], "feature 'popcn': there is no such feature; did you mean popcnt"),
         (["features", "--leaf", "seven"], "--leaf seven: is not a leaf; give a number such as 7, 7.1 or 0x80000001"),
