@@ -124,6 +124,7 @@ def parse(uri: str, insecure: bool = False) -> Address:
     arguments.flag("insecure", insecure)
     scheme, colon, rest = uri.partition(":")
     if uri == "-":
+        _check_ways(uri, 0, 1)
         return Address("fd", uri, fds=(0, 1))
     try:
         size = len(os.fsencode(rest))
@@ -182,7 +183,22 @@ def _parse_fds(uri: str, text: str, advice: str) -> tuple[int, int]:
             raise BadInput(uri, f"descriptor {fd} is not open", "give one that this process has") from None
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
             raise BadInput(uri, f"descriptor {fd} is a file", "name a socket, pipe or tty; to a file goes pyhv save")
-    return fds
+    return _check_ways(uri, *fds)
+
+
+def _check_ways(uri: str, in_fd: int, out_fd: int) -> tuple[int, int]:
+    """Raises BadInput unless the one can be read and the other written: both sides send."""
+    import fcntl
+
+    for fd, wrong, way in ((in_fd, os.O_WRONLY, "reading"), (out_fd, os.O_RDONLY, "writing")):
+        try:
+            mode = fcntl.fcntl(fd, fcntl.F_GETFL)
+        except OSError:
+            raise BadInput(uri, f"descriptor {fd} is not open", "give one that this process has") from None
+        if mode & os.O_PATH or mode & os.O_ACCMODE == wrong:
+            advice = "name one that is open both ways, a socket or tty, or two as fd:IN,OUT"
+            raise BadInput(uri, f"descriptor {fd} is not open for {way}", advice)
+    return in_fd, out_fd
 
 
 def _may_be_host(host: str) -> bool:

@@ -479,6 +479,7 @@ def test_the_control_socket_says_what_it_was(tmp_path: Path) -> None:
         (("receive", "tcp://0.0.0.0:0"), "take anybody's"),
         (("receive", "unix:/no/such/folder/x"), "cannot be listened at: No such file or directory"),
         (("receive", "unix:x", "--name", "a b"), "is not a name for a VM"),
+        (("receive", "fd:1"), "fd:1: descriptor 1 is not open for reading; name one that is open both ways"),
         (("receive", "-", "--json"), "cannot be combined with -; stdout is the link"),
         (("receive", "tty:/dev/null"), "is no serial line"),
     ],

@@ -112,10 +112,41 @@ def test_descriptors_that_are_open() -> None:
     reader, writer = os.pipe()
     try:
         assert transport.parse(f"fd:{reader},{writer}").fds == (reader, writer)
-        assert transport.parse(f"fd:{reader}").fds == (reader, reader)
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def test_descriptors_are_open_the_way_they_are_used() -> None:
+    """Both sides of a migration send and receive."""
+    reader, writer = os.pipe()
+    path = os.open("/dev/null", os.O_PATH)
+    try:
+        for uri, problem in (
+            (f"fd:{writer}", f"descriptor {writer} is not open for reading"),
+            (f"fd:{reader}", f"descriptor {reader} is not open for writing"),
+            (f"fd:{writer},{reader}", f"descriptor {writer} is not open for reading"),
+            (f"fd:{reader},{path}", f"descriptor {path} is not open for writing"),
+        ):
+            with pytest.raises(BadInput, match=f"{uri}: {problem}; name one that is open both ways"):
+                transport.parse(uri)
+    finally:
+        for fd in (reader, writer, path):
+            os.close(fd)
+
+
+@pytest.mark.parametrize(("which", "way"), [(0, "reading"), (1, "writing")])
+def test_stdin_and_stdout_are_open_the_way_they_are_used(which: int, way: str) -> None:
+    ends = os.pipe()
+    before = os.dup(which)
+    os.dup2(ends[1 - which], which)
+    try:
+        with pytest.raises(BadInput, match=f"-: descriptor {which} is not open for {way}"):
+            transport.parse("-")
+    finally:
+        os.dup2(before, which)
+        for fd in (*ends, before):
+            os.close(fd)
 
 
 def test_insecure_is_for_whoever_says_so() -> None:
