@@ -10,6 +10,7 @@ Nodes are forked from the driver and talk to it by one line of JSON an event ove
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -36,6 +37,13 @@ _LINE = "ticker: round "
 
 # What a hop may take before the ring is taken for stuck; in seconds.
 HOP_LIMIT = 60.0
+
+# So long the two sides of a hop may hear nothing of each other, in seconds: on a busy host a node waits for a
+# processor.
+_SILENCE = 10.0
+
+# When one node has failed, the other side of the hop may know more about it, and says so within so many seconds.
+_SECOND_OPINION = 1.0
 
 # A node tells what it uses every so many of its departures; the first are for warming up.
 _CENSUS, _WARM_UP = 50, 100
@@ -200,9 +208,20 @@ class Ring:
                 raise BadInput(event["subject"], event["problem"], event["advice"])
             case "failed":
                 self._read_console()
-                raise Failure(f"hop {done + 1}, node {event['node']}: {event['error']}")
+                failures = [event, *self._other_failures()]
+                words = "; ".join(f"node {failed['node']}: {failed['error']}" for failed in failures)
+                raise Failure(f"hop {done + 1}, {words}")
             case "census":
                 self._compare(event)
+
+    def _other_failures(self) -> list[dict[str, Any]]:
+        deadline = time.monotonic() + _SECOND_OPINION
+        while (left := deadline - time.monotonic()) > 0 and self._events:
+            with contextlib.suppress(Failure):  # which this is already
+                found = [event for event in self._wait("the end", left) if event["event"] == "failed"]
+                if found:
+                    return found
+        return []
 
     def _compare(self, event: dict[str, Any]) -> None:
         """Whether a node uses more than it did."""
@@ -215,14 +234,14 @@ class Ring:
         if memory > then + (_SLACK >> 10):
             raise Failure(f"node {node} had {then} KiB of memory and has {memory}: it leaks")
 
-    def _wait(self, what: str) -> list[dict[str, Any]]:
-        """The next events; [] when only the console had something."""
+    def _wait(self, what: str, limit: float = HOP_LIMIT) -> list[dict[str, Any]]:
+        """The next events; [] when only the console had something. limit: seconds."""
         poll = select.poll()
         for fd in [self._console, *self._events]:
             poll.register(fd, select.POLLIN)
-        ready = dict(poll.poll(HOP_LIMIT * 1000))
+        ready = dict(poll.poll(limit * 1000))
         if not ready:
-            raise Failure(f"{what} did not come within {HOP_LIMIT:g} seconds")
+            raise Failure(f"{what} did not come within {limit:g} seconds")
         if self._console in ready:
             self._read_console()
         events = []
@@ -406,8 +425,9 @@ class _Node:
             # Its round here and the copying go on at the same time.
             summary = machine.depart(
                 channel,
-                # In the second round there is what the guest has written during the first.
-                limits=Limits(downtime=self._plan.downtime, least_rounds=2),
+                # In the second round there is what the guest has written during the first. A busy host makes a hop
+                # late, and is no failure.
+                limits=Limits(downtime=self._plan.downtime, least_rounds=2, on_timeout="stop", silence=_SILENCE),
                 progress=note,
                 may_stop=may_stop,
             )

@@ -198,7 +198,17 @@ class Destination:
         try:
             self._link.send(*protocol.encode(message))
         except HostError as error:
-            raise self._about(error) from None
+            raise (self._last_words(error) or self._about(error)) from None
+
+    def _last_words(self, broken: HostError) -> GaveUp | None:
+        """Why the source has closed the link, if that is what broke it and it has said so before."""
+        if broken.errnum == errno.EPIPE:
+            self._link.set_limit(None)
+            with contextlib.suppress(HostError, BadInput):
+                while (found := self._link.receive(0)) is not None:
+                    if found[0] == Type.CANCEL:
+                        return self._given_up(found[1])
+        return None
 
     def _receive(self, timeout: float) -> tuple[int, bytes] | None:
         try:
@@ -230,13 +240,16 @@ class Destination:
 
     def _take(self, cls: type[protocol.R], kind: int, payload: bytes) -> protocol.R:
         if kind == Type.CANCEL:
-            self._over = True
-            reason = protocol.shown(protocol.decode(Cancel, payload).reason)
-            raise GaveUp(f"migration from {self._peer}: the source", reason)
+            raise self._given_up(payload)
         if kind != protocol.type_of(cls):
             problem = f"a message {protocol.title(kind)} came where {protocol.name_of(cls)} was due"
             raise HostError(f"migration from {self._peer}", errno.EBADMSG, problem)
         return protocol.decode(cls, payload)
+
+    def _given_up(self, cancel: bytes) -> GaveUp:
+        self._over = True
+        reason = protocol.shown(protocol.decode(Cancel, cancel).reason)
+        return GaveUp(f"migration from {self._peer}: the source", reason)
 
 
 class _Late(HostError):

@@ -81,6 +81,18 @@ def test_a_planted_fault_is_noticed(fault: str, request: pytest.FixtureRequest) 
     assert re.search(NOTICED[fault], done["failure"]), done["failure"]
 
 
+def test_both_sides_of_a_hop_that_failed_are_heard() -> None:
+    """Which of them speaks first is a matter of chance, and which of them knows what was wrong."""
+    ring = soak.Ring(soak.Plan(1), "")
+    reader, writer = os.pipe()
+    ring._events, ring._buffers = {reader: 1}, {reader: b""}
+    os.write(writer, b'{"event": "failed", "node": 1, "error": "it took too long"}\nend\n')
+    os.close(writer)
+    with contextlib.closing(ring), pytest.raises(soak.Failure) as failure:
+        ring._take({"event": "failed", "node": 0, "error": "the link is broken"}, 6)
+    assert str(failure.value) == "hop 7, node 0: the link is broken; node 1: it took too long"
+
+
 @NOT_IN_THE_LAB
 def test_it_goes_on_where_it_was_killed(tmp_path: Path, sockets: Path) -> None:
     state = str(tmp_path / "s.json")

@@ -613,6 +613,17 @@ def test_a_page_that_was_changed_and_comes_again(recorded: list[Frame], zeros: b
     assert take(changed_page(again, zeros=zeros)(messages)) is None
 
 
+def test_last_words_of_a_source_that_is_gone(recorded: list[Frame]) -> None:
+    """They lie there unread when the next word to it fails."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        speaker = Speaker(theirs)
+        speaker.say(recorded[0].kind, recorded[0].payload)
+        speaker.say(*protocol.encode(Cancel("the user: has changed his mind")))
+    with pytest.raises(pyhv.GaveUp, match="the source: gave the migration up: the user: has changed his mind"):
+        arrive(ours)
+
+
 def test_a_guest_that_comes_where_its_owner_fails(recorded: list[Frame]) -> None:
     """It runs here nevertheless; the link is closed and garbage is collected again."""
     ours, theirs = socket.socketpair()

@@ -152,12 +152,13 @@ def test_clones(tmp_path: Path) -> None:
     try:
         for clone in clones:
             clone.start()
-        time.sleep(0.5)
+        for clone in clones:
+            clone.expect(b"round", timeout=60)
         for clone in clones:
             clone.pause()
             assert clone.vm.stopped is None
             counted = rounds(before + clone.console())
-            assert counted == list(range(counted[0], counted[0] + len(counted)))
+            assert counted and counted == list(range(counted[0], counted[0] + len(counted)))
         assert len({clone.uuid for clone in clones}) == len(clones)
     finally:
         for clone in clones:

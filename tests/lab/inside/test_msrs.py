@@ -13,6 +13,7 @@ import pytest
 import pyhv
 from pyhv.accel.kvm import Kvm
 from pyhv.cpu import arch_capabilities, msrs
+from pyhv.migration.source import Limits
 
 PROFILES = ("host", "hyperv-r2")
 LOST = re.compile(r"(msrs: (0x[0-9a-f]{8}) lost 0x[0-9a-f]{16}, reads (0x[0-9a-f]{16}))\n")
@@ -92,7 +93,7 @@ def test_they_are_there_after_a_restore_and_after_a_migration(profile: str, vend
         machine.start()
         while not (tmp_path / "socket").exists():
             assert target.is_alive()
-        machine.migrate(address)
+        machine.migrate(address, limits=Limits(downtime=10.0, silence=10.0))
         target.join()
     with arrived[0] as moved:
         assert lost(go_on(moved, 2), vendor) == []
