@@ -9,7 +9,7 @@ import signal
 from pyhv.cli import output
 from pyhv.cli.options import Command, Option
 from pyhv.cli.say import complain
-from pyhv.cli.terminal import CHUNK, ENDING, EscapeKey, RawMode, Signals, in_foreground, is_pipe, tell
+from pyhv.cli.terminal import CHUNK, ENDING, EscapeKey, RawMode, Signals, Typed, in_foreground, is_pipe, tell
 from pyhv.control import jsonrpc
 from pyhv.control.client import Client
 from pyhv.control.jsonrpc import Answer
@@ -46,7 +46,7 @@ exit status: the guest's when the VM ends; 0 when the user leaves
 """,
 )
 
-# So much of what was typed waits for the guest; what is more is lost if it came from a terminal.
+# So much is on its way to the VM's process; what is typed meanwhile waits here.
 _MAX_UNSENT = 64 << 10
 
 
@@ -114,6 +114,7 @@ class _Session:
             complain(f"{client.name}: another console has the keys; this one only shows")
         self._raw = RawMode()
         self._escape = EscapeKey()
+        self._typed = Typed()  # keys that the VM's process does not take yet
 
     def run(self) -> int:
         """Until the VM ends or the user leaves. Returns the exit status."""
@@ -124,18 +125,25 @@ class _Session:
                 status = self._attend(signals)
             finally:
                 self._raw.leave()
+        if self._terminal and self._unsent:
+            complain(f"{self._client.name}: the last that was typed is lost: the guest has not taken it")
         return status
+
+    @property
+    def _unsent(self) -> bool:
+        return bool(self._typed.waiting or self._client.unsent)
 
     def _attend(self, signals: Signals) -> int:
         reads_keys = in_foreground() if self._terminal else self._writes
         while True:
+            self._pass_on()
             for answer in self._client.exchange():
                 status = self._take(answer)
                 if status is not None:
                     return status
             poll = select.poll()
             poll.register(signals.descriptor, select.POLLIN)
-            poll.register(self._client, select.POLLIN | (select.POLLOUT if self._client.unsent else 0))
+            poll.register(self._client, select.POLLIN | (select.POLLOUT if self._unsent else 0))
             if reads_keys and (self._terminal or self._client.unsent < _MAX_UNSENT):
                 poll.register(0, select.POLLIN)
             if is_pipe(1):
@@ -179,11 +187,16 @@ class _Session:
         commands: list[str] = []
         if self._terminal:
             keys, commands = self._escape.feed(keys)
-        if keys and self._writes and self._client.unsent < _MAX_UNSENT:
-            self._client.type(keys)
+        if keys and self._writes:
+            self._typed.add(keys)
         if "help" in commands:
             tell(_HELP)
         return "end" in commands
+
+    def _pass_on(self) -> None:
+        """Queues what was typed, as far as the VM's process takes it, which waits for its guest."""
+        while self._typed.waiting and self._client.unsent < _MAX_UNSENT:
+            self._client.type(self._typed.take(CHUNK))
 
     def _say(self, text: str) -> None:
         if self._terminal:

@@ -117,6 +117,34 @@ class EscapeKey:
         return bytes(to_guest), commands
 
 
+class Typed:
+    """Keys that wait until somebody takes them. The terminal is read on meanwhile, or the escape key would not be seen
+    behind what a guest does not take; what goes beyond MOST_TYPED is lost, and that is said once."""
+
+    def __init__(self) -> None:
+        self.waiting = bytearray()
+        self._told = False
+
+    def add(self, keys: bytes) -> None:
+        room = MOST_TYPED - len(self.waiting)
+        self.waiting += keys[:room]
+        if len(keys) > room and not self._told:
+            self._told = True
+            tell(f"the guest does not take its input: what goes beyond {MOST_TYPED >> 20} MiB of it is lost")
+
+    def take(self, count: int) -> bytes:
+        """The first of them, which wait no longer."""
+        taken = bytes(self.waiting[:count])
+        self.took(count)
+        return taken
+
+    def took(self, count: int) -> None:
+        """So many of them wait no longer."""
+        del self.waiting[:count]
+        if not self.waiting:
+            self._told = False
+
+
 class RawMode:
     """Puts the terminal on stdin into raw mode, but for output processing (a lone newline starts a line), and gives it
     its settings back."""
@@ -176,8 +204,7 @@ class Console:
         self.output = output
         self.input = 0
         self._keys = -1  # where the keys go: the other end of the pipe
-        self._typed = bytearray()  # keys for which the pipe has no room yet
-        self._dropped = False
+        self._typed = Typed()  # keys for which the pipe has no room yet
         self._raw = RawMode()
         self._escape = EscapeKey()
         self._hinted = False
@@ -264,7 +291,7 @@ class Console:
             poll.register(1, 0)  # errors are always reported
         while True:
             if self._keys >= 0:
-                poll.register(self._keys, select.POLLOUT if self._typed else 0)
+                poll.register(self._keys, select.POLLOUT if self._typed.waiting else 0)
             ready = {descriptor for descriptor, _ in poll.poll()}
             if done in ready:
                 return "ended"
@@ -293,12 +320,7 @@ class Console:
         """Passes on what was typed. Returns whether the run is to end."""
         to_guest, commands = self._escape.feed(keys)
         if to_guest:
-            # The terminal is read on, or the escape key would not be seen behind what the guest does not take.
-            room = MOST_TYPED - len(self._typed)
-            self._typed += to_guest[:room]
-            if len(to_guest) > room and not self._dropped:
-                self._dropped = True
-                tell(f"the guest does not take its input: what goes beyond {MOST_TYPED >> 20} MiB of it is lost")
+            self._typed.add(to_guest)
             self._pass_on()
         if "help" in commands:
             tell(HELP)
@@ -310,11 +332,10 @@ class Console:
     def _pass_on(self) -> None:
         """Gives the guest's end of the pipe as much as it has room for."""
         try:
-            while self._typed:
-                del self._typed[: os.write(self._keys, self._typed)]
+            while self._typed.waiting:
+                self._typed.took(os.write(self._keys, self._typed.waiting))
         except BlockingIOError:
-            return
-        self._dropped = False
+            pass
 
 
 class _Wait:

@@ -21,7 +21,7 @@ import pytest
 
 from pyhv.control import client, names
 
-from .cli import COMMAND, IN_THE_LAB, LAB_REASON, TIMEOUT, Terminal, call, environment
+from .cli import COMMAND, IN_THE_LAB, LAB_REASON, LONG, SUMS, TIMEOUT, Terminal, call, environment, summed
 from .named import (
     ECHO,
     TICKER,
@@ -477,6 +477,32 @@ def test_console_on_a_terminal() -> None:
         terminal.send(b"q")
         assert terminal.wait() == 0
         assert terminal.settings == terminal.settings_before
+
+
+def test_a_long_paste_at_a_console_reaches_the_guest_whole(tmp_path: Path) -> None:
+    """A guest that is paused takes nothing meanwhile."""
+    (tmp_path / "sums").write_bytes(SUMS)
+    detach("t", "run", str(tmp_path / "sums"), "--boot", "flat", "--mem", "2M", "--accel", "kvm")
+    ok("pause", "t")
+    with Terminal("console", "t") as terminal:
+        terminal.wait_until_raw()
+        terminal.paste(LONG)
+        ok("resume", "t")
+        assert terminal.wait() == 0
+        assert summed(LONG) in terminal.output
+        assert b"lost" not in terminal.output
+
+
+def test_what_a_guest_does_not_take_of_a_console_is_not_lost_without_a_word() -> None:
+    detach("t", "run", "spin")
+    with Terminal("console", "t") as terminal:
+        terminal.wait_until_raw()
+        terminal.paste(b"x" * (3 << 19))
+        terminal.read_until(b"the guest does not take its input: what goes beyond 1 MiB of it is lost")
+        terminal.send(b"\x01x")
+        assert terminal.wait() == 0
+        assert b"pyhv: t: the last that was typed is lost: the guest has not taken it\r\n" in terminal.output
+    ok("stop", "t")
 
 
 def test_a_named_vm_on_a_terminal_and_a_console_beside_it() -> None:

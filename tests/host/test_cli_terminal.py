@@ -8,10 +8,11 @@ import signal
 import sys
 import termios
 import time
+from pathlib import Path
 
 import pytest
 
-from .cli import COMMAND, IN_THE_LAB, LAB_REASON, Terminal
+from .cli import COMMAND, IN_THE_LAB, LAB_REASON, LONG, SUMS, Terminal, summed
 
 if IN_THE_LAB:
     pytest.skip(LAB_REASON, allow_module_level=True)
@@ -44,6 +45,26 @@ def test_what_a_guest_does_not_take_is_not_dropped_without_a_word() -> None:
         terminal.send(b"\x01x")
         assert terminal.wait() == 130
         assert_restored(terminal)
+
+
+@pytest.mark.parametrize("name", [(), ("--name", "t")])
+def test_a_long_paste_reaches_the_guest_whole(name: tuple[str, ...], tmp_path: Path, base: Path) -> None:
+    (tmp_path / "sums").write_bytes(SUMS)
+    with Terminal("run", str(tmp_path / "sums"), "--boot", "flat", "--mem", "2M", "--accel", "kvm", *name) as terminal:
+        terminal.wait_until_raw()
+        terminal.paste(LONG)
+        assert terminal.wait() == 0
+        assert terminal.output == summed(LONG)
+        assert_restored(terminal)
+
+
+def test_a_long_paste_is_echoed_whole() -> None:
+    text = LONG[-(1 << 16) - 1 :]
+    with Terminal(*ECHO) as terminal:
+        terminal.wait_until_raw()
+        terminal.paste(text)
+        assert terminal.wait() == 0
+        assert terminal.output == text
 
 
 def test_a_lone_newline_starts_a_line() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyhv.cli import terminal
+from pyhv.cli import console, terminal
 from pyhv.cli.terminal import CHUNK, MOST_TYPED, Console, EscapeKey, Signals
 
 
@@ -127,3 +127,36 @@ def test_what_is_lost_of_a_paste_is_said_once(monkeypatch: pytest.MonkeyPatch) -
         assert MOST_TYPED <= len(got) < len(text) and text.startswith(got)
         console.paste(b"again")
         assert console.read() == b"again"
+
+
+class _Client:
+    """A VM's process that takes nothing until take()."""
+
+    name = "t"
+    unsent = 0
+    typed = b""
+
+    def call(self, method: str, params: object) -> dict[str, bool]:
+        return {"writer": True}
+
+    def type(self, keys: bytes) -> None:
+        self.typed += keys
+        self.unsent += len(keys)
+
+
+def test_a_long_paste_at_a_console_waits_for_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(terminal, "tell", told.append)
+    monkeypatch.setattr(os, "isatty", lambda fd: True)
+    client = _Client()
+    session = console._Session(client, True)  # type: ignore[arg-type]
+    text = bytes(n % 251 + 4 for n in range(MOST_TYPED))
+    for at in range(0, len(text), CHUNK):
+        assert not session._type(text[at : at + CHUNK])
+        session._pass_on()
+    assert session._type(b"\x01x")  # the escape key is seen behind it
+    assert len(client.typed) < len(text) and session._unsent
+    while session._unsent:
+        client.unsent = 0
+        session._pass_on()
+    assert client.typed == text and told == []
