@@ -209,6 +209,11 @@ def test_a_console_that_cannot_be_written_is_an_error(words: tuple[str, ...], ba
     assert done.returncode == 125
     assert done.stderr.startswith(b"pyhv: console: No space left on device")
     assert b"24 bytes of the guest's output are lost" in done.stderr
+    if "--name" in words:  # and is kept, for who asks later
+        kept = json.loads(call("status", "full", "--json").stdout)
+        assert (kept["state"], kept["cause"], kept["status"]) == ("ended", "internal-error", 125)
+        assert done.stderr.decode() == f"pyhv: {kept['message']}\n"
+        assert call("log", "full").stdout == "hello from a pyhv guest\n"
 
 
 @pytest.mark.parametrize("accel", ["kvm", "emulator"])

@@ -25,8 +25,10 @@ from typing import Any
 import pytest
 
 import pyhv
+from pyhv.cli import check
 from pyhv.cpu import features
 from pyhv.cpu.host import HostDescription
+from pyhv.cpu.table import Registers
 from pyhv.snapshot import file, layout
 from pyhv.snapshot.container import Ram, Reader, Writer
 from pyhv.snapshot.layout import ENTRY_SIZE, HEADER_SIZE, PAGE_SIZE, Section
@@ -278,6 +280,31 @@ def test_check_on_this_host_and_on_others(saved: Path, tmp_path: Path, capfd: Ca
         assert (code, value["runs"], err) == (1, False, "")
         assert len(value["reasons"]) >= 2 and all(reason["kind"] and reason["text"] for reason in value["reasons"])
     assert saved.read_bytes() == content
+
+
+def test_check_on_a_dump_asks_it_for_nothing_that_it_does_not_tell(
+    saved: Path, tmp_path: Path, capfd: Capture
+) -> None:
+    """A dump has no TSC rate; and one whose leaf 0xd is cut off is no processor without AVX."""
+    host = HostDescription.from_json(json.loads(call_here(capfd, "host", "--json")[1]), "here")
+    on = tmp_path / "dump.txt"
+    on.write_text(host.table.to_cpuid_r())
+    code, out, err = call_here(capfd, "check", str(saved), "--on", str(on), "--strict-tsc")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1:] == ["  not compared: MSRs and the TSC's rate, of which a dump does not tell"]
+    # A guest and a host with AVX, whatever this host has.
+    one = host.table.get(1)._replace(ecx=host.table.get(1).ecx | 7 << 26)
+    xsave = {(0xD, 0): Registers(7, 832, 832, 0), (0xD, 1): Registers(0, 0, 0, 0), (0xD, 2): Registers(256, 576, 0, 0)}
+    for told in (True, False):
+        table = host.table.replace({(1, 0): one, **{key: None for key in host.table.entries if key[0] == 0xD}})
+        on.write_text(table.replace(xsave if told else {(0xD, 0): xsave[0xD, 0]}).to_cpuid_r())
+        with file.open_snapshot(str(saved)) as snapshot:
+            guest = snapshot.tables[0].replace({(1, 0): one, **xsave})
+            if told:
+                assert check._there(snapshot._replace(tables=(guest,)), str(on), True)[0] == []
+                continue
+            with pytest.raises(pyhv.BadInput, match="leaf 0xd is cut off: it lacks subleaf 2, on which the guest dep"):
+                check._there(snapshot._replace(tables=(guest,)), str(on), True)
 
 
 @pytest.mark.parametrize("compat", [False, True])
