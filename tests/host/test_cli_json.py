@@ -13,7 +13,7 @@ import pytest
 
 from pyhv.cli import COMMANDS
 
-from .cli import COMMAND, IN_THE_LAB, LAB_REASON, TIMEOUT, call, environment
+from .cli import COMMAND, IN_THE_LAB, LAB_REASON, TIMEOUT, call, call_here, environment
 from .named import ECHO, TICKER, detach, wait_for
 
 if IN_THE_LAB:
@@ -146,6 +146,13 @@ def test_a_guests_bytes_come_through() -> None:
     assert value["console"].endswith("\\xff\\xff\\x80\n")
 
 
+def test_stop_takes_several_names() -> None:
+    detach("a", *TICKER)
+    detach("b", *TICKER)
+    assert [vm["cause"] for vm in one("stop", "a", "b")["vms"]] == ["stopped", "stopped"]
+    assert one("ls") == {"vms": []}
+
+
 def test_several_vms_are_a_list_and_one_that_fails_does_not_stop_it() -> None:
     detach("a", *TICKER)
     detach("b", *TICKER)
@@ -155,3 +162,50 @@ def test_several_vms_are_a_list_and_one_that_fails_does_not_stop_it() -> None:
     assert value["vms"][1]["facts"]["problem"] == "there is no running VM of this name"
     assert [vm["cause"] for vm in one("stop", "--all")["vms"]] == ["stopped", "stopped"]
     assert one("stop", "--all") == {"vms": []}
+
+
+NOBODY = ("status", "log", "wait", "console", "pause", "resume", "stop")
+FAILING: dict[str, tuple[str, ...]] = {
+    "run": ("helo",), "trace": ("helo",), "restore": ("/none",), "inspect": ("/none",), "verify": ("/none",),
+    "check": ("/none",), "save": ("nobody", "/none/f"), "migrate": ("nobody", "unix:m"), "receive": ("unix:/none/m",),
+    "soak": ("--count", "1", "--state", "/none/s"), "profiles": ("nosuch",), "features": ("popcn",),
+    "diff": ("hyperv-r2", "/none"), "host": ("--accel", "nosuch"), "ls": (),
+} | dict.fromkeys(NOBODY, ("nobody",))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"clear"}))  # which lists its failures
+def test_one_object_of_a_failure(name: str, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    if name == "ls":
+        (base / "pyhv").mkdir()
+        (base / "pyhv").chmod(0o777)
+    words = (name, *FAILING[name])
+    status, out, err = call_here(capfd, *words, "--json")
+    value = json.loads(out)
+    assert value.keys() == {"kind", "message", "facts", "cause", "status"}
+    assert (value["kind"], value["cause"], value["status"]) == ("BadInput", "usage", status) and status == 2
+    assert value["facts"]["subject"] and value["facts"]["problem"]
+    said = err.splitlines()[-1]
+    assert said == f"pyhv: {value['message']}"
+    status, out, err = call_here(capfd, *words)
+    assert (status, out, err.splitlines()[-1]) == (2, "", said)
+
+
+def test_nobody_gets_json_unasked(tmp_path: Path) -> None:
+    path = str(tmp_path / "t.pyhv")
+    detach("t", *TICKER)
+    with subprocess.Popen(
+        [*COMMAND, "receive", f"unix:{tmp_path}/m"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+        env=environment(),
+    ) as there:  # fmt: skip
+        wait_for(lambda: os.path.exists(tmp_path / "m"))
+        for words in (
+            ("ls",), ("status", "t"), ("pause", "t"), ("resume", "t"), ("save", "t", path), ("inspect", path),
+            ("verify", path), ("check", path), ("migrate", "t", f"unix:{tmp_path}/m", "--silence", "10"), ("stop", "t"),
+            ("wait", "t"), ("log", "t"), ("status", "t"), ("ls", "--all"), ("clear", "t"), HELLO, ("trace", *HELLO[1:]),
+            ("restore", path, "--timeout", "0.1"), ("host",), ("features",), ("profiles",),
+            ("diff", "hyperv-r2", "hyperv-r2"), ("soak", "--count", "2", "--pages", "16", "--nodes", "2"),
+        ):  # fmt: skip
+            done = call(*words)
+            assert done.returncode == (124 if words[0] == "restore" else 0), done
+            assert not any(line.startswith(("{", "[")) for line in done.stdout.splitlines()), done
+        assert "{" not in there.communicate(timeout=TIMEOUT)[0]
