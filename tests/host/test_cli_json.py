@@ -191,21 +191,29 @@ def test_one_object_of_a_failure(name: str, base: Path, capfd: pytest.CaptureFix
 
 
 def test_nobody_gets_json_unasked(tmp_path: Path) -> None:
-    path = str(tmp_path / "t.pyhv")
     detach("t", *TICKER)
     with subprocess.Popen(
         [*COMMAND, "receive", f"unix:{tmp_path}/m"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
         env=environment(),
     ) as there:  # fmt: skip
-        wait_for(lambda: os.path.exists(tmp_path / "m"))
-        for words in (
-            ("ls",), ("status", "t"), ("pause", "t"), ("resume", "t"), ("save", "t", path), ("inspect", path),
-            ("verify", path), ("check", path), ("migrate", "t", f"unix:{tmp_path}/m", "--silence", "10"), ("stop", "t"),
-            ("wait", "t"), ("log", "t"), ("status", "t"), ("ls", "--all"), ("clear", "t"), HELLO, ("trace", *HELLO[1:]),
-            ("restore", path, "--timeout", "0.1"), ("host",), ("features",), ("profiles",),
-            ("diff", "hyperv-r2", "hyperv-r2"), ("soak", "--count", "2", "--pages", "16", "--nodes", "2"),
-        ):  # fmt: skip
-            done = call(*words)
-            assert done.returncode == (124 if words[0] == "restore" else 0), done
-            assert not any(line.startswith(("{", "[")) for line in done.stdout.splitlines()), done
-        assert "{" not in there.communicate(timeout=TIMEOUT)[0]
+        try:
+            plain(tmp_path)
+            assert "{" not in there.communicate(timeout=TIMEOUT)[0]
+        finally:
+            there.kill()
+
+
+def plain(tmp_path: Path) -> None:
+    """Each command without --json; the VM goes to a receiver that waits at m."""
+    path = str(tmp_path / "t.pyhv")
+    wait_for(lambda: os.path.exists(tmp_path / "m"))
+    for words in (
+        ("ls",), ("status", "t"), ("pause", "t"), ("resume", "t"), ("save", "t", path), ("inspect", path),
+        ("verify", path), ("check", path), ("migrate", "t", f"unix:{tmp_path}/m", "--silence", "10"), ("stop", "t"),
+        ("wait", "t"), ("log", "t"), ("status", "t"), ("ls", "--all"), ("clear", "t"), HELLO, ("trace", *HELLO[1:]),
+        ("restore", path, "--timeout", "0.1"), ("host",), ("features",), ("profiles",),
+        ("diff", "hyperv-r2", "hyperv-r2"), ("soak", "--count", "2", "--pages", "16", "--nodes", "2"),
+    ):  # fmt: skip
+        done = call(*words)
+        assert done.returncode == (124 if words[0] == "restore" else 0), done
+        assert not any(line.startswith(("{", "[")) for line in done.stdout.splitlines()), done
