@@ -556,12 +556,15 @@ class Machine:
         """Makes the VM and its console. plan: its memory is given over. prepare: puts the guest into the VM."""
         memory = plan.memory
         self._has_input, self._captured = console_in >= 0, console_out is None
+        devices: Devices | None = None
         try:
             out = -1 if console_out is None else console_out
             devices = Devices(memory.low_size, memory.size - memory.low_size, console_in, out, plan.pc)
             if self._captured:
                 devices.keep_output()
         except BaseException:
+            if devices is not None:
+                devices.close()
             memory.close()
             raise
         trap = None

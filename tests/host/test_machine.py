@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import pyhv
+from pyhv.errors import HostError
+from pyhv.vm.devices import Devices
 from pyhv.vm.vm import Vm
 
 from .conftest import run
@@ -194,6 +196,19 @@ def test_close_that_is_interrupted_leaves_no_thread(monkeypatch: pytest.MonkeyPa
         machine.close()
     machine.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "vcpu-0"]
+
+
+def test_devices_of_a_machine_that_is_never_made_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Devices] = []
+
+    def fail(devices: Devices) -> None:
+        made.append(devices)
+        raise HostError("keep", 12)
+
+    monkeypatch.setattr(Devices, "keep_output", fail)
+    with pytest.raises(HostError, match="keep"):
+        pyhv.Machine("hello", memory="4M")
+    assert len(made) == 1 and not made[0].bus
 
 
 def test_a_failure_on_a_vcpu_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
