@@ -31,7 +31,7 @@ from pyhv.vm import life
 from .cli import IN_THE_LAB
 from .migration import APPEND, MEMORY, TIMEOUT, check_console, descriptors, wait_for_rounds
 
-LIMITS = Limits(downtime=10.0, rounds=1)  # one that always suffices
+LIMITS = Limits(downtime=10.0, rounds=1, silence=10.0)  # one that always suffices, on slow hosts too
 OPERATIONS = ("start", "pause", "save", "migrate", "close", "run", "wait", "stop", "result", "look")
 STAGES = ("built", "running", "paused", "ended", "moved", "closed")
 REPEATED = 1 if IN_THE_LAB else 8  # its hosts have one processor, which is ten times slower

@@ -380,14 +380,14 @@ def slow_link(rate: float = 8e6) -> tuple[socket.socket, socket.socket]:
 def test_the_downtime_that_is_expected_is_not_shorter_than_the_bandwidth_allows() -> None:
     """What is sent in small portions is swallowed by the link's buffers at a rate that is none."""
     with running(append="pages=512 every=1", memory="5M") as machine:
-        failed = try_hop(machine, limits=Limits(downtime=0.05, bandwidth=4e6, rounds=2))
+        failed = try_hop(machine, limits=LIMITS._replace(downtime=0.05, bandwidth=4e6, rounds=2))
         assert isinstance(failed, Failed) and "writes its memory too fast" in str(failed.here)
 
 
 @pytest.mark.parametrize("limit", [{"rounds": 3}, {"timeout": 0.3}], ids=str)
 def test_a_guest_that_writes_faster_than_the_link(limit: dict[str, Any]) -> None:
     heavy = {"append": "pages=512 every=1", "memory": "5M"}
-    slow = Limits(downtime=0.005, **limit)
+    slow = LIMITS._replace(downtime=0.005, **{"rounds": 30, **limit})
     with running(**heavy) as machine:
         failed = try_hop(machine, limits=slow, link=slow_link)
         assert isinstance(failed, Failed)
@@ -410,7 +410,7 @@ def test_what_the_guest_writes_until_all_is_taken_counts(monkeypatch: pytest.Mon
         take, begin = machine.vm.take_dirty, time.monotonic()
         # As if the guest had not had a processor while the buffers swallowed the first round, which take 0.25 s for it.
         monkeypatch.setattr(machine.vm, "take_dirty", lambda pages: time.monotonic() > begin + 0.2 and take(pages))
-        failed = try_hop(machine, limits=Limits(downtime=0.005, timeout=0.5), link=slow_link)
+        failed = try_hop(machine, limits=LIMITS._replace(downtime=0.005, rounds=30, timeout=0.5), link=slow_link)
         assert isinstance(failed, Failed) and "writes its memory too fast" in str(failed.here)
 
 

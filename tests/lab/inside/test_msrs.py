@@ -84,15 +84,16 @@ def test_they_are_there_after_a_restore_and_after_a_migration(profile: str, vend
         address = f"unix:{tmp_path}/socket"
         arrived: list[pyhv.Machine] = []
 
+        listening = threading.Event()
+
         def receive() -> None:
-            arrived.append(pyhv.Machine.receive(address))
+            arrived.append(pyhv.Machine.receive(address, on_listening=lambda _: listening.set()))
             arrived[0].start()
 
         target = threading.Thread(target=receive)
         target.start()
         machine.start()
-        while not (tmp_path / "socket").exists():
-            assert target.is_alive()
+        assert listening.wait(60)
         machine.migrate(address, limits=Limits(downtime=10.0, silence=10.0))
         target.join()
     with arrived[0] as moved:
